@@ -1,0 +1,158 @@
+"""An adapter: an ordered, immutable, lazy mapping from target to update."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loratools._version import __version__
+from loratools.errors import AdapterError
+from loratools.formats.base import Written
+from loratools.storage.base import DTYPES, TensorSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from loratools.families.base import Layout, Update
+    from loratools.formats.base import Format
+
+RECORD_KEY = "loratools"
+_NAMES = {attribute: name for name, (attribute, _) in DTYPES.items()}
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Shape and stored dtype of a tensor in memory."""
+    return TensorSpec(_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One target as its header describes it, and the way to read it."""
+
+    family: type[Update]
+    specs: Mapping[str, TensorSpec]  # slot -> spec
+    layout: Layout
+    rank: int
+    scale: float
+    read: Callable[[], Update]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        """Shape of the base parameter."""
+        return self.family.base_shape(self.specs, self.layout)
+
+
+def entry_of(update: Update) -> Entry:
+    """The entry of an update in memory."""
+    family, specs = type(update), {slot: spec_of(t) for slot, t in update.parameters().items()}
+    return Entry(family, specs, update.layout, family.rank_of(specs, update.layout), update.scale, lambda: update)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that belongs to no update and is carried along."""
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The container that an adapter was read from."""
+
+    path: Path
+    container: str
+    nbytes: int
+    sha256: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What made a file: stored as JSON under `loratools` in its metadata, without times or paths."""
+
+    verb: str
+    arguments: Mapping[str, Any]
+    source_sha256: Callable[[], str]
+
+    def to_json(self, *, placeholder: bool = False) -> str:
+        """The stored text; with `placeholder`, one of the same length that needs no hash yet."""
+        digest = "0" * 64 if placeholder else self.source_sha256()
+        fields = {"version": __version__, "verb": self.verb, "arguments": dict(self.arguments), "source_sha256": digest}
+        return json.dumps(fields, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(Mapping[str, "Update"]):
+    """Targets in file order; looking one up reads its tensors and nothing else.
+
+    `warnings` are what a user should know about the file; `origin` is None for an adapter made in memory.
+    """
+
+    format: Format
+    entries: Mapping[str, Entry]
+    extras: Mapping[str, Extra]
+    metadata: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    origin: Origin | None = None
+    record: Record | None = None  # None for an adapter as loaded
+
+    def __getitem__(self, target: str) -> Update:
+        return self.entries[target].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        where = self.origin.path if self.origin else "memory"
+        return f"<Adapter {self.format.name} of {len(self)} targets from {where}>"
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The config that a saved file would carry."""
+        return self.format.declare(self.written(), self.metadata).config
+
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """Targets that are carried along but cannot be worked on, with the reason."""
+        return self.format.unsupported
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, extras included, without headers."""
+        return sum(e.nbytes for e in self.entries.values()) + sum(e.spec.nbytes for e in self.extras.values())
+
+    def written(self) -> dict[str, Written]:
+        """Rank and scale of every target."""
+        return {target: Written(e.rank, e.scale) for target, e in self.entries.items()}
+
+    def with_updates(self, updates: Mapping[str, Update]) -> Adapter:
+        """The same adapter with some targets replaced; KeyError for a target that it does not have."""
+        if unknown := sorted(set(updates) - set(self.entries)):
+            raise KeyError(unknown[0])
+        entries = {t: entry_of(updates[t]) if t in updates else e for t, e in self.entries.items()}
+        return replace(self, entries=entries)
+
+    def map(self, fn: Callable[[str, Update], Update]) -> Adapter:
+        """Apply `fn` to every update, now."""
+        return self.with_updates({target: fn(target, update) for target, update in self.items()})
+
+    def select(self, pattern: str) -> tuple[str, ...]:
+        """Targets that match a shell pattern, at the end of the name at a dot or as a whole; AdapterError for none."""
+        from fnmatch import fnmatchcase
+
+        found = tuple(t for t in self.entries if fnmatchcase(t, pattern) or fnmatchcase(t, f"*.{pattern}"))
+        if not found:
+            raise AdapterError(f"no target matches {pattern!r}; the first of {len(self)} is {next(iter(self), 'missing')}")
+        return found

@@ -1,0 +1,186 @@
+"""LoRA: delta = scale * up @ down, on linear, convolution and embedding weights and on stacks of experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, final
+
+from loratools._lazy import torch
+from loratools.errors import AdapterError
+from loratools.families.base import Layout, Update
+from loratools.operators import BlockDiagonal, LowRank, Operator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from loratools.storage.base import TensorSpec
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LoRA(Update):
+    """Hu et al. 2021; with `mid`, the Tucker form of LyCORIS; with experts, PEFT's `target_parameters`.
+
+    Shapes: linear down (r, n), up (m, r); convolution down (r, n, *kernel), up (m, r, *ones), or down (r, n, *ones) and
+    mid (r, r, *kernel); grouped convolution up (m, r / groups, *ones); experts down (experts * r, n), expert-major, and
+    up (m, r * experts), expert-minor.
+    """
+
+    family: ClassVar[str] = "lora"
+    required: ClassVar[frozenset[str]] = frozenset({"down", "up"})
+    optional: ClassVar[frozenset[str]] = frozenset({"mid", "up_bias"})
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    layout: Layout = Layout()
+    mid: Tensor | None = None
+    up_bias: Tensor | None = None
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout) -> LoRA:
+        return cls(scale=scale, layout=layout, **parameters)
+
+    @classmethod
+    def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
+        down, up = specs["down"].shape, specs["up"].shape
+        if any(not s.dtype.startswith(("F", "BF")) for s in specs.values()):
+            return f"factors must hold floating-point numbers, not {', '.join(sorted({s.dtype for s in specs.values()}))}"
+        if len(down) < 2 or len(up) < 2 or 0 in down or 0 in up:
+            return f"factors of shape {up} and {down} hold no rank"
+        if layout.experts > 1:
+            rows, columns = down[0], up[1]
+            fits = len(down) == len(up) == 2 and rows == columns and rows % layout.experts == 0
+            return None if fits else f"up {up} and down {down} do not hold {layout.experts} experts"
+        if "mid" in specs:
+            mid = specs["mid"].shape
+            return None if mid[:2] == (up[1], down[0]) else f"up {up}, mid {mid} and down {down} do not chain"
+        if up[1] == down[0]:
+            return None
+        grouped = len(down) > 2 and down[0] % up[1] == 0 and up[0] % (down[0] // up[1]) == 0
+        return None if grouped else f"up {up} and down {down} do not chain"
+
+    @classmethod
+    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        return specs["up"].shape[1] if "mid" in specs else specs["down"].shape[0] // layout.experts
+
+    @classmethod
+    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
+        kernel = specs["mid"].shape[2:] if "mid" in specs else specs["down"].shape[2:]
+        shape = (specs["up"].shape[0], specs["down"].shape[1], *kernel)
+        if layout.transposed:
+            shape = (shape[1], shape[0], *kernel)
+        return (layout.experts, *shape) if layout.experts > 1 else shape
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution; 1 for everything else."""
+        return 1 if self.layout.experts > 1 or self.mid is not None else self.down.shape[0] // self.up.shape[1]
+
+    def parameters(self) -> dict[str, Tensor]:
+        slots = {"down": self.down, "up": self.up, "mid": self.mid, "up_bias": self.up_bias}
+        return {slot: tensor for slot, tensor in slots.items() if tensor is not None}
+
+    def operator(self, base: Tensor | None = None) -> Operator:
+        experts, groups = self.layout.experts, self.groups
+        if experts > 1:
+            lefts = self.up.reshape(self.up.shape[0], -1, experts).permute(2, 0, 1)  # (experts, m, r)
+            rights = self.down.reshape(experts, -1, self.down.shape[1])  # (experts, r, n)
+        elif groups > 1:
+            lefts = self.up.reshape(groups, self.up.shape[0] // groups, -1)
+            rights = self.down.reshape(groups, self.up.shape[1], -1)
+        elif self.mid is not None:
+            return LowRank(self.up.flatten(1).double(), self._composed_down().flatten(1), self.scale)
+        else:
+            return LowRank(self.up.flatten(1), self.down.flatten(1), self.scale)
+        return BlockDiagonal(tuple(LowRank(le, ri, self.scale) for le, ri in zip(lefts, rights, strict=True)))
+
+    def _composed_down(self) -> Tensor:
+        assert self.mid is not None
+        return torch.einsum("pq...,qi->pi...", self.mid.double(), self.down.double().flatten(1))
+
+    def low_rank_part(self, base: Tensor | None = None) -> Operator:
+        return self.operator()
+
+    def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> LoRA:
+        down_dtype, up_dtype = self.down.dtype, self.up.dtype
+        if isinstance(part, BlockDiagonal):
+            lows = [_unscaled(b, scale) for b in part.blocks]
+            rights = torch.stack([r for _, r in lows])
+            lefts = torch.stack([le for le, _ in lows])
+            if self.layout.experts > 1:
+                down, up = rights.flatten(0, 1), lefts.permute(1, 2, 0).flatten(1)
+            else:
+                down = rights.reshape(-1, *self.down.shape[1:])
+                up = lefts.reshape(self.up.shape[0], -1, *self.up.shape[2:])
+        else:
+            left, right = _unscaled(part, scale)
+            kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+            down = right.reshape(right.shape[0], self.down.shape[1], *kernel)
+            up = left.reshape(*left.shape, *self.up.shape[2:])
+        down, up = cast_to(down, down_dtype), cast_to(up, up_dtype)
+        return replace(self, down=down, up=up, mid=None, up_bias=self._rescaled_bias(scale), scale=scale)
+
+    def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
+        if self.mid is not None or self.groups > 1:
+            raise AdapterError("a prefix is defined for plain factors only, not for a Tucker core or a grouped convolution")
+        experts, fold = self.layout.experts, delta_scale / scale
+        if experts > 1:
+            down = self.down.reshape(experts, -1, self.down.shape[1])[:, :rank].flatten(0, 1)
+            up = self.up.reshape(self.up.shape[0], -1, experts)[:, :rank].flatten(1)
+        else:
+            down, up = self.down[:rank], self.up[:, :rank]
+        if fold != 1.0:
+            up = cast_to(up.double() * fold, self.up.dtype)
+        return replace(self, down=down.clone(), up=up.clone(), up_bias=self._rescaled_bias(scale), scale=scale)
+
+    def _rescaled_bias(self, scale: float) -> Tensor | None:
+        """The bias that keeps scale * bias, for it is no part of the low-rank approximation."""
+        if self.up_bias is None or scale == self.scale:
+            return self.up_bias
+        return cast_to(self.up_bias.double() * (self.scale / scale), self.up_bias.dtype)
+
+    def bias_delta(self) -> Tensor | None:
+        return None if self.up_bias is None else (self.up_bias.double() * self.scale).float()
+
+    def delta(self, base: Tensor | None = None) -> Tensor:
+        return dense_delta(self.operator().to(torch.float64), self.weight_shape, self.layout)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(m, n, *kernel): the shape that the operator unflattens to, before any transposition."""
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+
+def dense_delta(op: Operator, shape: tuple[int, ...], layout: Layout) -> Tensor:
+    """`op` as a float32 tensor in the base's layout; `shape` is (m, n, *kernel), for grouped convolutions n per group."""
+    if isinstance(op, BlockDiagonal):
+        stacked = torch.stack([b.dense() for b in op.blocks])
+        if layout.experts > 1:
+            return (stacked.mT if layout.transposed else stacked).float().contiguous()
+        return stacked.reshape(shape).float()
+    dense = op.dense()
+    if layout.transposed:
+        return dense.T.float().contiguous()
+    return dense.reshape(shape).float()
+
+
+def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:
+    """Factors of op / scale with the quotient shared evenly, so that balanced factors stay balanced."""
+    if not isinstance(op, LowRank):
+        raise AdapterError("a LoRA update holds low-rank operators only")
+    ratio = op.scale / scale
+    root = math.sqrt(abs(ratio))
+    return op.left.double() * math.copysign(root, ratio), op.right.double() * root
+
+
+def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, on the CPU, in `dtype`; AdapterError where a finite number would overflow."""
+    cast = tensor.to(dtype).cpu().contiguous()
+    if dtype == torch.float16 and bool(torch.isinf(cast).any()):
+        raise AdapterError("a factor overflows float16; write with a wider dtype")
+    return cast

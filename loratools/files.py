@@ -1,0 +1,224 @@
+"""Adapters to and from disk: where containers, dialects and families meet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratools._lazy import torch
+from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
+from loratools.errors import AdapterError, InputError, OutputError
+from loratools.families import family_of
+from loratools.formats import Declaration, Format, Header, Written, recognise
+from loratools.storage import open_source
+from loratools.storage.atomic import printable
+from loratools.storage.base import DTYPES, TensorSink, TensorSource
+from loratools.storage.folder import AtomicFolder
+from loratools.storage.header import header_bytes
+from loratools.storage.safetensors import SafetensorsSink
+
+if TYPE_CHECKING:
+    from loratools.families.base import Update
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_MAX_CONFIG_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: the weights file, its size, and the config beside it if the dialect has one."""
+
+    path: Path
+    weights: Path
+    nbytes: int
+    config: Path | None
+
+
+def load(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter:
+    """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
+
+    `alpha` stands in for one that the file does not state. Raises InputError for what cannot be read or recognised and
+    AdapterError for incomplete or mismatched updates, naming file and target.
+    """
+    weights, config_path = locate(Path(path))
+    config = _read_config(config_path) if config_path else None
+    source = open_source(weights)
+    try:
+        header = Header(weights, source.specs, source.metadata, config)
+        bound = recognise(header).bind(header, alpha=alpha)
+        entries, zeros = {}, []
+        for target, keys in bound.keys.items():
+            try:
+                entries[target] = _entry(source, bound, target, keys)
+            except AdapterError as error:
+                raise type(error)(f"{printable(weights)}: {target}: {error}") from error
+            if _stored_alpha(source, bound, target) == 0.0:
+                zeros.append(target)
+    except BaseException:
+        source.close()
+        raise
+    if not entries and not bound.unsupported:
+        source.close()
+        raise InputError(f"{printable(weights)}: no adapter weights in it, only {len(bound.extras)} other tensors")
+    warnings = [*bound.warnings]
+    if zeros:
+        warnings.append(f"alpha is 0 for {len(zeros)} targets, read as alpha = rank as sd-scripts does; first: {zeros[0]}")
+    if skipped := getattr(source, "skipped", ()):
+        warnings.append(f"{len(skipped)} entries that are not tensors were left out: {', '.join(skipped[:3])}")
+    extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
+    origin = Origin(weights, source.container, _size(weights), source.sha256)
+    return Adapter(bound, entries, extras, source.metadata, tuple(warnings), origin)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | None:
+    key = bound.scale_key(target)
+    return None if key is None else source.read_scalar(key)
+
+
+def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str]) -> Entry:
+    family = family_of(keys)
+    layout = bound.layout(target)
+    specs = {slot: source.specs[key] for slot, key in keys.items()}
+    if problem := family.check(specs, layout):
+        raise AdapterError(problem)
+    rank = family.rank_of(specs, layout)
+    scale = bound.scale(target, rank, _stored_alpha(source, bound, target))
+
+    def read() -> Update:
+        return family.from_parameters({s: source.read(k) for s, k in keys.items()}, scale=scale, layout=layout)
+
+    return Entry(family, specs, layout, rank, scale, read)
+
+
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """The weights file of an adapter and the config that goes with it, if any; InputError where there is no choice."""
+    if path.is_dir():
+        named = [path / name for name in _WEIGHTS if (path / name).is_file()]
+        found = named[:1] or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        if len(found) > 1:
+            listed = ", ".join(p.name for p in found[:6])
+            raise InputError(f"{printable(path)}: several weights files; name one of {listed}")
+        if not found:
+            folders = sorted(p.name for p in path.iterdir() if (p / CONFIG_NAME).is_file())
+            hint = f"; adapters lie in {', '.join(folders[:6])}" if folders else ""
+            raise InputError(f"{printable(path)}: no adapter weights ({', '.join(_WEIGHTS)}) in this folder{hint}")
+        weights = found[0]
+    else:
+        weights = path
+    config = weights.parent / CONFIG_NAME
+    return weights, config if config.is_file() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InputError(f"{printable(path)}: too large for a config")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{printable(path)}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{printable(path)}: holds no JSON object")
+    return config
+
+
+def is_folder_adapter(adapter: Adapter) -> bool:
+    """Whether the dialect keeps a config beside the weights, so that the adapter is a folder."""
+    return adapter.config is not None
+
+
+def destination_weights(adapter: Adapter, path: Path) -> Path:
+    """The weights file that saving to `path` would write; OutputError for a name that does not suit the dialect."""
+    if not is_folder_adapter(adapter):
+        return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    if path.name == WEIGHTS_NAME:
+        return path
+    if path.suffix in _SUFFIXES:
+        raise OutputError(
+            f"{printable(path)}: this adapter is a folder (weights and {CONFIG_NAME}); name a folder, such as "
+            f"{printable(path.with_suffix(''))}"
+        )
+    return path / WEIGHTS_NAME
+
+
+def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
+    """OutputError where saving to `path` would overwrite something without `force`."""
+    weights = destination_weights(adapter, path)
+    taken = [p for p in (weights, weights.parent / CONFIG_NAME) if p.exists() and (p == weights or is_folder_adapter(adapter))]
+    if taken and not force:
+        raise OutputError(f"{printable(taken[0])}: exists already; choose another output or pass --force")
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str], *, force: bool = False) -> Saved:
+    """Write an adapter in its own dialect: a folder for PEFT with a config, one safetensors file otherwise.
+
+    An adapter as loaded is written back tensor for tensor and field for field. Raises OutputError where the destination
+    exists and `force` is not given, or cannot be written; it is then untouched.
+    """
+    return write(adapter, ((t, e.read()) for t, e in adapter.entries.items()), Path(path), force=force)
+
+
+def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *, force: bool = False) -> Saved:
+    """Stream `updates` of the targets of `adapter`, in any order, then its extras, to `path`.
+
+    Nothing exists at the destination before all of it does. ValueError where a target is missing.
+    """
+    check_destination(adapter, path, force=force)
+    weights = destination_weights(adapter, path)
+    if not is_folder_adapter(adapter):
+        with SafetensorsSink(weights, reserve=header_room(adapter)) as sink:
+            declared = _fill(sink, adapter, updates)
+            nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
+        return Saved(weights, weights, nbytes, None)
+    with AtomicFolder(weights.parent) as folder:
+        with SafetensorsSink(folder.temporary / weights.name, reserve=header_room(adapter)) as sink:
+            declared = _fill(sink, adapter, updates)
+            nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
+        folder.write_text(CONFIG_NAME, json.dumps(declared.config, indent=2, ensure_ascii=False) + "\n")
+        folder.commit()
+    return Saved(weights.parent, weights, nbytes, weights.parent / CONFIG_NAME)
+
+
+def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Update]]) -> Declaration:
+    written: dict[str, Written] = {}
+    for target, update in updates:
+        entry = entry_of(update)
+        for slot, tensor in update.parameters().items():
+            sink.write(adapter.format.spell(target, slot), tensor)
+        written[target] = Written(entry.rank, entry.scale)
+    if missing := [t for t in adapter.entries if t not in written]:
+        raise ValueError(f"no update for {missing[0]}")
+    declared = adapter.format.declare(written, adapter.metadata)
+    for key, (value, spec) in declared.scalars.items():
+        sink.write(key, torch.full(spec.shape, value, dtype=getattr(torch, DTYPES[spec.dtype][0])))
+    for key, extra in adapter.extras.items():
+        sink.write(key, extra.read())
+    return declared
+
+
+def header_room(adapter: Adapter) -> int:
+    """Bytes that `write` keeps for the header: enough for the tensors at their present ranks, and more than for smaller ones."""
+    specs = {adapter.format.spell(t, slot): spec for t, e in adapter.entries.items() for slot, spec in e.specs.items()}
+    declared = adapter.format.declare(adapter.written(), adapter.metadata)
+    specs |= {key: spec for key, (_, spec) in declared.scalars.items()}
+    specs |= {key: extra.spec for key, extra in adapter.extras.items()}
+    return len(header_bytes(specs, _metadata(adapter, declared, placeholder=True)))
+
+
+def _metadata(adapter: Adapter, declared: Declaration, *, placeholder: bool) -> dict[str, str]:
+    """Metadata as read for an adapter that nothing changed; else restated, freed of stale hashes, with one record."""
+    if adapter.record is None:
+        return dict(adapter.metadata)
+    kept = {key: value for key, value in declared.metadata.items() if key not in adapter.format.stale}
+    container = {} if declared.config is None else {"format": "pt"}  # which PEFT wants to see
+    return container | kept | {RECORD_KEY: adapter.record.to_json(placeholder=placeholder)}

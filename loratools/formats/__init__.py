@@ -1,0 +1,26 @@
+"""The dialects that loratools reads and writes; exactly one must claim a file."""
+
+from __future__ import annotations
+
+from loratools.errors import InputError
+from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+from loratools.formats.kohya import Kohya
+from loratools.formats.peft import Peft
+
+FORMATS: tuple[type[Format], ...] = (Peft, Kohya)
+
+__all__ = ["FORMATS", "Declaration", "Format", "Header", "ScaleMode", "Written", "recognise"]
+
+
+def recognise(header: Header) -> type[Format]:
+    """The one dialect of a file; InputError shows some keys where none or several claim it."""
+    fits = [f for f in FORMATS if f.recognises(header)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise InputError(f"{header.path}: keys of more than one dialect ({', '.join(f.name for f in fits)}); split the file")
+    if not header.specs:
+        raise InputError(f"{header.path}: the file holds no tensors")
+    shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])
+    known = ", ".join(f.name for f in FORMATS)
+    raise InputError(f"{header.path}: no known adapter dialect ({known}); its keys begin with {shown}")

@@ -1,0 +1,101 @@
+"""What a dialect promises: keys to (target, slot) and back, the scale convention, and its config."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from typing_extensions import Self
+
+    from loratools.families.base import Layout
+    from loratools.storage.base import TensorSpec
+
+ScaleMode = Literal["fold", "keep"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that is known of an adapter before a tensor is read."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """Rank and scale with which a target's factors were written."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a dialect states beside the factors: config fields, metadata, and the number stored under each scale key."""
+
+    config: Mapping[str, Any] | None
+    metadata: Mapping[str, str]
+    scalars: Mapping[str, tuple[float, TensorSpec]] = field(default_factory=dict)
+
+
+class Format(ABC):
+    """A dialect bound to one file: it has sorted that file's keys and remembers how the scale was spelt."""
+
+    name: ClassVar[str]
+    stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes
+    keys: Mapping[str, Mapping[str, str]]  # target -> slot -> key
+    extras: tuple[str, ...]
+    unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
+    warnings: tuple[str, ...]
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, header: Header) -> bool:
+        """Whether the file is in this dialect."""
+
+    @classmethod
+    @abstractmethod
+    def bind(cls, header: Header, *, alpha: float | None = None) -> Self:
+        """Sort the keys of a recognised file; `alpha` stands in for one that the file does not state."""
+
+    @abstractmethod
+    def spell(self, target: str, slot: str) -> str:
+        """The key of a slot: the one read, where there was one."""
+
+    @abstractmethod
+    def layout(self, target: str) -> Layout:
+        """How the target's operator lies in the base parameter."""
+
+    @abstractmethod
+    def scale_key(self, target: str) -> str | None:
+        """The key of the tensor that states the target's alpha, where the dialect has such tensors."""
+
+    @abstractmethod
+    def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        """The multiplier of up @ down; `stored_alpha` is the number under `scale_key`."""
+
+    @abstractmethod
+    def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
+        """The scale to write factors of `rank` with, for an update read with `scale`.
+
+        1 for `fold`, `scale` for `keep`, unless the file has no place for a scale: then the only one its readers assume.
+        """
+
+    @abstractmethod
+    def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
+        """Rank and alpha fields, made true for tensors that changed."""
+
+    @abstractmethod
+    def parameter(self, target: str) -> str:
+        """Name of the base parameter that the target changes."""
+
+    @abstractmethod
+    def replacements(self) -> Mapping[str, str]:
+        """Extra keys that replace a base parameter outright: key -> parameter name."""

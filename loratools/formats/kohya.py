@@ -1,0 +1,153 @@
+"""kohya-ss sd-scripts: one flattened module path, one dot, and a suffix; an `alpha` tensor beside each pair."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
+
+from loratools.families.base import Layout
+from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+from loratools.storage.base import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SLOTS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "dora_scale": "magnitude",
+}
+_ALPHA = TensorSpec("F32", ())
+_SUFFIXES = {slot: suffix for suffix, slot in _SLOTS.items()}
+# Suffixes of other families that share files with LoRA.
+_OTHER = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_blocks": "OFT",
+    "diff": "a full difference",
+    "diff_b": "a full difference",
+    "w_norm": "a norm difference",
+    "b_norm": "a norm difference",
+    "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
+    "on_input": "IA3",
+    "weight": "IA3",
+    "lambda_layer": "T-LoRA",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Kohya(Format):
+    """kohya and LyCORIS files whose modules are LoRA; alpha missing or zero means alpha = rank, as sd-scripts reads it."""
+
+    name: ClassVar[str] = "kohya"
+    stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+    keys: Mapping[str, Mapping[str, str]]
+    alphas: Mapping[str, TensorSpec]
+    per_input: frozenset[str]
+    extras: tuple[str, ...]
+    unsupported: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def recognises(cls, header: Header) -> bool:
+        return any(re.fullmatch(r"[^.]+\.lora_(down|up)\.weight", key) for key in header.specs)
+
+    @classmethod
+    def bind(cls, header: Header, *, alpha: float | None = None) -> Kohya:
+        groups: dict[str, dict[str, str]] = {}
+        alphas: dict[str, TensorSpec] = {}
+        unsupported: dict[str, str] = {}
+        extras: list[str] = []
+        for key in header.specs:
+            target, _, suffix = key.partition(".")
+            if suffix in _SLOTS:
+                groups.setdefault(target, {})[_SLOTS[suffix]] = key
+            elif suffix == "alpha":
+                alphas[target] = header.specs[key]
+            else:
+                extras.append(key)
+                for start, family in _OTHER.items():
+                    if suffix == start or (start.endswith("_") and suffix.startswith(start)):
+                        unsupported[target] = f"{family} is not supported yet; carried over unchanged"
+        warnings = []
+        for target in [t for t in alphas if t not in groups]:
+            extras.append(f"{target}.alpha")
+            del alphas[target]
+            if target not in unsupported:
+                warnings.append(f"{target}: an alpha without factors, carried over unchanged")
+        if alpha is not None:
+            warnings.append("--alpha is ignored: this dialect states alpha for each module")
+        per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
+        return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
+
+    def spell(self, target: str, slot: str) -> str:
+        return self.keys[target].get(slot) or f"{target}.{_SUFFIXES[slot]}"
+
+    def layout(self, target: str) -> Layout:
+        return Layout(magnitude_axis=1 if target in self.per_input else 0)
+
+    def scale_key(self, target: str) -> str | None:
+        return f"{target}.alpha" if target in self.alphas else None
+
+    def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        return stored_alpha / rank if stored_alpha else 1.0
+
+    def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
+        if mode == "fold":
+            return 1.0
+        value, _ = _stored(scale * rank, self.alphas.get(target, _ALPHA))
+        return value / rank
+
+    def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
+        scalars = {}
+        for target, w in written.items():
+            if target in self.alphas or w.scale != 1.0:
+                scalars[f"{target}.alpha"] = _stored(w.scale * w.rank, self.alphas.get(target, _ALPHA))
+        return Declaration(None, _true_metadata(metadata, written), scalars)
+
+    def parameter(self, target: str) -> str:
+        return f"{target}.weight"
+
+    def replacements(self) -> Mapping[str, str]:
+        return {}
+
+
+def _is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
+    shape = header.specs[slots["magnitude"]].shape
+    outputs = header.specs[slots["up"]].shape[0] if "up" in slots else 0
+    return len(shape) > 1 and shape[0] == 1 and outputs != 1
+
+
+def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
+    """The value and spec that hold alpha: the file's own dtype, or float32 where that would round it."""
+    single: float = struct.unpack("<f", struct.pack("<f", alpha))[0]
+    wide = TensorSpec("F32", spec.shape)
+    if spec.dtype == "F64":
+        return alpha, spec
+    if spec.dtype.startswith(("I", "U")):
+        return (float(round(alpha)), spec) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else (single, wide)
+    if spec.dtype == "BF16" and struct.pack("<f", single)[:2] == b"\0\0":
+        return single, spec
+    if spec.dtype == "F16" and abs(single) <= 65504 and struct.unpack("<e", struct.pack("<e", single))[0] == single:
+        return single, spec
+    return single, wide
+
+
+def _true_metadata(metadata: Mapping[str, str], written: Mapping[str, Written]) -> dict[str, str]:
+    """Rank and alpha fields restated as sd-scripts spells them, `Dynamic` where modules differ."""
+    true = dict(metadata)
+    ranks, alphas = {w.rank for w in written.values()}, {w.rank * w.scale for w in written.values()}
+    if "ss_network_dim" in true and ranks:
+        true["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    if "ss_network_alpha" in true and alphas:
+        true["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    return true

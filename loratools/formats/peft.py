@@ -1,0 +1,237 @@
+"""Hugging Face PEFT: `adapter_config.json` beside weights whose keys start with `base_model.model.`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from loratools.errors import AdapterError, InputError
+from loratools.families.base import Layout
+from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from loratools.storage.base import TensorSpec
+
+PREFIX = "base_model.model."
+DEFAULT_ALPHA = 8  # what PEFT assumes where a config lacks lora_alpha
+
+# An adapter name may follow the parameter in files that trainers dump themselves.
+_KEY = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
+)
+_SLOTS = {
+    ("lora_A", "weight"): "down",
+    ("lora_B", "weight"): "up",
+    ("lora_B", "bias"): "up_bias",
+    ("lora_embedding_A", None): "down",
+    ("lora_embedding_B", None): "up",
+    ("lora_magnitude_vector", None): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+}
+_SPELLINGS = {"down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+_HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
+_VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config")
+# Initialisations that subtract their factors from the base weight.
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Parameters of an expert module in the order in which the models declare them, which is the order of nesting.
+_EXPERT_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
+
+
+def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's own rule: the first key that matches the end of `name` at a dot, as a regular expression, decides."""
+    for key, value in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise InputError(f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}") from error
+    return default
+
+
+def mutated_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that made these factors relative to a changed base weight, or None."""
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MUTATING):
+        return init
+    return "loftq" if config.get("loftq_config") else None
+
+
+@final
+@dataclass(frozen=True)
+class Peft(Format):
+    """PEFT's LoRA and DoRA; `config` None stands for a weights file alone, whose alpha nobody knows."""
+
+    name: ClassVar[str] = "peft"
+
+    config: Mapping[str, Any] | None
+    alpha: float | None  # given by the user where there is no config
+    keys: Mapping[str, Mapping[str, str]]
+    layouts: Mapping[str, Layout]
+    extras: tuple[str, ...]
+    unsupported: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def recognises(cls, header: Header) -> bool:
+        if header.config is not None and "peft_type" in header.config:
+            return True
+        return any(key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS for key in header.specs)
+
+    @classmethod
+    def bind(cls, header: Header, *, alpha: float | None = None) -> Peft:
+        config = header.config
+        if config is not None:
+            _check_config(header, config)
+        groups: dict[str, dict[str, str]] = {}
+        embeddings: set[str] = set()
+        extras: list[str] = []
+        for key in header.specs:
+            match = _KEY.match(key.removeprefix(PREFIX))
+            slot = _SLOTS.get((match["part"], match["leaf"])) if match else None
+            if match is None or slot is None:
+                if re.search(r"\.lora_[A-Za-z]|lora_latent_mapping", key) and not any(h in key for h in _HARMLESS):
+                    raise AdapterError(f"{header.path}: {key} belongs to a variant of LoRA that is not supported")
+                extras.append(key)
+                continue
+            module = match["module"]
+            if slot in groups.setdefault(module, {}):
+                raise AdapterError(f"{header.path}: {module} has two tensors for {slot}: {groups[module][slot]} and {key}")
+            groups[module][slot] = key
+            if match["part"].startswith("lora_embedding"):
+                embeddings.add(module)
+        names = _parameter_names(groups, config, header.specs)
+        keys = {names[module]: slots for module, slots in groups.items()}
+        transposed = bool(config and config.get("fan_in_fan_out"))
+        layouts = {}
+        for module, slots in groups.items():
+            if module in embeddings:
+                layouts[names[module]] = Layout(transposed=True, embedding=True)
+            elif names[module] != module:
+                layouts[names[module]] = Layout(experts=_experts(names[module], slots, config, header.specs))
+            else:
+                down = header.specs[slots["down"]].shape if "down" in slots else ()
+                layouts[module] = Layout(transposed=transposed and len(down) == 2)
+        warnings = []
+        if config is None and alpha is None:
+            warnings.append(
+                "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
+                "what is written stays right under whatever alpha applies. State it with --alpha"
+            )
+        if config is not None and "lora_alpha" not in config:
+            warnings.append(f"adapter_config.json states no lora_alpha; PEFT assumes {DEFAULT_ALPHA}")
+        if config is not None and (init := mutated_base(config)):
+            warnings.append(
+                f"trained with init_lora_weights={init!r}: these factors are relative to a base weight that the initialisation "
+                "changed, not to the original; pass --initial-adapter with the saved initial factors to make a plain LoRA"
+            )
+        if config is not None and config.get("alora_invocation_tokens"):
+            warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")
+        return cls(config, alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
+
+    def spell(self, target: str, slot: str) -> str:
+        known = self.keys[target]
+        if slot in known:
+            return known[slot]
+        stem = known["up"].removesuffix(".lora_B.weight")
+        return f"{stem}.{_SPELLINGS[slot]}"
+
+    def layout(self, target: str) -> Layout:
+        return self.layouts[target]
+
+    def scale_key(self, target: str) -> str | None:
+        return None
+
+    def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if self.config is None:
+            return (1.0 if self.alpha is None else self.alpha) / rank
+        alpha = pattern_value(self.config.get("alpha_pattern") or {}, target, self.config.get("lora_alpha", DEFAULT_ALPHA))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise InputError(f"adapter_config.json: the alpha of {target} is {alpha!r}, not a number")
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
+        if self.config is None:
+            return self.scale(target, rank, None)
+        return 1.0 if mode == "fold" else scale
+
+    def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
+        if self.config is None or self._is_true(self.config, written):
+            return Declaration(self.config, metadata)
+        rslora = bool(self.config.get("use_rslora")) and any(w.scale != 1.0 for w in written.values())
+        alphas = {t: _tidy(w.scale * (math.sqrt(w.rank) if rslora else w.rank)) for t, w in written.items()}
+        ranks = {t: w.rank for t, w in written.items()}
+        r, alpha = Counter((ranks[t], alphas[t]) for t in written).most_common(1)[0][0]
+        config = dict(self.config) | {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
+        for spelled in (lambda t: t, lambda t: f"^{re.escape(t)}$"):
+            config["rank_pattern"] = {spelled(t): k for t, k in ranks.items() if k != r}
+            config["alpha_pattern"] = {spelled(t): a for t, a in alphas.items() if a != alpha}
+            if self._is_true(config, written):
+                break
+        return Declaration(config, metadata)
+
+    def _is_true(self, config: Mapping[str, Any], written: Mapping[str, Written]) -> bool:
+        view = Peft(config, None, self.keys, self.layouts, (), {}, ())
+        ranks = config.get("rank_pattern") or {}
+        return all(
+            pattern_value(ranks, t, config.get("r")) == w.rank and math.isclose(view.scale(t, w.rank, None), w.scale, rel_tol=1e-12)
+            for t, w in written.items()
+        )
+
+    def parameter(self, target: str) -> str:
+        return target if self.layouts[target].experts > 1 else f"{target}.weight"
+
+    def replacements(self) -> Mapping[str, str]:
+        return {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in self.extras if k.endswith((".weight", ".bias"))}
+
+
+def _tidy(alpha: float) -> float | int:
+    """An integer where it is one to rounding, for loaders that declare alpha as int."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-14) else alpha
+
+
+def _check_config(header: Header, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{header.path}: PEFT type {kind!r} is not supported; LORA is")
+    if used := [field for field in _VARIANTS if config.get(field)]:
+        raise AdapterError(f"{header.path}: the LoRA variant {used[0]} is not supported")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(pattern) or {}, dict):
+            raise InputError(f"{header.path}: {pattern} in adapter_config.json is not an object")
+
+
+def _parameter_names(
+    groups: Iterable[str], config: Mapping[str, Any] | None, specs: Mapping[str, TensorSpec]
+) -> dict[str, str]:
+    """Module path in the file -> target; adapters on bare parameters nest, the last declared parameter outermost."""
+    listed = list((config or {}).get("target_parameters") or [])
+    names: dict[str, str] = {}
+    nested: dict[str, list[str]] = {}
+    for path in groups:
+        module = re.sub(r"(\.base_layer)+$", "", path)
+        leaves = [p.rpartition(".")[2] for p in listed if f".{module}".endswith(f".{p.rpartition('.')[0]}")]
+        if leaves:
+            nested.setdefault(module, []).append(path)
+        names[path] = path
+    for module, paths in nested.items():
+        leaves = [p.rpartition(".")[2] for p in listed if f".{module}".endswith(f".{p.rpartition('.')[0]}")]
+        if len(paths) != len(leaves):
+            raise AdapterError(f"{module} carries {len(paths)} adapters for {len(leaves)} target_parameters: {', '.join(leaves)}")
+        order = sorted(leaves, key=lambda leaf: (_EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else len(_EXPERT_ORDER), leaf))
+        for path, leaf in zip(sorted(paths, key=len, reverse=True), order, strict=True):
+            names[path] = f"{module}.{leaf}"
+    return names
+
+
+def _experts(target: str, slots: Mapping[str, str], config: Mapping[str, Any] | None, specs: Mapping[str, TensorSpec]) -> int:
+    rank = pattern_value((config or {}).get("rank_pattern") or {}, target, (config or {}).get("r"))
+    rows = specs[slots["down"]].shape[0] if "down" in slots else 0
+    if not isinstance(rank, int) or rank < 1 or rows % rank:
+        raise AdapterError(f"{target}: {rows} rows of lora_A are no multiple of the rank {rank!r} in adapter_config.json")
+    return rows // rank

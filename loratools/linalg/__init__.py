@@ -1,0 +1,1 @@
+"""Questions about operators, one a file: the general rule first, then the short rule of each structure."""

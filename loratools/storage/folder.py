@@ -1,0 +1,90 @@
+"""A folder that appears at its destination complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from loratools.storage.atomic import explained, fsync_folder
+
+
+@final
+class AtomicFolder:
+    """A temporary folder beside `path`; `commit` puts it in place, leaving the block without it removes every trace.
+
+    Files of an existing folder at `path` that were not written anew are carried into the new one, so that replacing an
+    adapter keeps the tokenizer and the notes beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._final = path.absolute()
+        self.temporary = self._final.parent / f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"
+        self._made: list[Path] = []
+
+    def __enter__(self) -> AtomicFolder:
+        try:
+            with explained(self.path):
+                missing = [p for p in (self._final.parent, *self._final.parent.parents) if not p.exists()]
+                for parent in reversed(missing):
+                    parent.mkdir()
+                    self._made.append(parent)
+                self.temporary.mkdir()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write and fsync a small file; OutputError where that fails."""
+        with explained(self.path), open(self.temporary / name, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Put the folder in place; OutputError leaves the destination as it was."""
+        retired = self._final.parent / f".{self.path.name[:60]}.{secrets.token_hex(4)}.old"
+        with explained(self.path):
+            if self._final.is_dir():
+                for item in self._final.iterdir():
+                    _carry_over(item, self.temporary / item.name)
+                self._final.rename(retired)
+                try:
+                    self.temporary.rename(self._final)
+                except BaseException:
+                    retired.rename(self._final)
+                    raise
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                self.temporary.rename(self._final)
+        self._made.clear()
+        fsync_folder(self._final.parent)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        while self._made:
+            with contextlib.suppress(OSError):  # somebody else has put a file there
+                self._made.pop().rmdir()
+
+
+def _carry_over(item: Path, destination: Path) -> None:
+    if destination.exists():
+        return
+    if item.is_dir() and not item.is_symlink():
+        destination.mkdir()
+        for child in item.iterdir():
+            _carry_over(child, destination / child.name)
+        return
+    try:
+        os.link(item, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(item, destination, follow_symlinks=False)

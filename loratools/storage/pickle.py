@@ -1,0 +1,121 @@
+"""Pickled checkpoints: tensors and plain values only, no code is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, final
+
+from loratools._lazy import torch
+from loratools.errors import InputError
+from loratools.storage.atomic import printable
+from loratools.storage.base import TensorSource, TensorSpec
+from loratools.storage.header import quoted, spec_of
+from loratools.storage.safetensors import open_regular_file
+
+_NESTS: Final = ("state_dict", "model", "module")
+_CHUNK: Final = 8 << 20
+_LARGEST_VIEW: Final = 1 << 30  # a stride of 0 makes a tensor of any size out of four bytes
+
+
+@final
+class PickleSource(TensorSource):
+    """The tensors of a `torch.save` file: a flat dictionary, or one under `state_dict`, `model` or `module`.
+
+    `skipped` names the entries that are no tensors. A zip file is memory-mapped, a legacy one is loaded whole.
+    """
+
+    container = "pickle"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._size = 0
+        tree = self._load()
+        table = _state_dict(tree)
+        if not table:
+            raise InputError(f"{printable(self.path)}: holds no dictionary of tensors; export the state dict itself")
+        self._tensors: dict[str, torch.Tensor] = {name: value for name, value in table.items() if _is_named_tensor(name, value)}
+        self.specs = {name: self._spec(name, tensor) for name, tensor in self._tensors.items()}
+        self.metadata = {}
+        outside = () if table is tree else (name for name, value in tree.items() if value is not table)
+        inside = (name for name in table if name not in self._tensors)
+        self.skipped: tuple[str, ...] = tuple(str(name) for name in (*outside, *inside))
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._tensors and name in self.specs:
+            raise InputError(f"{printable(self.path)}: is closed; open it again")
+        return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._tensors = {}
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        with open(open_regular_file(self.path), "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _load(self) -> Any:
+        with open(open_regular_file(self.path), "rb") as file:
+            self._size = os.fstat(file.fileno()).st_size
+            is_zip = file.read(4) == b"PK\x03\x04"
+        try:
+            if is_zip:
+                self._refuse_compressed()
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as error:
+            if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
+                raise self._damaged(error) from None
+            raise InputError(
+                f"{printable(self.path)}: this pickle holds code or objects besides tensors, which are not executed; "
+                "convert it to safetensors with the tool that wrote it"
+            ) from None
+        except InputError:
+            raise
+        except Exception as error:  # bytes from strangers make this loader raise nearly anything
+            raise self._damaged(error) from None
+
+    def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
+        try:
+            spec = spec_of(tensor)
+        except ValueError as error:
+            raise InputError(f"{printable(self.path)}: tensor {quoted(name)}: {error}; export it as a plain tensor") from None
+        if spec.nbytes > max(self._size, _LARGEST_VIEW):
+            raise InputError(
+                f"{printable(self.path)}: tensor {quoted(name)} claims {spec.nbytes} bytes in a file of {self._size}; "
+                "convert it to safetensors with the tool that wrote it"
+            )
+        return spec
+
+    def _refuse_compressed(self) -> None:
+        with zipfile.ZipFile(self.path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+        if unpacked > self._size:
+            raise InputError(
+                f"{printable(self.path)}: unpacks to {unpacked} bytes from {self._size}, which torch.save never writes; "
+                "do not trust it"
+            )
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(
+            f"{printable(self.path)}: is no readable torch.save file ({type(error).__name__}: {quoted(str(error))}); "
+            "download or export it again"
+        )
+
+
+def _state_dict(tree: object) -> Mapping[Any, Any]:
+    """The dictionary that holds the tensors: `tree` itself, or else one of its nests; empty where there is none."""
+    if isinstance(tree, Mapping):
+        for candidate in (tree, *(tree.get(nest) for nest in _NESTS)):
+            if isinstance(candidate, Mapping) and any(_is_named_tensor(*item) for item in candidate.items()):
+                return candidate
+    return {}
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
