@@ -27,7 +27,7 @@ from typing import NamedTuple, TypeAlias
 Step: TypeAlias = tuple[float, int]  # (gain > 0, cost >= 1)
 Chain: TypeAlias = Sequence[Step]
 
-MOST_WORK = 400_000  # states made before the search gives up with a certified gap, some 0.4 s
+MOST_WORK = 1_000_000  # states made before the search gives up with a certified gap: a second or so
 _ROUNDING = 1e-12  # a loss smaller by less than this share is the same loss
 
 
@@ -190,13 +190,14 @@ def _search(
     states = [_State(0, 0.0, None)]
     work = 0
     for position, near in enumerate(core):
-        work += len(states) * (len(near.moves) + 1)
+        moves = [move for move in near.moves if move.loss < least]  # `least` has fallen since
+        work += len(states) * (len(moves) + 1)
         if work > most_work:
             doubt = max(0.0, least - min(bound(state, position) for state in states))
             return _unwound(best), doubt
         grown = list(states)
         for state in states:
-            for move in near.moves:
+            for move in moves:
                 loss = state.loss + move.loss
                 if loss >= least:
                     continue

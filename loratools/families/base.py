@@ -62,6 +62,16 @@ class Update(ABC):
 
     @classmethod
     @abstractmethod
+    def rank_step(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        """Ranks are multiples of this: the groups of a grouped convolution, 1 elsewhere."""
+
+    @classmethod
+    @abstractmethod
+    def bytes_per_rank(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        """Bytes that each rank of a fitted update takes in the stored dtypes."""
+
+    @classmethod
+    @abstractmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
         """Shape of the base parameter that the delta is added to."""
 

@@ -72,6 +72,14 @@ class DoRA(Update):
         return LoRA.rank_of(specs, layout)
 
     @classmethod
+    def rank_step(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        return 1
+
+    @classmethod
+    def bytes_per_rank(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        return LoRA.bytes_per_rank(specs, layout)
+
+    @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
         return LoRA.base_shape(specs, layout)
 

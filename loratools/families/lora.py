@@ -10,13 +10,12 @@ from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import Layout, Update
 from loratools.operators import BlockDiagonal, LowRank, Operator
+from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-
-    from loratools.storage.base import TensorSpec
 
 
 @final
@@ -66,6 +65,19 @@ class LoRA(Update):
     @classmethod
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["up"].shape[1] if "mid" in specs else specs["down"].shape[0] // layout.experts
+
+    @classmethod
+    def rank_step(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        if layout.experts > 1 or "mid" in specs:
+            return 1
+        return specs["down"].shape[0] // specs["up"].shape[1]
+
+    @classmethod
+    def bytes_per_rank(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        kernel = specs["mid"].shape[2:] if "mid" in specs else specs["down"].shape[2:]
+        down = TensorSpec(specs["down"].dtype, (specs["down"].shape[1], *kernel)).nbytes
+        up = TensorSpec(specs["up"].dtype, (specs["up"].shape[0],)).nbytes
+        return layout.experts * (down + up // cls.rank_step(specs, layout))
 
     @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
@@ -174,6 +186,8 @@ def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:
     if not isinstance(op, LowRank):
         raise AdapterError("a LoRA update holds low-rank operators only")
     ratio = op.scale / scale
+    if ratio == 1.0:
+        return op.left, op.right
     root = math.sqrt(abs(ratio))
     return op.left.double() * math.copysign(root, ratio), op.right.double() * root
 

@@ -11,7 +11,7 @@ from typing import Final
 from loratools.errors import InputError
 from loratools.storage.atomic import AtomicFile, printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
-from loratools.storage.header import file_size, header_bytes, spec_of
+from loratools.storage.header import MAX_HEADER, file_size, header_bytes, spec_of
 from loratools.storage.pickle import PickleSource
 from loratools.storage.safetensors import SafetensorsSink, SafetensorsSource, open_regular_file
 from loratools.storage.sharded import ShardedSource
@@ -44,14 +44,22 @@ class Container:
     open: Callable[[Path], TensorSource]
 
 
+def _is_safetensors(head: bytes) -> bool:
+    return int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:9] in (b"{", b" ", b"\t", b"\n", b"\r")
+
+
+def _is_index(head: bytes) -> bool:
+    return head.lstrip()[:1] == b"{" and b"\0" not in head
+
+
 def _is_pickle(head: bytes) -> bool:
-    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and head[2:3] != b"\0")
+    legacy = head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    return legacy or head.startswith(b"PK\x03\x04")
 
 
 CONTAINERS: Final = (
-    # A header length is below 2^32, which no text, zip or pickle looks like.
-    Container(lambda head: head[4:8] == bytes(4), (".safetensors",), SafetensorsSource),
-    Container(lambda head: head.lstrip()[:1] == b"{" and b"\0" not in head, (".index.json",), ShardedSource),
+    Container(_is_safetensors, (".safetensors",), SafetensorsSource),
+    Container(_is_index, (".index.json",), ShardedSource),
     Container(_is_pickle, (".bin", ".pt", ".pth", ".ckpt"), PickleSource),
 )
 

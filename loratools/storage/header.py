@@ -21,6 +21,7 @@ MAX_INT: Final = 2**63 - 1
 
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _ENTRY: Final = re.compile(r"\{[^{}]{0,4096}\}")
+_DECODER: Final = json.JSONDecoder()
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _DTYPE_NAMES: Final = {attribute: name for name, (attribute, _) in DTYPES.items()}
 
@@ -31,7 +32,7 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a valid header says; `starts` counts from the first byte of data, and all three keep the order of the data."""
+    """What a valid header says, in the order of the data; `starts` counts from the first byte of data."""
 
     specs: Mapping[str, TensorSpec]
     starts: Mapping[str, int]
@@ -62,7 +63,7 @@ def unique_pairs(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_header(raw: bytes, data_size: int) -> Header:
+def parse_header(raw: bytes | bytearray, data_size: int) -> Header:
     """The header in `raw`, whose tensors must cover exactly `data_size` bytes; HeaderError otherwise.
 
     Parsing stops at the first byte that no safetensors header can have, so that junk costs neither time nor memory.
@@ -83,7 +84,8 @@ def parse_header(raw: bytes, data_size: int) -> Header:
     end = 0
     for name, (spec, start) in ordered:
         if start != end:
-            raise HeaderError(f"the bytes of tensor {quoted(name)} {'overlap' if start < end else 'leave a hole after'} the one before")
+            fault = "overlap" if start < end else "leave a hole after"
+            raise HeaderError(f"the bytes of tensor {quoted(name)} {fault} the one before")
         end += spec.nbytes
     if end != data_size:
         raise HeaderError(f"its header describes {end} bytes of data, but the file holds {data_size}")
@@ -115,25 +117,18 @@ def rounded(size: int) -> int:
     return -(-size // 8) * 8
 
 
-def _natural(digits: str) -> int:
-    if digits.startswith("-"):  # "-0" is an integer to Python, and none to the official library
-        raise HeaderError("a number is negative")
-    return int(digits)
-
-
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_int=_natural)
-
-
 def _entry(name: str, text: str) -> tuple[TensorSpec, int]:
     try:
-        fields = _DECODER.decode(text)
+        fields, _ = _DECODER.raw_decode(text)
     except ValueError as error:
         raise HeaderError(f"the entry of tensor {quoted(name)} is malformed ({quoted(str(error))})") from None
-    if fields.keys() != _FIELDS:
+    if fields.keys() != _FIELDS or text.count(":") != len(_FIELDS):  # a field given twice leaves one key
         raise HeaderError(f"the entry of tensor {quoted(name)} must have dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise HeaderError(f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
+    if "-" in text:  # -0 is an integer to Python, and none to the official library
+        raise HeaderError(f"the entry of tensor {quoted(name)} has a negative number")
     if not _are_naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise HeaderError(f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     spec = TensorSpec(dtype, tuple(shape))
@@ -147,7 +142,9 @@ def _entry(name: str, text: str) -> tuple[TensorSpec, int]:
 
 
 def _are_naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)  # a bool is no size
+    if not isinstance(value, list):
+        return False
+    return all([type(item) is int for item in value])  # a bool is no size; lists are short, a generator costs more
 
 
 @final
@@ -160,11 +157,11 @@ class _Scanner:
 
     def take(self, token: str) -> bool:
         """Step over white space, and over `token` where it follows; whether it did."""
-        space = _SPACE.match(self._text, self._at)
-        if space is not None:
+        if not self._text.startswith(token, self._at) or not token:
+            space = _SPACE.match(self._text, self._at)
+            if space is None or not self._text.startswith(token, space.end()):
+                return False
             self._at = space.end()
-        if not self._text.startswith(token, self._at):
-            return False
         self._at += len(token)
         return True
 

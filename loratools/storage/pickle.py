@@ -38,7 +38,9 @@ class PickleSource(TensorSource):
         table = _state_dict(tree)
         if not table:
             raise InputError(f"{printable(self.path)}: holds no dictionary of tensors; export the state dict itself")
-        self._tensors: dict[str, torch.Tensor] = {name: value for name, value in table.items() if _is_named_tensor(name, value)}
+        self._tensors: dict[str, torch.Tensor] = {
+            name: value for name, value in table.items() if _is_named_tensor(name, value)
+        }
         self.specs = {name: self._spec(name, tensor) for name, tensor in self._tensors.items()}
         self.metadata = {}
         outside = () if table is tree else (name for name, value in tree.items() if value is not table)
@@ -77,14 +79,16 @@ class PickleSource(TensorSource):
             ) from None
         except InputError:
             raise
-        except Exception as error:  # bytes from strangers make this loader raise nearly anything
+        except Exception as error:  # noqa: BLE001 - bytes from strangers make this loader raise nearly anything
             raise self._damaged(error) from None
 
     def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
         try:
             spec = spec_of(tensor)
         except ValueError as error:
-            raise InputError(f"{printable(self.path)}: tensor {quoted(name)}: {error}; export it as a plain tensor") from None
+            raise InputError(
+                f"{printable(self.path)}: tensor {quoted(name)}: {error}; export it as a plain tensor"
+            ) from None
         if spec.nbytes > max(self._size, _LARGEST_VIEW):
             raise InputError(
                 f"{printable(self.path)}: tensor {quoted(name)} claims {spec.nbytes} bytes in a file of {self._size}; "
@@ -97,7 +101,7 @@ class PickleSource(TensorSource):
             unpacked = sum(record.file_size for record in archive.infolist())
         if unpacked > self._size:
             raise InputError(
-                f"{printable(self.path)}: unpacks to {unpacked} bytes from {self._size}, which torch.save never writes; "
+                f"{printable(self.path)}: unpacks to {unpacked} bytes from {self._size}, more than torch.save writes; "
                 "do not trust it"
             )
 

@@ -58,10 +58,10 @@ class SafetensorsSource(TensorSource):
             flat = torch.empty(spec.nbytes, dtype=torch.uint8)
         except RuntimeError:
             raise InputError(
-                f"{printable(self.path)}: tensor {quoted(name)} needs {spec.nbytes} bytes, more than there is memory for; "
+                f"{printable(self.path)}: tensor {quoted(name)} needs {spec.nbytes} bytes, more than there is memory; "
                 "use a larger machine"
             ) from None
-        rest = memoryview(flat.numpy())
+        rest = flat.numpy().data
         while rest:
             count = self._fill(rest, start)
             start, rest = start + count, rest[count:]
@@ -105,7 +105,7 @@ class SafetensorsSource(TensorSource):
                 raise HeaderError(f"has {self._size} bytes, too few for a safetensors file")
             length = int.from_bytes(self._read_bytes(8, 0), "little")
             if length > MAX_HEADER:
-                raise HeaderError(f"is no safetensors file: its header would have {length} bytes, the limit is {MAX_HEADER}")
+                raise HeaderError(f"is no safetensors file: a header of {length} bytes exceeds {MAX_HEADER}")
             if not 0 < length <= self._size - 8:
                 raise HeaderError(f"its header should have {length} bytes, but {self._size - 8} follow")
             self._data = 8 + length
@@ -128,8 +128,8 @@ class SafetensorsSink(TensorSink):
     """A safetensors file being streamed to disk, holding one tensor at a time.
 
     The data starts after `reserve` bytes. A header that needs less is padded with spaces; one that needs more moves
-    the data, which costs one more copy of the file. So the size is exactly `file_size(specs, metadata, reserve=reserve)`,
-    `reserve=0` writes the smallest file, and `reserve=len(header_bytes(specs, metadata))` the same one without the copy.
+    the data, which costs one more copy of the file. So the size is `file_size(specs, metadata, reserve=reserve)` to the
+    byte; `reserve=0` writes the smallest file, and `reserve=len(header_bytes(specs, metadata))` saves the copy.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, reserve: int = 0) -> None:
@@ -146,7 +146,7 @@ class SafetensorsSink(TensorSink):
         name.encode("utf-8")  # half a surrogate pair: UnicodeEncodeError is a ValueError
         spec = spec_of(tensor)
         flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write_at(self._end, memoryview(flat.numpy()))
+        self._file.write_at(self._end, flat.numpy().data)
         self._specs[name] = spec
         self._end += spec.nbytes
 
@@ -157,8 +157,8 @@ class SafetensorsSink(TensorSink):
         header = header_bytes(self._specs, metadata, reserve=self._start)
         if len(header) - 8 > MAX_HEADER:
             raise OutputError(
-                f"{printable(self._file.path)}: its header would have {len(header)} bytes and no reader accepts more than "
-                f"{MAX_HEADER}; write fewer tensors or less metadata"
+                f"{printable(self._file.path)}: its header has {len(header)} bytes, readers accept {MAX_HEADER}; write "
+                "fewer tensors or less metadata"
             )
         by = len(header) - self._start
         if by:
@@ -189,7 +189,8 @@ def open_regular_file(path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would block here for ever
     except (OSError, ValueError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        raise InputError(f"{printable(path)}: {_OPEN_REMEDIES.get(number or 0, f'cannot be opened: {error}')}") from None
+        problem = _OPEN_REMEDIES.get(number or 0, f"cannot be opened ({quoted(str(error))}); check the path")
+        raise InputError(f"{printable(path)}: {problem}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         kind = "is a folder; name a file in it" if path.is_dir() else "is no regular file; copy it to one first"

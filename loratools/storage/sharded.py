@@ -24,7 +24,7 @@ _MAX_INDEX: Final = 32 << 20  # the index of a 1T-parameter mixture of experts h
 class ShardedSource(TensorSource):
     """The tensors listed by a `*.safetensors.index.json`, in its order, from the shards beside it.
 
-    `skipped` names the tensors that the shards hold and the index does not list.
+    `unlisted` names the tensors that the shards hold and the index does not list.
     """
 
     container = "sharded"
@@ -40,7 +40,7 @@ class ShardedSource(TensorSource):
             for name, shard in self._home.items():
                 if name not in self._shards[shard].specs:
                     raise InputError(
-                        f"{printable(self.path)}: lists tensor {quoted(name)} in {quoted(shard)}, which does not hold it; "
+                        f"{printable(self.path)}: lists tensor {quoted(name)} in {quoted(shard)}, which lacks it; "
                         "download index and shards again, from one revision"
                     )
         except BaseException:
@@ -48,9 +48,10 @@ class ShardedSource(TensorSource):
             raise
         self.specs = {name: self._shards[shard].specs[name] for name, shard in self._home.items()}
         self.metadata = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in index.get("metadata", {}).items()
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in index.get("metadata", {}).items()
         }
-        self.skipped: tuple[str, ...] = tuple(
+        self.unlisted: tuple[str, ...] = tuple(
             name for shard, source in self._shards.items() for name in source.specs if self._home.get(name) != shard
         )
 

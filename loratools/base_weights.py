@@ -1,0 +1,75 @@
+"""The base model's weights, by parameter name, one at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools.errors import AdapterError, InputError
+from loratools.storage import open_source
+from loratools.storage.atomic import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.storage.base import TensorSource
+
+_NAMES = ("model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+# What kohya and LyCORIS put before a flattened module path.
+_FLAT_PREFIX = re.compile(r"^(lora_unet|lora_te\d?|lora_prior_unet|lora_transformer|lycoris|lora)_")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseWeights:
+    """Looks base parameters up by the names that adapters use for them."""
+
+    source: TensorSource
+
+    def name_of(self, parameter: str) -> str | None:
+        """The stored name of `parameter`: itself, or the only one that ends with it, or that it ends with, at a dot.
+
+        A flattened name stands for the only parameter that flattens to it. None where there is no or no single match.
+        """
+        names = self.source.specs
+        if parameter in names:
+            return parameter
+        near = [n for n in names if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
+        if not near and "." not in parameter.removesuffix(".weight"):
+            flat = _FLAT_PREFIX.sub("", parameter.removesuffix(".weight"))
+            near = [n for n in names if f"_{n.removesuffix('.weight').replace('.', '_')}".endswith(f"_{flat}")]
+        return near[0] if len(near) == 1 else None
+
+    def find(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
+        """The weight of `parameter`, reshaped between a linear and a 1 x 1 convolution where that is all that differs.
+
+        AdapterError where it is missing or of another shape.
+        """
+        name = self.name_of(parameter)
+        if name is None:
+            raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
+        tensor = self.source.read(name)
+        if tuple(tensor.shape) == shape:
+            return tensor
+        if _squeezed(tuple(tensor.shape)) == _squeezed(shape):
+            return tensor.reshape(shape)
+        raise AdapterError(
+            f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; is it the right base?"
+        )
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+
+
+def load_base(path: str | os.PathLike[str]) -> BaseWeights:
+    """Open a base model: a weights file, or a folder with one (sharded or not); reads headers only."""
+    place = Path(path)
+    if place.is_dir():
+        found = [place / n for n in _NAMES if (place / n).is_file()] or sorted(place.glob("*.safetensors"))
+        if not found or (len(found) > 1 and found[0].name not in _NAMES):
+            raise InputError(f"{printable(place)}: no single base model in this folder; name the file")
+        place = found[0]
+    return BaseWeights(open_source(place))

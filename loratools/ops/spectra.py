@@ -1,0 +1,121 @@
+"""The singular values of every target, measured without changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.errors import AdapterError, NeedsBaseError
+from loratools.linalg.factored import Factored, factored, is_finite, singular_values
+from loratools.linalg.svd import blocks_of, spectrum
+from loratools.operators import LowRank, Operator
+from loratools.pipeline import batches, ordered_map, worker_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.adapter import Adapter, Entry
+    from loratools.base_weights import BaseWeights
+    from loratools.families.base import Update
+
+# Bytes of stored factors worked on at once by each worker; float64 copies take four to eight times as much.
+BATCH_BYTES = {"cpu": 4 << 20}
+ACCELERATOR_BATCH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Singular values of one target's low-rank part, scale included: one descending list for each block."""
+
+    target: str
+    blocks: tuple[tuple[float, ...], ...]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All values, descending."""
+        return tuple(sorted((v for block in self.blocks for v in block), reverse=True))
+
+
+def group_targets(adapter: Adapter, targets: Sequence[str], device: str, *, rank: Callable[[str], int] = lambda t: 0) -> list[list[str]]:
+    """Targets of equal family, shapes and rank to be reached, in batches that fit the device."""
+
+    def key(target: str) -> tuple[object, ...]:
+        entry = adapter.entries[target]
+        return (entry.family, tuple(sorted(entry.specs.items(), key=lambda item: item[0])), entry.layout, rank(target))
+
+    limit = BATCH_BYTES.get(device, ACCELERATOR_BATCH_BYTES)
+    return batches(targets, key=key, size=lambda t: adapter.entries[t].nbytes, limit=limit)
+
+
+def stack_blocks(parts: Sequence[Operator], device: str) -> tuple[Factored, int] | None:
+    """Factored form of all blocks of all parts, scale included, and the blocks per part; None where some are not low rank."""
+    blocks = [block for part in parts for block in blocks_of(part)]
+    lows = [b for b in blocks if isinstance(b, LowRank)]
+    if len(lows) != len(blocks):
+        return None
+    scales = torch.tensor([b.scale for b in lows], dtype=torch.float64, device=device).reshape(-1, 1, 1)
+    left = torch.stack([b.left for b in lows]).to(device) * scales  # promotes to float64 in one pass
+    return factored(left, torch.stack([b.right for b in lows]).to(device)), len(blocks) // len(parts)
+
+
+def base_tensor(adapter: Adapter, target: str, entry: Entry, base: BaseWeights | None) -> Tensor | None:
+    """The base weight of a target whose family needs it; NeedsBaseError where none was given."""
+    if not entry.family.needs_base:
+        return None
+    if base is None:
+        raise NeedsBaseError(f"{target}: the delta of {entry.family.family} depends on the base weight; pass --base")
+    return base.find(adapter.format.parameter(target), entry.base_shape)
+
+
+def measure(
+    adapter: Adapter,
+    targets: Sequence[str] | None = None,
+    *,
+    base: BaseWeights | None = None,
+    device: str = "cpu",
+    allow_nonfinite: bool = False,
+) -> Iterator[Measured]:
+    """Spectra of `targets` (all, by default), batch by batch; AdapterError names a target with NaN or infinity.
+
+    With `allow_nonfinite` such a target has no values. For families with a base-dependent magnitude the spectrum is that
+    of the scaled low-rank part.
+    """
+
+    def work(batch: list[str]) -> list[Measured]:
+        parts = []
+        for target in batch:
+            entry = adapter.entries[target]
+            parts.append(entry.read().low_rank_part(base_tensor(adapter, target, entry, base)))
+        stacked = stack_blocks(parts, device)
+        if stacked is None:
+            return [Measured(t, (tuple(spectrum(p).tolist()),)) for t, p in zip(batch, parts, strict=True)]
+        f, per_part = stacked
+        finite = is_finite(f).reshape(-1, per_part).all(1).tolist()
+        if not all(finite) and not allow_nonfinite:
+            raise nonfinite_error(batch[finite.index(False)])
+        sound = torch.tensor(finite, device=f.left.device).repeat_interleave(per_part)
+        values = torch.zeros(f.left.shape[0], min(f.left.shape[1], f.left.shape[2], f.right.shape[2]), dtype=torch.float64)
+        kept = Factored(f.left[sound], f.right[sound], f.left_gram[sound], f.right_gram[sound])
+        values[sound.cpu()] = singular_values(kept).cpu()
+        rows = [tuple(row) for row in values.tolist()]
+        return [
+            Measured(t, tuple(rows[i * per_part : (i + 1) * per_part]) if finite[i] else ()) for i, t in enumerate(batch)
+        ]
+
+    chosen = list(adapter.entries) if targets is None else list(targets)
+    for results in ordered_map(work, group_targets(adapter, chosen, device), workers=worker_count(device)):
+        yield from results
+
+
+def nonfinite_error(target: str) -> AdapterError:
+    return AdapterError(f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged")
+
+
+def fit_update(update: Update, part: Operator, *, target: str, scale: float, base: Tensor | None) -> Update:
+    """`update.fit`, with the target named in its errors."""
+    try:
+        return update.fit(part, scale=scale, base=base)
+    except AdapterError as error:
+        raise type(error)(f"{target}: {error}") from error

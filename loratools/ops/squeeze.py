@@ -1,0 +1,310 @@
+"""Lower ranks with the least error: measure, decide, apply (LoRA-Squeeze, arXiv 2602.10993)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.adapter import Adapter, Record, entry_of
+from loratools.errors import AdapterError, UnchangedError, UsageError
+from loratools.files import Saved, header_room, write
+from loratools.linalg.factored import balanced_factors, is_finite, squared_distance
+from loratools.linalg.inner import frobenius
+from loratools.linalg.svd import Method, truncate
+from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
+from loratools.ops.spectra import base_tensor, fit_update, group_targets, measure, nonfinite_error, stack_blocks
+from loratools.pipeline import ordered_map, worker_count
+from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
+from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
+
+if TYPE_CHECKING:
+    from loratools.base_weights import BaseWeights
+    from loratools.families.base import Update
+    from loratools.formats import ScaleMode
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """How to squeeze, beside the ranks.
+
+    `scale`: `fold` writes scale 1 wherever the file can say so, `keep` the scale as read. `seed` matters to the
+    randomised method alone. `allow_nonfinite` carries targets with NaN or infinity over unchanged.
+    """
+
+    method: Method = "auto"
+    scale: ScaleMode = "fold"
+    base: BaseWeights | None = None
+    device: str = "cpu"
+    seed: int = 0
+    allow_nonfinite: bool = False
+    allow_unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks decided: what changes, and what does not with the reason."""
+
+    ranks: Mapping[str, int]
+    unchanged: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def squeeze(
+    adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), options: Squeeze = Squeeze()
+) -> tuple[Adapter, SqueezeReport]:
+    """The best adapter of lower rank, in memory, with what it costs.
+
+    Each target gets the Eckart-Young optimum at its rank, with balanced factors in the stored dtypes. A target whose
+    rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all, NeedsBaseError
+    for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
+    """
+    changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
+    plan = decide(changed, rank, limits=limits, options=options)
+    updates: dict[str, Update] = {}
+    outcomes = []
+    for outcome, update in apply(changed, plan, options):
+        updates[outcome.target] = update
+        outcomes.append(outcome)
+    result = changed.with_updates(updates)
+    warnings = (*adapter.warnings, *plan.warnings)
+    report = summarise(
+        outcomes, plan.unchanged, bytes_before=adapter.nbytes, bytes_after=result.nbytes, warnings=warnings
+    )
+    return result, report
+
+
+def squeeze_file(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    rank: int | Policy,
+    *,
+    limits: Limits = Limits(),
+    options: Squeeze = Squeeze(),
+    force: bool = False,
+) -> tuple[Saved, SqueezeReport]:
+    """As `squeeze`, streamed to `path` in the adapter's dialect, with memory for a few targets whatever the adapter's size."""
+    changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
+    plan = decide(changed, rank, limits=limits, options=options)
+    return stream(changed, plan.unchanged, apply(changed, plan, options), path, warnings=plan.warnings, force=force)
+
+
+def stream(
+    adapter: Adapter,
+    unchanged: Mapping[str, str],
+    changes: Iterator[tuple[Outcome, Update]],
+    path: str | os.PathLike[str],
+    *,
+    warnings: tuple[str, ...],
+    force: bool,
+) -> tuple[Saved, SqueezeReport]:
+    """Write changed targets as they come, then the unchanged ones, and report on both."""
+    outcomes: list[Outcome] = []
+
+    def updates() -> Iterator[tuple[str, Update]]:
+        for outcome, update in changes:
+            outcomes.append(outcome)
+            yield outcome.target, update
+        for target in unchanged:
+            if target in adapter.entries:
+                yield target, adapter[target]
+
+    saved = write(adapter, updates(), Path(path), force=force)
+    before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    notes = (*adapter.warnings, *warnings)
+    report = summarise(
+        outcomes, unchanged, bytes_before=before, bytes_after=saved.nbytes, warnings=notes, output=str(saved.path)
+    )
+    return saved, report
+
+
+def with_record(adapter: Adapter, verb: str, recorded: Mapping[str, object]) -> Adapter:
+    """`adapter` with the record that saving it will store."""
+    digest = adapter.origin.sha256 if adapter.origin else lambda: ""
+    return replace(adapter, record=Record(verb, recorded, digest))
+
+
+def arguments(rank: int | Policy, limits: Limits, options: Squeeze) -> dict[str, object]:
+    """The choices that shape the output, as the record states them."""
+    policy = Fixed(rank) if isinstance(rank, int) else rank
+    fields = {"policy": repr(policy), "method": options.method, "scale": options.scale, "seed": options.seed}
+    return fields if limits == Limits() else fields | {"limits": repr(limits)}
+
+
+def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), options: Squeeze = Squeeze()) -> Plan:
+    """One rank for each target that gets a lower one. Raises UnchangedError where none does."""
+    policy = Fixed(rank) if isinstance(rank, int) else rank
+    warnings: list[str] = []
+    if isinstance(policy, Fixed) and limits == Limits():
+        wanted = {t: _whole_steps(adapter, t, policy.value, policy) for t in adapter.entries}
+        bad: list[str] = []
+    else:
+        wanted, bad, note = _allocate(adapter, policy, limits, options)
+        warnings += note
+    unchanged = dict(adapter.unsupported) | dict.fromkeys(bad, "holds NaN or infinity")
+    ranks = {}
+    for target, entry in adapter.entries.items():
+        if target in unchanged:
+            continue
+        if wanted[target] >= entry.rank:
+            unchanged[target] = f"rank {entry.rank} is not above the chosen {wanted[target]}"
+        else:
+            ranks[target] = wanted[target]
+    if not ranks and not options.allow_unchanged:
+        first = next(iter(unchanged.items()), ("the adapter", "it holds no update"))
+        raise UnchangedError(
+            f"nothing to squeeze in {len(unchanged)} targets ({first[0]}: {first[1]}); choose a lower rank, or pass --allow-unchanged"
+        )
+    return Plan(ranks, unchanged, tuple(warnings))
+
+
+def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy) -> int:
+    """`rank` as whole steps of the target: never above a rank or a budget that was asked for, never below an energy."""
+    entry = adapter.entries[target]
+    step = entry.family.rank_step(entry.specs, entry.layout)
+    steps = rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step)
+    return min(max(1, steps) * step, max(rank, entry.rank))
+
+
+def _allocate(
+    adapter: Adapter, policy: Policy, limits: Limits, options: Squeeze
+) -> tuple[dict[str, int], list[str], list[str]]:
+    """Measured spectra put to the policy; with the targets that hold NaN, and what to warn of."""
+    spectra: dict[str, Spectrum] = {}
+    bad: list[str] = []
+    relative_to_base = isinstance(policy, Budget) and policy.relative_to == "base"
+    measured = measure(
+        adapter, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite
+    )
+    for m in measured:
+        entry = adapter.entries[m.target]
+        if not m.blocks:
+            bad.append(m.target)
+            continue
+        step = entry.family.rank_step(entry.specs, entry.layout)
+        m_rows, m_cols = entry.base_shape[0], math.prod(entry.base_shape[1:])
+        norm = None
+        if relative_to_base:
+            if options.base is None:
+                raise UsageError("errors relative to the base weights need --base")
+            norm = float(options.base.find(adapter.format.parameter(m.target), entry.base_shape).double().norm())
+        pooled = Spectrum.pooled(m.blocks, 1, rows=m_rows, cols=m_cols).values
+        values = tuple(v / math.sqrt(step) for v in pooled for _ in range(step))
+        cost = entry.family.bytes_per_rank(entry.specs, entry.layout)
+        spectra[m.target] = Spectrum(values[: entry.rank], cost, rows=m_rows, cols=m_cols, base_norm=norm)
+    if isinstance(policy, Budget):
+        policy = replace(policy, bytes_=policy.bytes_ - _overhead(adapter, set(spectra)))
+    allocation = allocate(spectra, policy, limits)
+    notes = []
+    if allocation.optimality_gap > 1e-9 * max(allocation.squared_error, 1e-300):
+        notes.append(f"the budget's squared error is within {allocation.optimality_gap:.3g} of the least possible")
+    return {t: _whole_steps(adapter, t, k, policy) for t, k in allocation.ranks.items()}, bad, notes
+
+
+def _overhead(adapter: Adapter, squeezable: set[str]) -> int:
+    """Bytes of the written file that no choice of ranks changes."""
+    fixed = header_room(adapter) + sum(extra.spec.nbytes for extra in adapter.extras.values())
+    declared = adapter.format.declare(adapter.written(), adapter.metadata)
+    fixed += sum(spec.nbytes for _, spec in declared.scalars.values())
+    for target, entry in adapter.entries.items():
+        if target in squeezable:
+            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in ("down", "up", "mid"))
+        else:
+            fixed += entry.nbytes
+    return fixed
+
+
+def apply(adapter: Adapter, plan: Plan, options: Squeeze) -> Iterator[tuple[Outcome, Update]]:
+    """Squeeze the planned targets, several at a time, in batches of equal shape."""
+    targets = list(plan.ranks)
+    batched = options.method != "rsvd"
+    groups = group_targets(adapter, targets, options.device, rank=plan.ranks.__getitem__)
+
+    def work(batch: list[str]) -> list[tuple[Outcome, Update]]:
+        rank = plan.ranks[batch[0]]
+        if batched and not adapter.entries[batch[0]].family.needs_base:
+            done = _squeeze_batch(adapter, batch, rank, options)
+            if done is not None:
+                return done
+        return [_squeeze_one(adapter, target, rank, options) for target in batch]
+
+    for results in ordered_map(work, groups, workers=worker_count(options.device)):
+        yield from results
+
+
+def _squeeze_batch(
+    adapter: Adapter, batch: list[str], rank: int, options: Squeeze
+) -> list[tuple[Outcome, Update]] | None:
+    """All targets of one shape at once, by Gram matrices; None where that is not the way for them."""
+    entry = adapter.entries[batch[0]]
+    updates = [adapter[target] for target in batch]
+    parts = [update.low_rank_part() for update in updates]
+    block_rank = rank // entry.family.rank_step(entry.specs, entry.layout)
+    stacked = stack_blocks(parts, options.device)
+    if stacked is None:
+        return None
+    f, per_part = stacked
+    if options.method == "auto" and _prefers_rsvd(f.left.shape, f.right.shape, block_rank):
+        return None
+    if not bool((finite := is_finite(f)).all()):
+        raise nonfinite_error(batch[int(finite.logical_not().nonzero()[0]) // per_part])
+    best = balanced_factors(f, block_rank)
+    fitted = []
+    for i, (target, update) in enumerate(zip(batch, updates, strict=True)):
+        scale = adapter.format.writable_scale(target, rank, update.scale, options.scale)
+        lows = [LowRank(best.up[j], best.down[j]) for j in range(i * per_part, (i + 1) * per_part)]
+        part: Operator = lows[0] if per_part == 1 else BlockDiagonal(tuple(lows))
+        fitted.append(fit_update(update, part, target=target, scale=scale, base=None))
+    stored = stack_blocks([update.low_rank_part() for update in fitted], options.device)
+    assert stored is not None
+    distance, norm = squared_distance(f, stored[0].left, stored[0].right)
+    squares = best.spectrum.square()
+    kept = squares[:, :block_rank].sum(1) / 1.0
+    rows = torch.stack([distance, norm, kept, squares.sum(1)]).reshape(4, -1, per_part).sum(2).tolist()
+    return [
+        (_outcome(adapter, target, new, *(row[i] for row in rows)), new)
+        for i, (target, new) in enumerate(zip(batch, fitted, strict=True))
+    ]
+
+
+def _prefers_rsvd(left: torch.Size, right: torch.Size, rank: int) -> bool:
+    from loratools.linalg.svd import RSVD_MIN_RATIO, RSVD_MIN_TERMS
+
+    terms = min(left[1], left[2], right[2])
+    return terms >= RSVD_MIN_TERMS and terms >= RSVD_MIN_RATIO * rank
+
+
+def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> tuple[Outcome, Update]:
+    """Any family and structure, one target at a time."""
+    entry, update = adapter.entries[target], adapter[target]
+    base = base_tensor(adapter, target, entry, options.base)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+        raise nonfinite_error(target)
+    part = update.low_rank_part(base).to(torch.float64, options.device)
+    step = entry.family.rank_step(entry.specs, entry.layout)
+    best = truncate(part, rank // step, method=options.method, seed=options.seed)
+    scale = adapter.format.writable_scale(target, rank, update.scale, options.scale)
+    new = fit_update(update, best.operator, target=target, scale=scale, base=base)
+    delta = update.operator(base).to(torch.float64, options.device)
+    stored = new.operator(base).to(torch.float64, options.device)
+    norm, distance = frobenius(delta) ** 2, frobenius(sum_of([delta, -stored])) ** 2
+    kept = math.fsum(float(s[: rank // step].square().sum()) for s in best.spectra)
+    total = math.fsum(float(s.square().sum()) for s in best.spectra) if best.complete else frobenius(part) ** 2
+    return _outcome(adapter, target, new, distance, norm, kept, total), new
+
+
+def _outcome(
+    adapter: Adapter, target: str, new: Update, distance: float, norm: float, kept: float, total: float
+) -> Outcome:
+    before, after = adapter.entries[target], entry_of(new)
+    if not math.isfinite(distance) or not math.isfinite(norm):
+        raise AdapterError(f"{target}: its norm overflows float64")
+    distance = max(0.0, distance)
+    share = min(1.0, kept / total) if total else 1.0
+    error = math.sqrt(distance / norm) if norm else 0.0
+    change = TargetChange(before.rank, after.rank, share, error, before.nbytes, after.nbytes)
+    return Outcome(target, change, norm, distance, share * norm)

@@ -1,0 +1,58 @@
+"""Work on an adapter's targets side by side, in bounded memory and in a fixed order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from loratools._lazy import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def worker_count(device: str) -> int:
+    """Threads that keep the machine busy: one for each CPU that this process may use, two to feed an accelerator."""
+    if device != "cpu":
+        return 2
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, 16))
+
+
+def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+    """fn(item) in the order of `items`, computed by `workers` threads that run at most two items ahead each.
+
+    Every thread computes on one core, so that results do not depend on the number of cores. The first exception is
+    raised in its place, and whatever has not begun by then never does.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1))
+    try:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(fn, item))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def batches(items: Iterable[T], *, key: Callable[[T], Hashable], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Group items of equal key, in the order in which each key first appears, into lists of at most `limit` bytes."""
+    open_batches: dict[Hashable, list[T]] = {}
+    used: dict[Hashable, int] = {}
+    result: list[list[T]] = []
+    for item in items:
+        k, n = key(item), size(item)
+        if k not in open_batches or used[k] + n > limit:
+            open_batches[k], used[k] = [], 0
+            result.append(open_batches[k])
+        open_batches[k].append(item)
+        used[k] += n
+    return result

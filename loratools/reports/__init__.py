@@ -1,0 +1,1 @@
+"""Frozen records of numbers; `to_dict()` is the JSON that the command line prints."""

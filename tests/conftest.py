@@ -1,0 +1,48 @@
+"""Fixtures and settings for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Read once, when the libraries load: so before torch and the Hugging Face libraries are imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(2)
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of sample data beside the checkout; a test that asks for it is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "samples").is_dir():
+        pytest.skip(f"no sample data: {folder / 'samples'} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def samples(shared: Path) -> Callable[[str], Path]:
+    """The path of a sample by name: `samples("peft/lora_plain")`."""
+
+    def sample(name: str) -> Path:
+        path = shared / "samples" / name
+        if not path.exists():
+            known = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+            pytest.fail(f"no sample {name!r}; {path.parent} holds {', '.join(known) or 'nothing'}")
+        return path
+
+    return sample
