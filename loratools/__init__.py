@@ -1,7 +1,30 @@
 """Probe, transcode and compress the weights of fine-tuning adapters."""
 
 from loratools._version import __version__
+from loratools.base_weights import load_base
 from loratools.files import load, save
-from loratools.ops.squeeze import squeeze
+from loratools.ops.aurac import aurac
+from loratools.ops.delta import delta, delta_file
+from loratools.ops.diff import diff
+from loratools.ops.info import info
+from loratools.ops.initial import subtract_initial
+from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
+from loratools.ops.truncate import truncate, truncate_file
 
-__all__ = ["__version__", "load", "save", "squeeze"]
+__all__ = [
+    "Squeeze",
+    "__version__",
+    "aurac",
+    "delta",
+    "delta_file",
+    "diff",
+    "info",
+    "load",
+    "load_base",
+    "save",
+    "squeeze",
+    "squeeze_file",
+    "subtract_initial",
+    "truncate",
+    "truncate_file",
+]

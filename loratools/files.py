@@ -13,10 +13,10 @@ from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
 from loratools.errors import AdapterError, InputError, OutputError
 from loratools.families import family_of
-from loratools.formats import Declaration, Format, Header, Written, recognise
+from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
-from loratools.storage.base import DTYPES, TensorSink, TensorSource
+from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
 from loratools.storage.folder import AtomicFolder
 from loratools.storage.header import header_bytes
 from loratools.storage.safetensors import SafetensorsSink
@@ -41,10 +41,12 @@ class Saved:
     config: Path | None
 
 
-def load(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter:
+def load(
+    path: str | os.PathLike[str], *, alpha: float | None = None, scaling: NestedScaling | None = None
+) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
-    `alpha` stands in for one that the file does not state. Raises InputError for what cannot be read or recognised and
+    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state. Raises InputError for what cannot be read or recognised and
     AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
@@ -52,7 +54,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None) -> Adapter
     source = open_source(weights)
     try:
         header = Header(weights, source.specs, source.metadata, config)
-        bound = recognise(header).bind(header, alpha=alpha)
+        bound = recognise(header).bind(header, Hints(alpha, scaling))
         entries, zeros = {}, []
         for target, keys in bound.keys.items():
             try:
@@ -89,14 +91,20 @@ def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | N
 def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str]) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
+    flip = bound.is_stored_transposed(target)
     specs = {slot: source.specs[key] for slot, key in keys.items()}
+    if flip:
+        specs = {slot: TensorSpec(spec.dtype, spec.shape[::-1]) for slot, spec in specs.items()}
     if problem := family.check(specs, layout):
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
     scale = bound.scale(target, rank, _stored_alpha(source, bound, target))
 
     def read() -> Update:
-        return family.from_parameters({s: source.read(k) for s, k in keys.items()}, scale=scale, layout=layout)
+        tensors = {slot: source.read(key) for slot, key in keys.items()}
+        if flip:
+            tensors = {slot: tensor.T.contiguous() for slot, tensor in tensors.items()}
+        return family.from_parameters(tensors, scale=scale, layout=layout)
 
     return Entry(family, specs, layout, rank, scale, read)
 
@@ -193,8 +201,9 @@ def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Updat
     written: dict[str, Written] = {}
     for target, update in updates:
         entry = entry_of(update)
+        flip = adapter.format.is_stored_transposed(target)
         for slot, tensor in update.parameters().items():
-            sink.write(adapter.format.spell(target, slot), tensor)
+            sink.write(adapter.format.spell(target, slot), tensor.T if flip else tensor)
         written[target] = Written(entry.rank, entry.scale)
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")

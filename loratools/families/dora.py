@@ -143,6 +143,9 @@ class DoRA(Update):
         magnitude = torch.where(norms > 0, products / norms, 0.0).reshape(self.magnitude.shape)
         return DoRA(direction, cast_to(magnitude, self.magnitude.dtype))
 
+    def minus(self, other: DoRA) -> DoRA:
+        raise AdapterError("DoRA updates cannot be subtracted: their magnitudes do not add")
+
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> DoRA:
         raise AdapterError("a prefix is not defined for DoRA: its magnitude belongs to the whole direction")
 

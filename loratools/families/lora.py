@@ -136,6 +136,13 @@ class LoRA(Update):
         down, up = cast_to(down, down_dtype), cast_to(up, up_dtype)
         return replace(self, down=down, up=up, mid=None, up_bias=self._rescaled_bias(scale), scale=scale)
 
+    def minus(self, other: LoRA) -> LoRA:
+        if self.layout.experts > 1 or self.groups > 1 or self.mid is not None or self.up_bias is not None:
+            raise AdapterError("only plain factors can be subtracted")
+        if self.scale != other.scale:
+            raise AdapterError(f"scales differ: {self.scale:g} and {other.scale:g}")
+        return replace(self, down=torch.cat([self.down, other.down]), up=torch.cat([self.up, -other.up], dim=1))
+
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
         if self.mid is not None or self.groups > 1:
             raise AdapterError("a prefix is defined for plain factors only, not for a Tucker core or a grouped convolution")

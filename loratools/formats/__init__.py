@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from loratools.errors import InputError
-from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
 from loratools.formats.kohya import Kohya
+from loratools.formats.loralib import Loralib
 from loratools.formats.peft import Peft
 
-FORMATS: tuple[type[Format], ...] = (Peft, Kohya)
+FORMATS: tuple[type[Format], ...] = (Peft, Kohya, Loralib)
 
-__all__ = ["FORMATS", "Declaration", "Format", "Header", "ScaleMode", "Written", "recognise"]
+__all__ = ["FORMATS", "Declaration", "Format", "Header", "Hints", "NestedScaling", "ScaleMode", "Written", "recognise"]
 
 
 def recognise(header: Header) -> type[Format]:

@@ -28,6 +28,17 @@ class Header:
     config: Mapping[str, Any] | None = None
 
 
+NestedScaling = Literal["none", "rank", "sqrt"]
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user knows and a file may not state: alpha, and how MatryoshkaLoRA scaled each rank."""
+
+    alpha: float | None = None
+    scaling: NestedScaling | None = None
+
+
 @dataclass(frozen=True)
 class Written:
     """Rank and scale with which a target's factors were written."""
@@ -62,8 +73,8 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def bind(cls, header: Header, *, alpha: float | None = None) -> Self:
-        """Sort the keys of a recognised file; `alpha` stands in for one that the file does not state."""
+    def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
+        """Sort the keys of a recognised file; `hints` stand in for what it does not state."""
 
     @abstractmethod
     def spell(self, target: str, slot: str) -> str:
@@ -95,6 +106,19 @@ class Format(ABC):
     @abstractmethod
     def parameter(self, target: str) -> str:
         """Name of the base parameter that the target changes."""
+
+    @property
+    @abstractmethod
+    def nested_scaling(self) -> NestedScaling | None:
+        """How the file's own method scales each rank, where it says; `none` where no scale is stored at all."""
+
+    @abstractmethod
+    def is_stored_transposed(self, target: str) -> bool:
+        """Whether the file keeps the factors as (n, r) and (r, m), to be transposed on the way in and out."""
+
+    @abstractmethod
+    def without_mutation(self) -> Self:
+        """The same dialect for factors that are relative to the original base weight again."""
 
     @abstractmethod
     def replacements(self) -> Mapping[str, str]:

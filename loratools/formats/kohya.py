@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Kohya(Format):
         return any(re.fullmatch(r"[^.]+\.lora_(down|up)\.weight", key) for key in header.specs)
 
     @classmethod
-    def bind(cls, header: Header, *, alpha: float | None = None) -> Kohya:
+    def bind(cls, header: Header, hints: Hints = Hints()) -> Kohya:
         groups: dict[str, dict[str, str]] = {}
         alphas: dict[str, TensorSpec] = {}
         unsupported: dict[str, str] = {}
@@ -84,8 +84,8 @@ class Kohya(Format):
             del alphas[target]
             if target not in unsupported:
                 warnings.append(f"{target}: an alpha without factors, carried over unchanged")
-        if alpha is not None:
-            warnings.append("--alpha is ignored: this dialect states alpha for each module")
+        if hints.alpha is not None:
+            warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
 
@@ -116,6 +116,16 @@ class Kohya(Format):
 
     def parameter(self, target: str) -> str:
         return f"{target}.weight"
+
+    @property
+    def nested_scaling(self) -> NestedScaling | None:
+        return None
+
+    def is_stored_transposed(self, target: str) -> bool:
+        return False
+
+    def without_mutation(self) -> Kohya:
+        return self
 
     def replacements(self) -> Mapping[str, str]:
         return {}

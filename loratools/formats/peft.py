@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -84,7 +84,7 @@ class Peft(Format):
         return any(key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS for key in header.specs)
 
     @classmethod
-    def bind(cls, header: Header, *, alpha: float | None = None) -> Peft:
+    def bind(cls, header: Header, hints: Hints = Hints()) -> Peft:
         config = header.config
         if config is not None:
             _check_config(header, config)
@@ -118,7 +118,7 @@ class Peft(Format):
                 down = header.specs[slots["down"]].shape if "down" in slots else ()
                 layouts[module] = Layout(transposed=transposed and len(down) == 2)
         warnings = []
-        if config is None and alpha is None:
+        if config is None and hints.alpha is None:
             warnings.append(
                 "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
                 "what is written stays right under whatever alpha applies. State it with --alpha"
@@ -132,7 +132,7 @@ class Peft(Format):
             )
         if config is not None and config.get("alora_invocation_tokens"):
             warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")
-        return cls(config, alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
+        return cls(config, hints.alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
 
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]
@@ -185,6 +185,20 @@ class Peft(Format):
 
     def parameter(self, target: str) -> str:
         return target if self.layouts[target].experts > 1 else f"{target}.weight"
+
+    @property
+    def nested_scaling(self) -> NestedScaling | None:
+        return None
+
+    def is_stored_transposed(self, target: str) -> bool:
+        return False
+
+    def without_mutation(self) -> Peft:
+        if self.config is None:
+            return self
+        plain = dict(self.config) | {"init_lora_weights": True}
+        plain = {key: value for key, value in plain.items() if key != "loftq_config"}
+        return replace(self, config=plain)
 
     def replacements(self) -> Mapping[str, str]:
         return {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in self.extras if k.endswith((".weight", ".bias"))}

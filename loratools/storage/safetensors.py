@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import stat
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, final
@@ -30,6 +31,22 @@ __all__ = ["SafetensorsSink", "SafetensorsSource", "file_size", "header_bytes"]
 
 _CHUNK: Final = 8 << 20
 _AGAIN: Final = "download or export it again"
+
+
+# For reading a number without torch.
+_STRUCT_CODES: Final = {
+    "F64": "d",
+    "F32": "f",
+    "F16": "e",
+    "I64": "q",
+    "I32": "i",
+    "I16": "h",
+    "I8": "b",
+    "U64": "Q",
+    "U32": "I",
+    "U16": "H",
+    "U8": "B",
+}
 
 
 @final
@@ -66,6 +83,17 @@ class SafetensorsSource(TensorSource):
             count = self._fill(rest, start)
             start, rest = start + count, rest[count:]
         return flat.view(dtype).reshape(spec.shape)
+
+    def read_scalar(self, name: str) -> float:
+        spec = self.specs[name]
+        if spec.numel != 1:
+            raise ValueError(f"{quoted(name)} holds {spec.numel} numbers, not one")
+        data = bytes(self._read_bytes(spec.nbytes, self._data + self._starts[name]))
+        if spec.dtype == "BF16":  # the upper half of a float32
+            return float(struct.unpack("<f", b"\0\0" + data)[0])
+        if code := _STRUCT_CODES.get(spec.dtype):
+            return float(struct.unpack(f"<{code}", data)[0])
+        return super().read_scalar(name)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

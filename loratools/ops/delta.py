@@ -1,0 +1,93 @@
+"""The dense updates, in the layout of the base parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.errors import AdapterError, NeedsBaseError, OutputError
+from loratools.ops.spectra import nonfinite_error
+from loratools.reports.delta import DeltaReport
+from loratools.storage.atomic import printable
+from loratools.storage.safetensors import SafetensorsSink
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.adapter import Adapter
+    from loratools.base_weights import BaseWeights
+
+
+def delta(
+    adapter: Adapter, *, base: BaseWeights | None = None, target: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(base parameter, float32 update in its layout) for every target, or those that match `target`, one at a time.
+
+    Bias updates follow their weights; tensors that replace a parameter outright give value - base, and only where there
+    is a base. Without one, names are the adapter's own. Raises NeedsBaseError for DoRA without a base.
+    """
+    for name in adapter.select(target) if target else adapter.entries:
+        entry = adapter.entries[name]
+        parameter = adapter.format.parameter(name)
+        weight = None
+        if base is not None:
+            parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
+        elif entry.family.needs_base:
+            raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
+        update = entry.read()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+            raise nonfinite_error(name)
+        dense = update.delta(weight if entry.family.needs_base else None)
+        if weight is not None and dense.shape != weight.shape:
+            dense = dense.mT.contiguous()  # experts stored as (experts, in, out), checked by _base_parameter
+        yield parameter, dense
+        if (bias := update.bias_delta()) is not None:
+            yield f"{parameter.removesuffix('.weight')}.bias", bias
+    if base is not None and target is None:
+        for key, parameter in adapter.format.replacements().items():
+            extra = adapter.extras[key]
+            if found := base.name_of(parameter):
+                yield found, (extra.read().double() - base.find(parameter, extra.spec.shape).double()).float()
+
+
+def _base_parameter(
+    base: BaseWeights, parameter: str, shape: tuple[int, ...], *, experts: bool
+) -> tuple[str, Tensor]:
+    name = base.name_of(parameter)
+    if experts and name is not None and base.source.specs[name].shape == (shape[0], shape[2], shape[1]):
+        return name, base.source.read(name)
+    return name or parameter, base.find(parameter, shape)
+
+
+def delta_file(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    base: BaseWeights | None = None,
+    target: str | None = None,
+    force: bool = False,
+) -> DeltaReport:
+    """As `delta`, streamed to a safetensors file."""
+    place = Path(path)
+    if place.exists() and not force:
+        raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
+    shapes: dict[str, tuple[int, ...]] = {}
+    skipped = dict(adapter.unsupported)
+    with SafetensorsSink(place) as sink:
+        for name, tensor in delta(adapter, base=base, target=target):
+            if name in shapes:
+                raise AdapterError(f"{name}: two updates of one base parameter")
+            sink.write(name, tensor)
+            shapes[name] = tuple(tensor.shape)
+        nbytes = sink.commit({"format": "pt"})
+    if target is None:
+        for key, parameter in adapter.format.replacements().items():
+            if base is None:
+                skipped[key] = "replaces a parameter outright; pass --base for its change"
+            elif base.name_of(parameter) is None:
+                skipped[key] = f"the base has no parameter {parameter}"
+        skipped |= {key: "belongs to no update" for key in adapter.extras if key not in adapter.format.replacements()}
+    return DeltaReport(str(place), shapes, skipped, nbytes, adapter.warnings)

@@ -1,0 +1,102 @@
+"""Are these the same update? Compared by what they do, never by their factors."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.errors import AdapterError
+from loratools.linalg.inner import frobenius, inner
+from loratools.linalg.subspace import overlap
+from loratools.linalg.svd import blocks_of, thin_svd
+from loratools.operators import Operator, sum_of
+from loratools.ops.spectra import base_tensor, nonfinite_error
+from loratools.pipeline import ordered_map, worker_count
+from loratools.reports.diff import DiffReport, TargetDiff
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.base_weights import BaseWeights
+
+# Directions below this share of the largest singular value are rounding noise of 16-bit factors' products.
+_NOISE = 1e-7
+
+
+def diff(
+    a: Adapter, b: Adapter, *, base: BaseWeights | None = None, tolerance: float = 1e-6, device: str = "cpu"
+) -> DiffReport:
+    """Relative error, cosine and subspace overlap of every target that both have, and what only one has.
+
+    Targets are matched by name, across dialects by the name with dots flattened. Raises NeedsBaseError for DoRA without
+    a base, AdapterError for NaN and for shapes that differ.
+    """
+    pairs = _pairs(a, b)
+
+    def work(pair: tuple[str, str]) -> tuple[str, TargetDiff, tuple[float, float, float]]:
+        name_a, name_b = pair
+        op_a, op_b = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
+        if op_a.shape != op_b.shape:
+            raise AdapterError(f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases")
+        distance, norm_a, norm_b = frobenius(sum_of([op_a, -op_b])), frobenius(op_a), frobenius(op_b)
+        product = inner(op_a, op_b)
+        outputs, inputs = _overlaps(op_a, op_b) if norm_a and norm_b else (None, None)
+        error = distance / norm_a if norm_a else (0.0 if norm_b == 0.0 else None)
+        cosine = max(-1.0, min(1.0, product / (norm_a * norm_b))) if norm_a and norm_b else None
+        ranks = a.entries[name_a].rank, b.entries[name_b].rank
+        return name_a, TargetDiff(*ranks, error, cosine, outputs, inputs), (distance, norm_a, norm_b)
+
+    targets, sums = {}, []
+    for name, row, norms in ordered_map(work, pairs.items(), workers=worker_count(device)):
+        targets[name] = row
+        sums.append(norms)
+    only_a = tuple(t for t in a.entries if t not in pairs)
+    only_b = tuple(t for t in b.entries if t not in set(pairs.values()))
+    extras = _extras(a, b)
+    distance, norm_a, norm_b = (math.hypot(*column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+    errors = [row.relative_error for row in targets.values()]
+    same = not only_a and not only_b and not extras and all(e is not None and e <= tolerance for e in errors)
+    total = {
+        "targets": len(targets),
+        "relative_error": distance / norm_a if norm_a else (0.0 if norm_b == 0.0 else None),
+        "norm_a": norm_a,
+        "norm_b": norm_b,
+    }
+    return DiffReport(same, tolerance, targets, only_a, only_b, extras, total, (*a.warnings, *b.warnings))
+
+
+def _pairs(a: Adapter, b: Adapter) -> dict[str, str]:
+    flat = {name.replace(".", "_"): name for name in b.entries}
+    return {name: other for name in a.entries if (other := name if name in b.entries else flat.get(name.replace(".", "_")))}
+
+
+def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> Operator:
+    entry = adapter.entries[target]
+    update = entry.read()
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+        raise nonfinite_error(target)
+    return update.operator(base_tensor(adapter, target, entry, base)).to(torch.float64, device)
+
+
+def _overlaps(a: Operator, b: Operator) -> tuple[float, float]:
+    """Mean overlap of output and of input spaces, over blocks."""
+    outputs, inputs = [], []
+    for x, y in zip(blocks_of(a), blocks_of(b), strict=True):
+        (u1, s1, v1), (u2, s2, v2) = thin_svd(x), thin_svd(y)
+        k1, k2 = int((s1 > _NOISE * s1[:1]).sum()), int((s2 > _NOISE * s2[:1]).sum())
+        outputs.append(overlap(u1[:, :k1], u2[:, :k2]))
+        inputs.append(overlap(v1[:k1].T, v2[:k2].T))
+    return sum(outputs) / len(outputs), sum(inputs) / len(inputs)
+
+
+def _extras(a: Adapter, b: Adapter) -> dict[str, str]:
+    """Extra tensors that differ, and how."""
+    found = {}
+    for key in [*a.extras, *(k for k in b.extras if k not in a.extras)]:
+        if key not in b.extras or key not in a.extras:
+            found[key] = "only in a" if key in a.extras else "only in b"
+        elif a.extras[key].spec != b.extras[key].spec:
+            found[key] = "another shape or dtype"
+        elif not torch.equal(a.extras[key].read(), b.extras[key].read()):
+            found[key] = "other values"
+    return found

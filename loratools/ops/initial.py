@@ -1,0 +1,38 @@
+"""Plain LoRA from an adapter whose initial factors were taken out of the base weight (PiSSA and its kin)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loratools.adapter import Adapter, entry_of
+from loratools.errors import AdapterError
+
+if TYPE_CHECKING:
+    from loratools.families.base import Update
+
+
+def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
+    """The update relative to the original base: scale * (up down - up0 down0), exactly, at twice the rank.
+
+    `initial` is the adapter saved before training. The scale is unchanged, so alpha doubles, or grows by sqrt 2 under
+    rsLoRA (arXiv 2404.02948). Raises AdapterError where the two do not have the same targets, ranks and shapes.
+    """
+    if missing := sorted(set(adapter.entries) ^ set(initial.entries)):
+        raise AdapterError(f"{missing[0]}: in one of adapter and initial adapter only; were both saved by one training run?")
+    entries = {}
+    for target, entry in adapter.entries.items():
+        other = initial.entries[target]
+        if entry.specs != other.specs or entry.scale != other.scale or entry.layout != other.layout:
+            raise AdapterError(f"{target}: rank, shape or scale differ between adapter and initial adapter")
+        update = _difference(target, entry.read(), other.read())
+        entries[target] = entry_of(update)
+    warnings = tuple(w for w in adapter.warnings if "--initial-adapter" not in w)
+    return replace(adapter, entries=entries, format=adapter.format.without_mutation(), warnings=warnings)
+
+
+def _difference(target: str, after: Update, before: Update) -> Update:
+    try:
+        return after.minus(before)
+    except AdapterError as error:
+        raise type(error)(f"{target}: {error}") from error
