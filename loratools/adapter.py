@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from typing_extensions import Self
 
     from loratools.families.base import Layout, Update
     from loratools.formats.base import Format
@@ -50,6 +52,13 @@ class Entry:
         """Shape of the base parameter."""
         return self.family.base_shape(self.specs, self.layout)
 
+    @property
+    def largest_rank(self) -> int:
+        """The rank that holds any update of these shapes: the smaller side of a block, for all groups together."""
+        shape = self.base_shape[1:] if self.layout.experts > 1 else self.base_shape
+        step = self.family.rank_step(self.specs, self.layout)
+        return min(shape[0] // step, math.prod(shape[1:])) * step
+
 
 def entry_of(update: Update) -> Entry:
     """The entry of an update in memory."""
@@ -73,6 +82,7 @@ class Origin:
     container: str
     nbytes: int
     sha256: Callable[[], str]
+    close: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,17 @@ class Adapter(Mapping[str, "Update"]):
     def __repr__(self) -> str:
         where = self.origin.path if self.origin else "memory"
         return f"<Adapter {self.format.name} of {len(self)} targets from {where}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; targets not yet read can no longer be."""
+        if self.origin:
+            self.origin.close()
 
     @property
     def config(self) -> Mapping[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def load(
     if skipped := getattr(source, "skipped", ()):
         warnings.append(f"{len(skipped)} entries that are not tensors were left out: {', '.join(skipped[:3])}")
     extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
-    origin = Origin(weights, source.container, _size(weights), source.sha256)
+    origin = Origin(weights, source.container, _size(weights), source.sha256, source.close)
     return Adapter(bound, entries, extras, source.metadata, tuple(warnings), origin)
 
 
@@ -99,6 +100,8 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
     scale = bound.scale(target, rank, _stored_alpha(source, bound, target))
+    if not math.isfinite(scale):
+        raise AdapterError(f"its alpha makes the scale {scale}")
 
     def read() -> Update:
         tensors = {slot: source.read(key) for slot, key in keys.items()}

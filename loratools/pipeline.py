@@ -43,6 +43,14 @@ def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> It
         torch.set_num_threads(threads)
 
 
+def begun(fn: Callable[[], R]) -> Callable[[], R]:
+    """`fn`, begun at once on a thread of its own; calling the result waits for it, and returns or raises what it did."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(fn)
+    pool.shutdown(wait=False)
+    return future.result
+
+
 def batches(items: Iterable[T], *, key: Callable[[T], Hashable], size: Callable[[T], int], limit: int) -> list[list[T]]:
     """Group items of equal key, in the order in which each key first appears, into lists of at most `limit` bytes."""
     open_batches: dict[Hashable, list[T]] = {}

@@ -91,6 +91,10 @@ class Update(ABC):
         """The part of the delta that a squeeze approximates: all of it, for a plain low-rank family."""
 
     @abstractmethod
+    def direction_operator(self) -> Operator:
+        """The low-rank map that is known without the base, scale included: the delta, unless a magnitude rescales it."""
+
+    @abstractmethod
     def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> Self:
         """The update of this family whose low-rank part is `part` (low rank, or blocks of it), written with `scale`.
 

@@ -116,6 +116,9 @@ class DoRA(Update):
         part = LowRank(g.gain.unsqueeze(1) * g.low.left, g.low.right, g.low.scale)
         return part.T if self.layout.magnitude_axis == 1 else part
 
+    def direction_operator(self) -> Operator:
+        return self.direction.operator()
+
     def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> DoRA:
         """Directions keep the gains; magnitudes are then refitted by least squares to the stored directions.
 

@@ -50,13 +50,18 @@ class LoRA(Update):
             return f"factors must hold floating-point numbers, not {', '.join(sorted({s.dtype for s in specs.values()}))}"
         if len(down) < 2 or len(up) < 2 or 0 in down or 0 in up:
             return f"factors of shape {up} and {down} hold no rank"
+        if "up_bias" in specs and specs["up_bias"].numel != up[0]:
+            return f"the bias holds {specs['up_bias'].numel} numbers where {up[0]} are needed"
         if layout.experts > 1:
             rows, columns = down[0], up[1]
             fits = len(down) == len(up) == 2 and rows == columns and rows % layout.experts == 0
             return None if fits else f"up {up} and down {down} do not hold {layout.experts} experts"
         if "mid" in specs:
             mid = specs["mid"].shape
-            return None if mid[:2] == (up[1], down[0]) else f"up {up}, mid {mid} and down {down} do not chain"
+            chains = mid[:2] == (up[1], down[0]) and math.prod(up[2:]) == math.prod(down[2:]) == 1
+            return None if chains else f"up {up}, mid {mid} and down {down} do not chain"
+        if math.prod(up[2:]) != 1:  # the kernel lies in `down`
+            return f"up {up} and down {down} do not chain"
         if up[1] == down[0]:
             return None
         grouped = len(down) > 2 and down[0] % up[1] == 0 and up[0] % (down[0] // up[1]) == 0
@@ -115,6 +120,9 @@ class LoRA(Update):
         return torch.einsum("pq...,qi->pi...", self.mid.double(), self.down.double().flatten(1))
 
     def low_rank_part(self, base: Tensor | None = None) -> Operator:
+        return self.operator()
+
+    def direction_operator(self) -> Operator:
         return self.operator()
 
     def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> LoRA:

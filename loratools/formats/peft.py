@@ -25,6 +25,8 @@ _KEY = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
+# What stands between a module and its own parameter where that was saved whole.
+_INFIX = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 _SLOTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -201,7 +203,8 @@ class Peft(Format):
         return replace(self, config=plain)
 
     def replacements(self) -> Mapping[str, str]:
-        return {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in self.extras if k.endswith((".weight", ".bias"))}
+        whole = [key for key in self.extras if key.endswith((".weight", ".bias"))]
+        return {key: _INFIX.sub("", key.removeprefix(PREFIX)) for key in whole}
 
 
 def _tidy(alpha: float) -> float | int:

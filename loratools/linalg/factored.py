@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Smallest share of a column's squared norm that may lie outside the span of the columns before it. Rounding leaves a
 # Cholesky pivot an error near r * 1e-16 of that norm: at this bound the pivot still has eight correct digits.
 MIN_PIVOT = 1e-6
+# A sum below this share of its terms' magnitudes is done again: above, rounding leaves it four correct digits.
+CANCELLATION = 1e-11
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def column_signs(u: Tensor) -> Tensor:
 def _by_cholesky(left: Tensor, right: Tensor, p: Tensor, q: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(p.mT @ q)
     inverse_root = s[:, :rank].rsqrt().unsqueeze(-1)  # sound factors have full rank: no zero here
-    up = left @ (q @ (vt[:, :rank].mT * inverse_root.mT))
+    up = ((vt[:, :rank] * inverse_root) @ q.mT @ left.mT).mT  # thin from the left: twice as fast as left @ (...)
     down = ((u[:, :, :rank] * inverse_root.mT).mT @ p.mT) @ right
     return up, down, s[:, : min(left.shape[1], right.shape[2])]
 
@@ -133,14 +135,19 @@ def _by_qr(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tens
 def squared_distance(f: Factored, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """(||left right - up down||_F^2, ||left right||_F^2) per member, each a (b,) float64 tensor.
 
-    From Gram matrices, so differences below 1e-8 of the norm are not resolved; those members are done again by QR.
+    From Gram matrices, unless their terms cancel: members whose result is within rounding of the terms go through QR.
     """
     up, down = up.double(), down.double()
-    norm = (f.left_gram * f.right_gram).sum((-2, -1))
-    cross = ((f.left.mT @ up) * (f.right @ down.mT)).sum((-2, -1))
+    norms = f.left_gram * f.right_gram
+    crosses = (f.left.mT @ up) * (f.right @ down.mT)
     own = ((up.mT @ up) * (down @ down.mT)).sum((-2, -1))
-    distance = norm - 2 * cross + own
-    unresolved = distance <= 1e-12 * norm
+    norm = norms.sum((-2, -1))
+    distance = norm - 2 * crosses.sum((-2, -1)) + own
+    terms = norms.abs().sum((-2, -1))  # what rounding is relative to; far above the norm for badly scaled factors
+    lost = norm <= CANCELLATION * terms
+    if bool(lost.any()):
+        norm[lost] = _qr_core(f.left[lost], f.right[lost])[1].square().sum((-2, -1))
+    unresolved = distance <= CANCELLATION * (terms + 2 * crosses.abs().sum((-2, -1)) + own)
     if bool(unresolved.any()):
         lefts = torch.cat([f.left[unresolved], -up[unresolved]], dim=-1)
         rights = torch.cat([f.right[unresolved], down[unresolved]], dim=-2)

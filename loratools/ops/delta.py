@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,28 +30,46 @@ def delta(
     Bias updates follow their weights; tensors that replace a parameter outright give value - base, and only where there
     is a base. Without one, names are the adapter's own. Raises NeedsBaseError for DoRA without a base.
     """
+    replaced = {} if base is None else _replacements(adapter, base)
     for name in adapter.select(target) if target else adapter.entries:
-        entry = adapter.entries[name]
-        parameter = adapter.format.parameter(name)
-        weight = None
-        if base is not None:
-            parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
-        elif entry.family.needs_base:
-            raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
-        update = entry.read()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
-            raise nonfinite_error(name)
-        dense = update.delta(weight if entry.family.needs_base else None)
-        if weight is not None and dense.shape != weight.shape:
-            dense = dense.mT.contiguous()  # experts stored as (experts, in, out), checked by _base_parameter
-        yield parameter, dense
-        if (bias := update.bias_delta()) is not None:
-            yield f"{parameter.removesuffix('.weight')}.bias", bias
-    if base is not None and target is None:
-        for key, parameter in adapter.format.replacements().items():
-            extra = adapter.extras[key]
-            if found := base.name_of(parameter):
-                yield found, (extra.read().double() - base.find(parameter, extra.spec.shape).double()).float()
+        for parameter, dense in _of_target(adapter, name, base):
+            yield parameter, dense + replaced.pop(parameter)() if parameter in replaced else dense
+    if target is None:
+        for parameter, change in replaced.items():
+            yield parameter, change()
+
+
+def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterator[tuple[str, Tensor]]:
+    entry = adapter.entries[name]
+    parameter = adapter.format.parameter(name)
+    weight = None
+    if base is not None:
+        parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
+    elif entry.family.needs_base:
+        raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
+    update = entry.read()
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+        raise nonfinite_error(name)
+    dense = update.delta(weight if entry.family.needs_base else None)
+    if weight is not None and dense.shape != weight.shape:
+        dense = dense.mT.contiguous()  # experts stored as (experts, in, out), checked by _base_parameter
+    yield parameter, dense
+    if (bias := update.bias_delta()) is not None:
+        yield f"{parameter.removesuffix('.weight')}.bias", bias
+
+
+def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[], Tensor]]:
+    """Base parameter -> its change, for the extras that replace one outright and that the base has."""
+
+    def change(key: str, parameter: str) -> Tensor:
+        extra = adapter.extras[key]
+        return (extra.read().double() - base.find(parameter, extra.spec.shape).double()).float()
+
+    found = {}
+    for key, parameter in adapter.format.replacements().items():
+        if (name := base.name_of(parameter)) is not None:
+            found[name] = partial(change, key, parameter)
+    return found
 
 
 def _base_parameter(

@@ -51,13 +51,18 @@ def group_targets(adapter: Adapter, targets: Sequence[str], device: str, *, rank
 
 def stack_blocks(parts: Sequence[Operator], device: str) -> tuple[Factored, int] | None:
     """Factored form of all blocks of all parts, scale included, and the blocks per part; None where some are not low rank."""
-    blocks = [block for part in parts for block in blocks_of(part)]
-    lows = [b for b in blocks if isinstance(b, LowRank)]
-    if len(lows) != len(blocks):
+    lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
+    if len(lows) != sum(len(blocks_of(part)) for part in parts):
         return None
-    scales = torch.tensor([b.scale for b in lows], dtype=torch.float64, device=device).reshape(-1, 1, 1)
-    left = torch.stack([b.left for b in lows]).to(device) * scales  # promotes to float64 in one pass
-    return factored(left, torch.stack([b.right for b in lows]).to(device)), len(blocks) // len(parts)
+    return factored(*stack_factors(lows, device)), len(lows) // len(parts)
+
+
+def stack_factors(lows: Sequence[LowRank], device: str) -> tuple[Tensor, Tensor]:
+    """Left factors, scale included, as (b, m, r) and right factors as (b, r, n), float64."""
+    scales = torch.tensor([low.scale for low in lows], dtype=torch.float64, device=device).reshape(-1, 1, 1)
+    left = torch.stack([low.left for low in lows]).to(device, torch.float64)
+    right = torch.stack([low.right for low in lows]).to(device, torch.float64)
+    return left.mul_(scales), right  # cast, then scaled in place: a product of mixed dtypes is many times slower
 
 
 def base_tensor(adapter: Adapter, target: str, entry: Entry, base: BaseWeights | None) -> Tensor | None:
@@ -76,18 +81,22 @@ def measure(
     base: BaseWeights | None = None,
     device: str = "cpu",
     allow_nonfinite: bool = False,
+    directions: bool = False,
 ) -> Iterator[Measured]:
     """Spectra of `targets` (all, by default), batch by batch; AdapterError names a target with NaN or infinity.
 
     With `allow_nonfinite` such a target has no values. For families with a base-dependent magnitude the spectrum is that
-    of the scaled low-rank part.
+    of the scaled low-rank part; with `directions` and no base, that of the direction instead of an error.
     """
 
     def work(batch: list[str]) -> list[Measured]:
         parts = []
         for target in batch:
             entry = adapter.entries[target]
-            parts.append(entry.read().low_rank_part(base_tensor(adapter, target, entry, base)))
+            if directions and base is None:
+                parts.append(entry.read().direction_operator())
+            else:
+                parts.append(entry.read().low_rank_part(base_tensor(adapter, target, entry, base)))
         stacked = stack_blocks(parts, device)
         if stacked is None:
             return [Measured(t, (tuple(spectrum(p).tolist()),)) for t, p in zip(batch, parts, strict=True)]

@@ -15,10 +15,10 @@ from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
 from loratools.linalg.factored import balanced_factors, is_finite, squared_distance
 from loratools.linalg.inner import frobenius
-from loratools.linalg.svd import Method, truncate
+from loratools.linalg.svd import Method, blocks_of, truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
-from loratools.ops.spectra import base_tensor, fit_update, group_targets, measure, nonfinite_error, stack_blocks
-from loratools.pipeline import ordered_map, worker_count
+from loratools.ops.spectra import base_tensor, fit_update, group_targets, measure, nonfinite_error, stack_blocks, stack_factors
+from loratools.pipeline import begun, ordered_map, worker_count
 from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -103,6 +103,8 @@ def stream(
     force: bool,
 ) -> tuple[Saved, SqueezeReport]:
     """Write changed targets as they come, then the unchanged ones, and report on both."""
+    if adapter.record:  # its hash of the input is needed last, so it is computed meanwhile
+        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
     outcomes: list[Outcome] = []
 
     def updates() -> Iterator[tuple[str, Update]]:
@@ -153,7 +155,7 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
         if wanted[target] >= entry.rank:
             unchanged[target] = f"rank {entry.rank} is not above the chosen {wanted[target]}"
         else:
-            ranks[target] = wanted[target]
+            ranks[target] = min(wanted[target], entry.largest_rank)
     if not ranks and not options.allow_unchanged:
         first = next(iter(unchanged.items()), ("the adapter", "it holds no update"))
         raise UnchangedError(
@@ -259,11 +261,10 @@ def _squeeze_batch(
         lows = [LowRank(best.up[j], best.down[j]) for j in range(i * per_part, (i + 1) * per_part)]
         part: Operator = lows[0] if per_part == 1 else BlockDiagonal(tuple(lows))
         fitted.append(fit_update(update, part, target=target, scale=scale, base=None))
-    stored = stack_blocks([update.low_rank_part() for update in fitted], options.device)
-    assert stored is not None
-    distance, norm = squared_distance(f, stored[0].left, stored[0].right)
+    stored = [block for update in fitted for block in blocks_of(update.low_rank_part()) if isinstance(block, LowRank)]
+    distance, norm = squared_distance(f, *stack_factors(stored, options.device))
     squares = best.spectrum.square()
-    kept = squares[:, :block_rank].sum(1) / 1.0
+    kept = squares[:, :block_rank].sum(1)
     rows = torch.stack([distance, norm, kept, squares.sum(1)]).reshape(4, -1, per_part).sum(2).tolist()
     return [
         (_outcome(adapter, target, new, *(row[i] for row in rows)), new)

@@ -69,7 +69,7 @@ _LFS_POINTER: Final = b"version https://git-lfs"
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
     """The container at `path`, recognised by its content; a folder stands for its index, or for its only file."""
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike Path.is_dir, false for a name that is too long
         file = _file_of_folder(file)
     with open(open_regular_file(file), "rb") as stream:
         head = stream.read(64)

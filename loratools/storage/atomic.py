@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, final
@@ -50,8 +51,8 @@ class AtomicFile:
         self._fd = -1
         try:
             with explained(self.path):
-                self._refuse_what_is_no_file()
                 self._make_parents()
+                self._refuse_what_is_no_file()
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 self._fd = os.open(self._temporary, flags, 0o666)
         except BaseException:
@@ -111,9 +112,13 @@ class AtomicFile:
             os.close(fd)
 
     def _refuse_what_is_no_file(self) -> None:
-        if self._final.is_dir():
+        try:
+            mode = os.stat(self._final).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode):
             raise OutputError(f"{printable(self.path)}: is a folder; add a file name")
-        if self._final.exists() and not self._final.is_file():
+        if not stat.S_ISREG(mode):
             raise OutputError(f"{printable(self.path)}: is a device or a pipe; name a regular file")
 
     def _make_parents(self) -> None:

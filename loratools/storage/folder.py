@@ -25,6 +25,7 @@ class AtomicFolder:
         self.path = path
         self._final = path.absolute()
         self.temporary = self._final.parent / f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"
+        self._retired = self.temporary.with_suffix(".old")
         self._made: list[Path] = []
 
     def __enter__(self) -> AtomicFolder:
@@ -52,24 +53,19 @@ class AtomicFolder:
 
     def commit(self) -> None:
         """Put the folder in place; OutputError leaves the destination as it was."""
-        retired = self._final.parent / f".{self.path.name[:60]}.{secrets.token_hex(4)}.old"
         with explained(self.path):
             if self._final.is_dir():
                 for item in self._final.iterdir():
                     _carry_over(item, self.temporary / item.name)
-                self._final.rename(retired)
-                try:
-                    self.temporary.rename(self._final)
-                except BaseException:
-                    retired.rename(self._final)
-                    raise
-                shutil.rmtree(retired, ignore_errors=True)
-            else:
-                self.temporary.rename(self._final)
+                self._final.rename(self._retired)
+            self.temporary.rename(self._final)
         self._made.clear()
         fsync_folder(self._final.parent)
 
     def _remove(self) -> None:
+        if self._retired.exists() and not self._final.exists():  # interrupted between the two renames
+            self._retired.rename(self._final)
+        shutil.rmtree(self._retired, ignore_errors=True)
         shutil.rmtree(self.temporary, ignore_errors=True)
         while self._made:
             with contextlib.suppress(OSError):  # somebody else has put a file there

@@ -142,9 +142,7 @@ def _entry(name: str, text: str) -> tuple[TensorSpec, int]:
 
 
 def _are_naturals(value: object) -> bool:
-    if not isinstance(value, list):
-        return False
-    return all([type(item) is int for item in value])  # a bool is no size; lists are short, a generator costs more
+    return isinstance(value, list) and {type(item) for item in value} <= {int}  # a bool is no size
 
 
 @final

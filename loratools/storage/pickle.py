@@ -71,11 +71,15 @@ class PickleSource(TensorSource):
                 self._refuse_compressed()
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
+            text = str(error)
+            if "Unsupported operand" in text:
+                problem = "this pickle is damaged or of a protocol above 3, which cannot be read without executing it"
+            elif "Weights only" in text:
+                problem = "this pickle holds code or objects besides tensors, which are not executed"
+            else:
                 raise self._damaged(error) from None
             raise InputError(
-                f"{printable(self.path)}: this pickle holds code or objects besides tensors, which are not executed; "
-                "convert it to safetensors with the tool that wrote it"
+                f"{printable(self.path)}: {problem}; convert it to safetensors with the tool that wrote it"
             ) from None
         except InputError:
             raise

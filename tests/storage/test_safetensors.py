@@ -139,7 +139,7 @@ def test_the_header_is_canonical(tmp_path: Path, tensors: dict[str, torch.Tensor
     text = raw[8 : 8 + length].decode()
     header = json.loads(text)
     assert length == 1000 - 8
-    assert text.endswith("} ")
+    assert text.rstrip(" ").endswith("}}")
     assert list(header) == ["__metadata__", *tensors]
     assert list(header["__metadata__"]) == ["a", "b", "z"]
     ends = [header[name]["data_offsets"] for name in tensors]
