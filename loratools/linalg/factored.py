@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Smallest share of a column's squared norm that may lie outside the span of the columns before it. Rounding leaves a
 # Cholesky pivot an error near r * 1e-16 of that norm: at this bound the pivot still has eight correct digits.
 MIN_PIVOT = 1e-6
-# A sum below this share of its terms' magnitudes is done again: above, rounding leaves it four correct digits.
-CANCELLATION = 1e-11
+# A sum below this share of its terms' magnitudes is done again: above, rounding leaves it six correct digits.
+CANCELLATION = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def squared_distance(f: Factored, up: Tensor, down: Tensor) -> tuple[Tensor, Ten
     """
     up, down = up.double(), down.double()
     norms = f.left_gram * f.right_gram
-    crosses = (f.left.mT @ up) * (f.right @ down.mT)
+    crosses = (up.mT @ f.left).mT * (f.right @ down.mT)
     own = ((up.mT @ up) * (down @ down.mT)).sum((-2, -1))
     norm = norms.sum((-2, -1))
     distance = norm - 2 * crosses.sum((-2, -1)) + own

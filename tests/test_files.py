@@ -1,0 +1,204 @@
+"""Opening and saving: what is found, what is refused, and what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratools
+from loratools.errors import AdapterError, InputError, OutputError
+
+DOWN, UP = "base_model.model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_B.weight"
+
+
+def tensors(r: int = 4, n: int = 12, m: int = 10) -> dict[str, torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return {DOWN: torch.randn(r, n, generator=gen), UP: torch.randn(m, r, generator=gen)}
+
+
+def peft(folder: Path, weights: dict[str, torch.Tensor] | None = None, **config: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config))
+    save_file(weights or tensors(), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_folder_and_its_weights_file_are_one_adapter(tmp_path: Path) -> None:
+    folder = peft(tmp_path / "a")
+    by_folder, by_file = loratools.load(folder), loratools.load(folder / "adapter_model.safetensors")
+    assert by_folder.entries["layers.0.q"].scale == by_file.entries["layers.0.q"].scale == 2.0
+    with by_folder:
+        by_folder["layers.0.q"]
+    with pytest.raises(InputError, match="closed"):
+        by_folder["layers.0.q"]
+
+
+def test_a_file_without_config_says_that_alpha_is_unknown(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "lone.safetensors")
+    assert any("alpha is unknown" in w for w in loratools.load(tmp_path / "lone.safetensors").warnings)
+    stated = loratools.load(tmp_path / "lone.safetensors", alpha=6)
+    assert stated.entries["layers.0.q"].scale == 1.5
+    assert not stated.warnings
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({DOWN: torch.ones(4, 12)}, r"layers\.0\.q: not a complete lora update: up missing"),
+        ({UP: torch.ones(10, 4)}, r"layers\.0\.q: not a complete lora update: down missing"),
+        ({DOWN: torch.ones(4, 12), UP: torch.ones(10, 3)}, r"layers\.0\.q: up \(10, 3\) and down \(4, 12\) do not chain"),
+        ({DOWN: torch.ones(0, 12), UP: torch.ones(10, 0)}, r"layers\.0\.q: .*hold no rank"),
+        ({DOWN: torch.ones(4, 12, dtype=torch.int8), UP: torch.ones(10, 4)}, "floating-point"),
+        (tensors() | {"base_model.model.layers.0.q.lora_latent_mapping.weight": torch.ones(4, 4)}, "variant of LoRA"),
+    ],
+)
+def test_incomplete_or_mismatched_updates_name_the_target(tmp_path: Path, broken: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        loratools.load(peft(tmp_path / "a", broken))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no JSON object"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "cannot be read as JSON"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, config: str | bytes, message: str) -> None:
+    folder = peft(tmp_path / "a")
+    (folder / "adapter_config.json").write_bytes(config if isinstance(config, bytes) else config.encode())
+    with pytest.raises(InputError, match=message):
+        loratools.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"peft_type": "LOHA"}, AdapterError, "'LOHA' is not supported"),
+        ({"lora_alpha": "8"}, InputError, "not a number"),
+        ({"alpha_pattern": {"(": 2}}, InputError, "not a regular expression"),
+        ({"rank_pattern": [1]}, InputError, "rank_pattern"),
+        ({"use_qalora": True}, AdapterError, "use_qalora"),
+    ],
+)
+def test_configs_that_change_the_meaning_are_refused(
+    tmp_path: Path, fields: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        loratools.load(peft(tmp_path / "a", **fields))
+
+
+def test_folders_without_a_choice(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no adapter weights"):
+        loratools.load(tmp_path)
+    save_file(tensors(), tmp_path / "one.safetensors")
+    save_file(tensors(), tmp_path / "two.safetensors")
+    with pytest.raises(InputError, match=r"several weights files; name one of one\.safetensors, two\.safetensors"):
+        loratools.load(tmp_path)
+    peft(tmp_path / "sub" / "first")
+    with pytest.raises(InputError, match="adapters lie in first"):
+        loratools.load(tmp_path / "sub")
+    with pytest.raises(InputError, match="no such file"):
+        loratools.load(tmp_path / "missing.safetensors")
+
+
+def test_files_of_no_known_dialect_show_their_keys(tmp_path: Path) -> None:
+    save_file({"model.weight\x1b[31m": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"no known adapter dialect .*model\.weight\\x1b\[31m"):
+        loratools.load(tmp_path / "model.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(InputError, match="no tensors"):
+        loratools.load(tmp_path / "empty.safetensors")
+
+
+def test_kohya_families_not_supported_yet_are_listed_or_refused(tmp_path: Path) -> None:
+    pair = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
+    loha = {f"lora_unet_b.hada_{w}": torch.ones(4, 2) for w in ("w1_a", "w1_b", "w2_a", "w2_b")} | {"lora_unet_b.alpha": torch.tensor(1.0)}
+    save_file(pair | loha, tmp_path / "mixed.safetensors")
+    mixed = loratools.load(tmp_path / "mixed.safetensors")
+    assert set(mixed.unsupported) == {"lora_unet_b"}
+    assert set(mixed.extras) == set(loha)
+    save_file(loha, tmp_path / "loha.safetensors")
+    with pytest.raises(InputError, match="no known adapter dialect"):
+        loratools.load(tmp_path / "loha.safetensors")
+
+
+def test_alpha_tensors_of_zero_and_nan(tmp_path: Path) -> None:
+    pair = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
+    save_file(pair | {"lora_unet_a.alpha": torch.tensor(0.0)}, tmp_path / "zero.safetensors")
+    zero = loratools.load(tmp_path / "zero.safetensors")
+    assert zero.entries["lora_unet_a"].scale == 1.0
+    assert any("alpha is 0" in w for w in zero.warnings)
+    save_file(pair | {"lora_unet_a.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
+    with pytest.raises(AdapterError, match=r"lora_unet_a: its alpha"):
+        loratools.load(tmp_path / "nan.safetensors")
+
+
+def test_save_refuses_to_overwrite_and_keeps_what_lies_beside(tmp_path: Path) -> None:
+    adapter = loratools.load(peft(tmp_path / "a"))
+    small, _ = loratools.squeeze(adapter, 2)
+    out = peft(tmp_path / "b")
+    (out / "README.md").write_text("mine")
+    (out / "notes").mkdir()
+    (out / "notes" / "x.txt").write_text("kept")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="--force"):
+        loratools.save(small, out)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    saved = loratools.save(small, out, force=True)
+    assert (out / "README.md").read_text() == "mine"
+    assert (out / "notes" / "x.txt").read_text() == "kept"
+    assert load_file(saved.weights)[DOWN].shape == (2, 12)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_peft_adapter_cannot_become_a_lone_file(tmp_path: Path) -> None:
+    adapter = loratools.load(peft(tmp_path / "a"))
+    with pytest.raises(OutputError, match="name a folder"):
+        loratools.save(adapter, tmp_path / "x.safetensors")
+    saved = loratools.save(adapter, tmp_path / "new" / "adapter_model.safetensors")
+    assert saved.path == tmp_path / "new"
+
+
+def test_input_may_be_output_with_force(tmp_path: Path) -> None:
+    folder = peft(tmp_path / "a")
+    wanted, _ = loratools.squeeze(loratools.load(folder), 2)
+    loratools.squeeze_file(loratools.load(folder), folder, 2, force=True)
+    assert torch.equal(loratools.load(folder)["layers.0.q"].delta(), wanted["layers.0.q"].delta())
+
+
+def test_failing_writes_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = peft(tmp_path / "a"), tmp_path / "deep" / "out"
+    adapter = loratools.load(folder)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        loratools.squeeze_file(adapter, out, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_an_exception_between_the_renames_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = peft(tmp_path / "a"), peft(tmp_path / "b")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    real, calls = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        loratools.squeeze_file(loratools.load(folder), out, 2, force=True)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
