@@ -175,5 +175,7 @@ class Adapter(Mapping[str, "Update"]):
 
         found = tuple(t for t in self.entries if fnmatchcase(t, pattern) or fnmatchcase(t, f"*.{pattern}"))
         if not found:
-            raise AdapterError(f"no target matches {pattern!r}; the first of {len(self)} is {next(iter(self), 'missing')}")
+            raise AdapterError(
+                f"no target matches {pattern!r}; the first of {len(self)} is {next(iter(self), 'missing')}"
+            )
         return found

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
     from loratools.storage.base import TensorSource
 
-_NAMES = ("model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+)
 # What kohya and LyCORIS put before a flattened module path.
 _FLAT_PREFIX = re.compile(r"^(lora_unet|lora_te\d?|lora_prior_unet|lora_transformer|lycoris|lora)_")
 
@@ -56,7 +61,8 @@ class BaseWeights:
         if _squeezed(tuple(tensor.shape)) == _squeezed(shape):
             return tensor.reshape(shape)
         raise AdapterError(
-            f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; is it the right base?"
+            f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; "
+            "is it the right base?"
         )
 
 

@@ -42,13 +42,11 @@ class Saved:
     config: Path | None
 
 
-def load(
-    path: str | os.PathLike[str], *, alpha: float | None = None, scaling: NestedScaling | None = None
-) -> Adapter:
+def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: NestedScaling | None = None) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
-    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state. Raises InputError for what cannot be read or recognised and
-    AdapterError for incomplete or mismatched updates, naming file and target.
+    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state. Raises InputError for what
+    cannot be read or recognised and AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
     config = _read_config(config_path) if config_path else None
@@ -72,7 +70,9 @@ def load(
         raise InputError(f"{printable(weights)}: no adapter weights in it, only {len(bound.extras)} other tensors")
     warnings = [*bound.warnings]
     if zeros:
-        warnings.append(f"alpha is 0 for {len(zeros)} targets, read as alpha = rank as sd-scripts does; first: {zeros[0]}")
+        warnings.append(
+            f"alpha is 0 for {len(zeros)} targets, read as alpha = rank as sd-scripts does; first: {zeros[0]}"
+        )
     if skipped := getattr(source, "skipped", ()):
         warnings.append(f"{len(skipped)} entries that are not tensors were left out: {', '.join(skipped[:3])}")
     extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
@@ -165,7 +165,11 @@ def destination_weights(adapter: Adapter, path: Path) -> Path:
 def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
     """OutputError where saving to `path` would overwrite something without `force`."""
     weights = destination_weights(adapter, path)
-    taken = [p for p in (weights, weights.parent / CONFIG_NAME) if p.exists() and (p == weights or is_folder_adapter(adapter))]
+    taken = [
+        p
+        for p in (weights, weights.parent / CONFIG_NAME)
+        if p.exists() and (p == weights or is_folder_adapter(adapter))
+    ]
     if taken and not force:
         raise OutputError(f"{printable(taken[0])}: exists already; choose another output or pass --force")
 
@@ -219,7 +223,7 @@ def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Updat
 
 
 def header_room(adapter: Adapter) -> int:
-    """Bytes that `write` keeps for the header: enough for the tensors at their present ranks, and more than for smaller ones."""
+    """Bytes that `write` keeps for the header: enough for the tensors at their present ranks or at lower ones."""
     specs = {adapter.format.spell(t, slot): spec for t, e in adapter.entries.items() for slot, spec in e.specs.items()}
     declared = adapter.format.declare(adapter.written(), adapter.metadata)
     specs |= {key: spec for key, (_, spec) in declared.scalars.items()}

@@ -59,7 +59,9 @@ class Operator(ABC):
         """The full (m, n) matrix; raises AdapterError above `MAX_DENSE_ELEMENTS`."""
         m, n = self.shape
         if m * n > MAX_DENSE_ELEMENTS:
-            raise AdapterError(f"a dense {m} x {n} matrix would hold {m * n:,} numbers; the limit is {MAX_DENSE_ELEMENTS:,}")
+            raise AdapterError(
+                f"a dense {m} x {n} matrix would hold {m * n:,} numbers; the limit is {MAX_DENSE_ELEMENTS:,}"
+            )
         return self._dense()
 
     def __rmul__(self, factor: float) -> Operator:
@@ -228,7 +230,7 @@ def _flat_terms(terms: list[Operator]) -> Iterator[Operator]:
 
 
 def sum_of(terms: list[Operator]) -> Operator:
-    """The sum, exactly: low-rank terms become one `LowRank`, dense ones one `Dense`, equal block shapes one `BlockDiagonal`.
+    """The sum, exactly: low-rank terms become one `LowRank`, dense ones one `Dense`, equal blocks one `BlockDiagonal`.
 
     Raises ValueError where shapes differ.
     """

@@ -51,13 +51,18 @@ def test_a_file_without_config_says_that_alpha_is_unknown(tmp_path: Path) -> Non
     [
         ({DOWN: torch.ones(4, 12)}, r"layers\.0\.q: not a complete lora update: up missing"),
         ({UP: torch.ones(10, 4)}, r"layers\.0\.q: not a complete lora update: down missing"),
-        ({DOWN: torch.ones(4, 12), UP: torch.ones(10, 3)}, r"layers\.0\.q: up \(10, 3\) and down \(4, 12\) do not chain"),
+        (
+            {DOWN: torch.ones(4, 12), UP: torch.ones(10, 3)},
+            r"layers\.0\.q: up \(10, 3\) and down \(4, 12\) do not chain",
+        ),
         ({DOWN: torch.ones(0, 12), UP: torch.ones(10, 0)}, r"layers\.0\.q: .*hold no rank"),
         ({DOWN: torch.ones(4, 12, dtype=torch.int8), UP: torch.ones(10, 4)}, "floating-point"),
         (tensors() | {"base_model.model.layers.0.q.lora_latent_mapping.weight": torch.ones(4, 4)}, "variant of LoRA"),
     ],
 )
-def test_incomplete_or_mismatched_updates_name_the_target(tmp_path: Path, broken: dict[str, torch.Tensor], message: str) -> None:
+def test_incomplete_or_mismatched_updates_name_the_target(
+    tmp_path: Path, broken: dict[str, torch.Tensor], message: str
+) -> None:
     with pytest.raises(AdapterError, match=message):
         loratools.load(peft(tmp_path / "a", broken))
 
@@ -119,7 +124,9 @@ def test_files_of_no_known_dialect_show_their_keys(tmp_path: Path) -> None:
 
 def test_kohya_families_not_supported_yet_are_listed_or_refused(tmp_path: Path) -> None:
     pair = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
-    loha = {f"lora_unet_b.hada_{w}": torch.ones(4, 2) for w in ("w1_a", "w1_b", "w2_a", "w2_b")} | {"lora_unet_b.alpha": torch.tensor(1.0)}
+    loha = {f"lora_unet_b.hada_{w}": torch.ones(4, 2) for w in ("w1_a", "w1_b", "w2_a", "w2_b")} | {
+        "lora_unet_b.alpha": torch.tensor(1.0)
+    }
     save_file(pair | loha, tmp_path / "mixed.safetensors")
     mixed = loratools.load(tmp_path / "mixed.safetensors")
     assert set(mixed.unsupported) == {"lora_unet_b"}
@@ -186,7 +193,9 @@ def test_failing_writes_leave_no_trace(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
-def test_an_exception_between_the_renames_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_between_the_renames_restores_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, out = peft(tmp_path / "a"), peft(tmp_path / "b")
     before = (out / "adapter_model.safetensors").read_bytes()
     real, calls = Path.rename, []

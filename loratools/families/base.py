@@ -103,7 +103,7 @@ class Update(ABC):
 
     @abstractmethod
     def minus(self, other: Self) -> Self:
-        """The update self - other of one scale, exactly, with the ranks added; AdapterError where that is not possible."""
+        """self - other, of one scale, exactly, with the ranks added; AdapterError where that is not possible."""
 
     @abstractmethod
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> Self:

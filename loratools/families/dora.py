@@ -122,8 +122,8 @@ class DoRA(Update):
     def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> DoRA:
         """Directions keep the gains; magnitudes are then refitted by least squares to the stored directions.
 
-        With gains g, the new direction is diag(1/g) part, so that the error of the delta is that of `part`; the row-wise
-        optimum for unit vectors v'/||v'|| is m' = g <v, v'> / ||v'||.
+        With gains g, the new direction is diag(1/g) part, so that the error of the delta is that of `part`; the optimum
+        of each row for unit vectors v'/||v'|| is m' = g <v, v'> / ||v'||.
         """
         if not isinstance(part, LowRank):
             raise AdapterError("a DoRA direction holds low-rank operators only")

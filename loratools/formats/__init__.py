@@ -19,7 +19,9 @@ def recognise(header: Header) -> type[Format]:
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise InputError(f"{header.path}: keys of more than one dialect ({', '.join(f.name for f in fits)}); split the file")
+        raise InputError(
+            f"{header.path}: keys of more than one dialect ({', '.join(f.name for f in fits)}); split the file"
+        )
     if not header.specs:
         raise InputError(f"{header.path}: the file holds no tensors")
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])

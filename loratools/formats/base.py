@@ -96,7 +96,7 @@ class Format(ABC):
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         """The scale to write factors of `rank` with, for an update read with `scale`.
 
-        1 for `fold`, `scale` for `keep`, unless the file has no place for a scale: then the only one its readers assume.
+        1 for `fold`, `scale` for `keep`, unless the file has no place for one: then what its readers will assume.
         """
 
     @abstractmethod

@@ -45,7 +45,7 @@ _OTHER = {
 @final
 @dataclass(frozen=True)
 class Kohya(Format):
-    """kohya and LyCORIS files whose modules are LoRA; alpha missing or zero means alpha = rank, as sd-scripts reads it."""
+    """kohya and LyCORIS files whose modules are LoRA; alpha missing or zero means alpha = rank, as in sd-scripts."""
 
     name: ClassVar[str] = "kohya"
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")

@@ -1,4 +1,4 @@
-"""Bare `lora_A` and `lora_B` parameters without any config: loralib, DyLoRA, and MatryoshkaLoRA with its factors transposed."""
+"""Bare `lora_A` and `lora_B` parameters without a config: loralib, DyLoRA, and MatryoshkaLoRA, which transposes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SUFFIXES = {slot: suffix for suffix, slot in _SLOTS.items()}
 @final
 @dataclass(frozen=True)
 class Loralib(Format):
-    """Neither alpha nor, for MatryoshkaLoRA, the scaling of a rank is in the file: both come from the user or stay open.
+    """Neither alpha nor, for MatryoshkaLoRA, the scaling of ranks is in the file: they come from the user or stay open.
 
     loralib and DyLoRA: A (r, n), B (m, r), scale alpha / r. MatryoshkaLoRA: A (n, r), B (r, m), scale 1, 1 / r or
     1 / sqrt(r).
@@ -54,7 +54,7 @@ class Loralib(Format):
         warnings = []
         if transposed and hints.scaling is None:
             warnings.append(
-                "a MatryoshkaLoRA file does not state how ranks are scaled: norms are for scale 1; state it with --scaling"
+                "a MatryoshkaLoRA file does not state how ranks are scaled: norms are for scale 1; pass --scaling"
             )
         if not transposed and hints.alpha is None:
             warnings.append("the file does not state alpha: norms are for alpha 1; state it with --alpha")

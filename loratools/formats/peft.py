@@ -36,7 +36,12 @@ _SLOTS = {
     ("lora_magnitude_vector", None): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
 }
-_SPELLINGS = {"down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+_SPELLINGS = {
+    "down": "lora_A.weight",
+    "up": "lora_B.weight",
+    "up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
 _HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
 _VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config")
 # Initialisations that subtract their factors from the base weight.
@@ -52,7 +57,9 @@ def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({key})$", name):
                 return value
         except re.error as error:
-            raise InputError(f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}") from error
+            raise InputError(
+                f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}"
+            ) from error
     return default
 
 
@@ -83,7 +90,10 @@ class Peft(Format):
     def recognises(cls, header: Header) -> bool:
         if header.config is not None and "peft_type" in header.config:
             return True
-        return any(key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS for key in header.specs)
+        return any(
+            key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS
+            for key in header.specs
+        )
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Peft:
@@ -103,7 +113,9 @@ class Peft(Format):
                 continue
             module = match["module"]
             if slot in groups.setdefault(module, {}):
-                raise AdapterError(f"{header.path}: {module} has two tensors for {slot}: {groups[module][slot]} and {key}")
+                raise AdapterError(
+                    f"{header.path}: {module} has two tensors for {slot}: {groups[module][slot]} and {key}"
+                )
             groups[module][slot] = key
             if match["part"].startswith("lora_embedding"):
                 embeddings.add(module)
@@ -129,8 +141,9 @@ class Peft(Format):
             warnings.append(f"adapter_config.json states no lora_alpha; PEFT assumes {DEFAULT_ALPHA}")
         if config is not None and (init := mutated_base(config)):
             warnings.append(
-                f"trained with init_lora_weights={init!r}: these factors are relative to a base weight that the initialisation "
-                "changed, not to the original; pass --initial-adapter with the saved initial factors to make a plain LoRA"
+                f"trained with init_lora_weights={init!r}: these factors are relative to a base weight that the "
+                "initialisation changed, not to the original; pass --initial-adapter with the saved initial factors to "
+                "make a plain LoRA"
             )
         if config is not None and config.get("alora_invocation_tokens"):
             warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")
@@ -152,7 +165,9 @@ class Peft(Format):
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
         if self.config is None:
             return (1.0 if self.alpha is None else self.alpha) / rank
-        alpha = pattern_value(self.config.get("alpha_pattern") or {}, target, self.config.get("lora_alpha", DEFAULT_ALPHA))
+        alpha = pattern_value(
+            self.config.get("alpha_pattern") or {}, target, self.config.get("lora_alpha", DEFAULT_ALPHA)
+        )
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise InputError(f"adapter_config.json: the alpha of {target} is {alpha!r}, not a number")
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -181,7 +196,8 @@ class Peft(Format):
         view = Peft(config, None, self.keys, self.layouts, (), {}, ())
         ranks = config.get("rank_pattern") or {}
         return all(
-            pattern_value(ranks, t, config.get("r")) == w.rank and math.isclose(view.scale(t, w.rank, None), w.scale, rel_tol=1e-12)
+            pattern_value(ranks, t, config.get("r")) == w.rank
+            and math.isclose(view.scale(t, w.rank, None), w.scale, rel_tol=1e-12)
             for t, w in written.items()
         )
 
@@ -239,16 +255,24 @@ def _parameter_names(
     for module, paths in nested.items():
         leaves = [p.rpartition(".")[2] for p in listed if f".{module}".endswith(f".{p.rpartition('.')[0]}")]
         if len(paths) != len(leaves):
-            raise AdapterError(f"{module} carries {len(paths)} adapters for {len(leaves)} target_parameters: {', '.join(leaves)}")
-        order = sorted(leaves, key=lambda leaf: (_EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else len(_EXPERT_ORDER), leaf))
+            raise AdapterError(
+                f"{module} carries {len(paths)} adapters for {len(leaves)} target_parameters: {', '.join(leaves)}"
+            )
+        order = sorted(
+            leaves, key=lambda leaf: (_EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else len(_EXPERT_ORDER), leaf)
+        )
         for path, leaf in zip(sorted(paths, key=len, reverse=True), order, strict=True):
             names[path] = f"{module}.{leaf}"
     return names
 
 
-def _experts(target: str, slots: Mapping[str, str], config: Mapping[str, Any] | None, specs: Mapping[str, TensorSpec]) -> int:
+def _experts(
+    target: str, slots: Mapping[str, str], config: Mapping[str, Any] | None, specs: Mapping[str, TensorSpec]
+) -> int:
     rank = pattern_value((config or {}).get("rank_pattern") or {}, target, (config or {}).get("r"))
     rows = specs[slots["down"]].shape[0] if "down" in slots else 0
     if not isinstance(rank, int) or rank < 1 or rows % rank:
-        raise AdapterError(f"{target}: {rows} rows of lora_A are no multiple of the rank {rank!r} in adapter_config.json")
+        raise AdapterError(
+            f"{target}: {rows} rows of lora_A are no multiple of the rank {rank!r} in adapter_config.json"
+        )
     return rows // rank

@@ -46,7 +46,7 @@ def spectrum(op: Operator) -> Tensor:
 
 
 def thin_svd(op: Operator) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact thin SVD (u, s, vt) in float64, signs as in `balanced_factors`; a block-diagonal operator goes dense."""
+    """The exact thin SVD (u, s, vt) in float64, signs as in `balanced_factors`; what is not low rank goes dense."""
     if isinstance(op, LowRank):
         q_left, r_left = torch.linalg.qr(op.left.double() * op.scale)
         q_right, r_right = torch.linalg.qr(op.right.double().T)

@@ -65,16 +65,14 @@ def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[],
         extra = adapter.extras[key]
         return (extra.read().double() - base.find(parameter, extra.spec.shape).double()).float()
 
-    found = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for key, parameter in adapter.format.replacements().items():
         if (name := base.name_of(parameter)) is not None:
             found[name] = partial(change, key, parameter)
     return found
 
 
-def _base_parameter(
-    base: BaseWeights, parameter: str, shape: tuple[int, ...], *, experts: bool
-) -> tuple[str, Tensor]:
+def _base_parameter(base: BaseWeights, parameter: str, shape: tuple[int, ...], *, experts: bool) -> tuple[str, Tensor]:
     name = base.name_of(parameter)
     if experts and name is not None and base.source.specs[name].shape == (shape[0], shape[2], shape[1]):
         return name, base.source.read(name)

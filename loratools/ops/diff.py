@@ -37,7 +37,9 @@ def diff(
         name_a, name_b = pair
         op_a, op_b = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
         if op_a.shape != op_b.shape:
-            raise AdapterError(f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases")
+            raise AdapterError(
+                f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases"
+            )
         distance, norm_a, norm_b = frobenius(sum_of([op_a, -op_b])), frobenius(op_a), frobenius(op_b)
         product = inner(op_a, op_b)
         outputs, inputs = _overlaps(op_a, op_b) if norm_a and norm_b else (None, None)
@@ -67,7 +69,9 @@ def diff(
 
 def _pairs(a: Adapter, b: Adapter) -> dict[str, str]:
     flat = {name.replace(".", "_"): name for name in b.entries}
-    return {name: other for name in a.entries if (other := name if name in b.entries else flat.get(name.replace(".", "_")))}
+    return {
+        name: other for name in a.entries if (other := name if name in b.entries else flat.get(name.replace(".", "_")))
+    }
 
 
 def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> Operator:

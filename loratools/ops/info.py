@@ -54,7 +54,11 @@ def info(adapter: Adapter) -> InfoReport:
         extras={key: extra.spec.nbytes for key, extra in adapter.extras.items()},
         unsupported=adapter.unsupported,
         config={field: config[field] for field in _CONFIG if config.get(field) not in (None, {}, [], False)},
-        metadata={k: v if len(v) <= _MAX_METADATA else f"{v[:_MAX_METADATA]}…" for k, v in adapter.metadata.items() if k != RECORD_KEY},
+        metadata={
+            k: v if len(v) <= _MAX_METADATA else f"{v[:_MAX_METADATA]}…"
+            for k, v in adapter.metadata.items()
+            if k != RECORD_KEY
+        },
         record=_record(adapter.metadata),
         warnings=adapter.warnings,
     )
@@ -65,7 +69,11 @@ def _count(values: Iterable[str]) -> dict[str, int]:
 
 
 def _base_model(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str | None:
-    for found in (config.get("base_model_name_or_path"), metadata.get("ss_sd_model_name"), metadata.get("ss_base_model_version")):
+    for found in (
+        config.get("base_model_name_or_path"),
+        metadata.get("ss_sd_model_name"),
+        metadata.get("ss_base_model_version"),
+    ):
         if found:
             return str(found)
     return None

@@ -19,7 +19,9 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     rsLoRA (arXiv 2404.02948). Raises AdapterError where the two do not have the same targets, ranks and shapes.
     """
     if missing := sorted(set(adapter.entries) ^ set(initial.entries)):
-        raise AdapterError(f"{missing[0]}: in one of adapter and initial adapter only; were both saved by one training run?")
+        raise AdapterError(
+            f"{missing[0]}: in one of adapter and initial adapter only; were both saved by one training run?"
+        )
     entries = {}
     for target, entry in adapter.entries.items():
         other = initial.entries[target]

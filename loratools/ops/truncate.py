@@ -25,13 +25,17 @@ Nested = Literal["dylora", "matryoshka", "keep"]
 
 
 def truncate(
-    adapter: Adapter, rank: int, *, nested: Nested = "keep", scaling: NestedScaling | None = None, allow_unchanged: bool = False
+    adapter: Adapter,
+    rank: int,
+    *,
+    nested: Nested = "keep",
+    scaling: NestedScaling | None = None,
+    allow_unchanged: bool = False,
 ) -> tuple[Adapter, SqueezeReport]:
-    """The first `rank` components of every target, in memory; factors are slices, bit for bit, wherever the file can state
-    the scale.
+    """The first `rank` components of every target, in memory; slices bit for bit, wherever a file can state the scale.
 
-    `nested` sets the scale of what is kept: `keep` the one it had, `dylora` alpha / rank (arXiv 2210.07558), `matryoshka`
-    the one that `scaling` gives each rank (arXiv 2605.07850). `energy_kept` is the squared cosine between the delta and
+    `nested` sets the scale of what is kept: `keep` the one it had, `dylora` alpha / rank (arXiv 2210.07558),
+    `matryoshka` the one that `scaling` gives each rank (arXiv 2605.07850). `energy_kept` is the squared cosine between the delta and
     what is kept, which for an SVD is the energy. Raises UnchangedError where no target has more components.
     """
     changed = with_record(adapter, "truncate", {"rank": rank, "nested": nested, "scaling": scaling})
@@ -75,7 +79,9 @@ def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
         else:
             ranks[target] = rank
     if not ranks and not allow_unchanged:
-        raise UnchangedError(f"no target has more than {rank} components; choose a lower rank, or pass --allow-unchanged")
+        raise UnchangedError(
+            f"no target has more than {rank} components; choose a lower rank, or pass --allow-unchanged"
+        )
     return Plan(ranks, unchanged)
 
 
@@ -111,7 +117,8 @@ def _apply(
 
 def _compare(target: str, before: Update, after: Update) -> Outcome:
     old, new = stack_blocks([before.low_rank_part()], "cpu"), stack_blocks([after.low_rank_part()], "cpu")
-    assert old is not None and new is not None
+    assert old is not None
+    assert new is not None
     if not bool(is_finite(old[0]).all()):
         raise nonfinite_error(target)
     distances, norms = squared_distance(old[0], new[0].left, new[0].right)

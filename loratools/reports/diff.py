@@ -11,8 +11,9 @@ from typing import Any
 class TargetDiff:
     """Update a against update b of one target.
 
-    `relative_error` is ||a - b|| / ||a|| (null where only a vanishes), `cosine` of the deltas (null where one vanishes), overlaps the mean squared
-    cosine of the principal angles between output and input spaces, 1 where the smaller lies in the larger.
+    `relative_error` is ||a - b|| / ||a|| (null where only a vanishes), `cosine` that of the deltas (null where one
+    vanishes). An overlap is the mean squared cosine of the principal angles between the output spaces or the input
+    spaces: 1 where the smaller lies in the larger.
     """
 
     rank_a: int

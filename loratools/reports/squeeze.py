@@ -63,7 +63,7 @@ def summarise(
     warnings: tuple[str, ...],
     output: str | None = None,
 ) -> SqueezeReport:
-    """Totals over the changed targets; `bytes_*` are those of the weights files, or of all tensors where there is no file."""
+    """Totals over the changed targets; `bytes_*` are those of the weights files, or of all tensors without a file."""
     norm = math.fsum(o.squared_norm for o in outcomes)
     error = math.fsum(o.squared_error for o in outcomes)
     kept = math.fsum(o.squared_kept for o in outcomes)

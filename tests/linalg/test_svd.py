@@ -111,7 +111,7 @@ def test_more_than_the_dimensions_is_refused(name: str) -> None:
 
 
 def test_auto_sketches_only_what_is_wide() -> None:
-    """Exact below 512 terms, or where the rank is not much below them; both within 0.1 % of the optimum."""
+    """Exact below 512 terms, or where the rank is not far below them; the sketch costs 1.6 % on this flat spectrum."""
     s = torch.logspace(0, -2, 600, dtype=torch.float64)
     op = LowRank(torch.linalg.qr(rand(0, 620, 600))[0] * s, torch.linalg.qr(rand(1, 610, 600))[0].T)
     assert truncate(LowRank(op.left[:, :500], op.right[:500]), 4).complete
@@ -119,7 +119,7 @@ def test_auto_sketches_only_what_is_wide() -> None:
     wide = truncate(op, 40)
     assert not wide.complete
     error = float(torch.linalg.matrix_norm(op.dense() - wide.operator.dense()))
-    assert error <= 1.001 * float(s[40:].norm())
+    assert float(s[40:].norm()) <= error <= 1.02 * float(s[40:].norm())
 
 
 def test_huge_low_rank_needs_no_dense_matrix() -> None:

@@ -82,6 +82,8 @@ def test_experts_follow_a_base_that_stores_them_transposed(samples, tmp_path: Pa
     name = "model.layers.0.mlp.experts.down_proj"
     save_file({name: torch.zeros_like(truth[name]).mT.contiguous()}, tmp_path / "base.safetensors")
     deltas = loratools.delta(
-        loratools.load(folder), base=loratools.load_base(tmp_path / "base.safetensors"), target="layers.0.mlp.experts.down_proj"
+        loratools.load(folder),
+        base=loratools.load_base(tmp_path / "base.safetensors"),
+        target="layers.0.mlp.experts.down_proj",
     )
     assert torch.allclose(dict(deltas)[name], truth[name].mT, atol=1e-6)

@@ -23,7 +23,11 @@ def pair(tmp_path: Path, name: str, tensors: dict[str, torch.Tensor]) -> Path:
 def lora(seed: int, m: int = 14, n: int = 10, r: int = 4) -> dict[str, torch.Tensor]:
     gen = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
-    return {"lora_unet_a.lora_down.weight": draw(r, n), "lora_unet_a.lora_up.weight": draw(m, r), "lora_unet_a.alpha": torch.tensor(2.0)}
+    return {
+        "lora_unet_a.lora_down.weight": draw(r, n),
+        "lora_unet_a.lora_up.weight": draw(m, r),
+        "lora_unet_a.alpha": torch.tensor(2.0),
+    }
 
 
 def test_another_gauge_is_the_same_update(tmp_path: Path) -> None:

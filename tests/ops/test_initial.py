@@ -17,7 +17,13 @@ N, M, R = 24, 18, 4
 
 def write(folder: Path, up: torch.Tensor, down: torch.Tensor, **config: object) -> Path:
     folder.mkdir()
-    fields = {"peft_type": "LORA", "r": R, "lora_alpha": 6, "init_lora_weights": "pissa", "target_modules": ["q"]} | config
+    fields = {
+        "peft_type": "LORA",
+        "r": R,
+        "lora_alpha": 6,
+        "init_lora_weights": "pissa",
+        "target_modules": ["q"],
+    } | config
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     prefix = "base_model.model.layers.0.q"
     pair = {f"{prefix}.lora_A.weight": down.contiguous(), f"{prefix}.lora_B.weight": up.contiguous()}
@@ -37,7 +43,9 @@ def factors() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_difference_is_the_delta_against_the_original_base(tmp_path: Path, factors: dict[str, torch.Tensor], rslora: bool) -> None:
+def test_difference_is_the_delta_against_the_original_base(
+    tmp_path: Path, factors: dict[str, torch.Tensor], rslora: bool
+) -> None:
     f = factors
     trained = loratools.load(write(tmp_path / "t", f["up"], f["down"], use_rslora=rslora))
     initial = loratools.load(write(tmp_path / "i", f["up0"], f["down0"], use_rslora=rslora))
@@ -62,7 +70,8 @@ def test_difference_is_the_delta_against_the_original_base(tmp_path: Path, facto
 def test_plain_adapter_squeezes_to_the_optimum(tmp_path: Path, factors: dict[str, torch.Tensor]) -> None:
     f = factors
     plain = loratools.subtract_initial(
-        loratools.load(write(tmp_path / "t", f["up"], f["down"])), loratools.load(write(tmp_path / "i", f["up0"], f["down0"]))
+        loratools.load(write(tmp_path / "t", f["up"], f["down"])),
+        loratools.load(write(tmp_path / "i", f["up0"], f["down0"])),
     )
     true = 1.5 * (f["up"].double() @ f["down"].double() - f["up0"].double() @ f["down0"].double())
     best = torch.linalg.svdvals(true)[R:].norm() / true.norm()
@@ -78,7 +87,10 @@ def test_other_ranks_or_targets_are_refused(tmp_path: Path, factors: dict[str, t
         loratools.subtract_initial(trained, short)
     (tmp_path / "o").mkdir()
     save_file(
-        {"base_model.model.k.lora_A.weight": f["down0"].contiguous(), "base_model.model.k.lora_B.weight": f["up0"].contiguous()},
+        {
+            "base_model.model.k.lora_A.weight": f["down0"].contiguous(),
+            "base_model.model.k.lora_B.weight": f["up0"].contiguous(),
+        },
         tmp_path / "o" / "adapter_model.safetensors",
     )
     with pytest.raises(AdapterError, match="in one of adapter and initial adapter only"):

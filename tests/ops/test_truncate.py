@@ -44,7 +44,13 @@ def peft(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> Path:
     ],
 )
 def test_prefix_is_sliced_bit_for_bit_and_scaled_by_the_method(
-    peft: Path, tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor], rank: int, nested: str, scaling: str, factor: object
+    peft: Path,
+    tmp_path: Path,
+    pair: tuple[torch.Tensor, torch.Tensor],
+    rank: int,
+    nested: str,
+    scaling: str,
+    factor: object,
 ) -> None:
     a, b = pair
     out = tmp_path / "out"
@@ -69,7 +75,9 @@ def test_dylora_keeps_alpha_itself(peft: Path) -> None:
 
 @pytest.mark.parametrize("scaling", ["none", "rank", "sqrt"])
 @pytest.mark.parametrize("rank", [1, 4, 8])
-def test_matryoshka_file_decodes_at_every_rank(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor], scaling: str, rank: int) -> None:
+def test_matryoshka_file_decodes_at_every_rank(
+    tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor], scaling: str, rank: int
+) -> None:
     a, b = pair[0].T.contiguous(), pair[1].T.contiguous()  # (n, R) and (R, m), as that repository stores them
     torch.save({"model.layers.0.q.lora_A": a, "model.layers.0.q.lora_B": b}, tmp_path / "lora_adapters_step=00010.pt")
     adapter = loratools.load(tmp_path / "lora_adapters_step=00010.pt", scaling=scaling)  # type: ignore[arg-type]
@@ -82,7 +90,9 @@ def test_matryoshka_file_decodes_at_every_rank(tmp_path: Path, pair: tuple[torch
     assert load_file(out)["model.layers.0.q.lora_A"].shape == (N, rank)
 
 
-def test_dylora_pt_file_without_alpha_keeps_the_rule_whatever_alpha(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_dylora_pt_file_without_alpha_keeps_the_rule_whatever_alpha(
+    tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     a, b = pair
     torch.save({"enc.0.q.lora_A": a, "enc.0.q.lora_B": b}, tmp_path / "dylora.pt")
     adapter = loratools.load(tmp_path / "dylora.pt")
@@ -93,7 +103,9 @@ def test_dylora_pt_file_without_alpha_keeps_the_rule_whatever_alpha(tmp_path: Pa
     assert torch.allclose(again["enc.0.q"].delta().double(), truth, rtol=1e-6, atol=1e-6)
 
 
-def test_loralib_without_alpha_keeps_the_scale_when_asked(tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_loralib_without_alpha_keeps_the_scale_when_asked(
+    tmp_path: Path, pair: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     a, b = pair
     torch.save({"enc.0.q.lora_A": a, "enc.0.q.lora_B": b}, tmp_path / "plain.pt")
     loratools.truncate_file(loratools.load(tmp_path / "plain.pt"), tmp_path / "cut.safetensors", 2, nested="keep")
