@@ -10,9 +10,31 @@ from loratools.ops.info import info
 from loratools.ops.initial import subtract_initial
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
 from loratools.ops.truncate import truncate, truncate_file
+from loratools.ranks import (
+    AdapterTuneElbow,
+    Budget,
+    Cumulative,
+    Elbow,
+    Energy,
+    Fixed,
+    Frobenius,
+    Limits,
+    Ratio,
+    Threshold,
+)
 
 __all__ = [
+    "AdapterTuneElbow",
+    "Budget",
+    "Cumulative",
+    "Elbow",
+    "Energy",
+    "Fixed",
+    "Frobenius",
+    "Limits",
+    "Ratio",
     "Squeeze",
+    "Threshold",
     "__version__",
     "aurac",
     "delta",

@@ -163,7 +163,7 @@ def _spectra(
         axis.grid(True, which="major")
         axis.set_axisbelow(True)
         axis.set_title(_text(_shorten(module, 24)))
-        axis.text(1, 1.02, f"{len(members)}", transform=axis.transAxes, ha="right", va="bottom", color=_FAINT)
+        axis.text(1, 1.02, f"×{len(members)}", transform=axis.transAxes, ha="right", va="bottom", color=_FAINT)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supylabel("singular value", fontsize=9)
@@ -172,7 +172,7 @@ def _spectra(
         bar = figure.colorbar(ScalarMappable(scale, shades), ax=axes, pad=0.012, fraction=0.022, aspect=34)
         shown = _spread(len(layers), 7)
         bar.set_ticks(shown, labels=[_text(_shorten(layers[i], 18)) for i in shown])
-        bar.ax.set_title("layer", fontsize=8.5, fontweight="normal", loc="left", pad=5)
+        bar.ax.set_title("layer", fontsize=8.5, fontweight="normal", loc="left", pad=9)
         bar.ax.tick_params(length=0)
         bar.ax.invert_yaxis()
         bar.outline.set_visible(False)
@@ -227,7 +227,7 @@ def _heat_map(
 
 
 def _long(layers: Sequence[str]) -> bool:
-    return any(len(layer) > 3 for layer in layers)
+    return len(layers) > 1 and any(len(layer) > 3 for layer in layers)
 
 
 def _spread(count: int, most: int) -> list[int]:

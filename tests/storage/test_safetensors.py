@@ -164,6 +164,16 @@ def test_what_the_official_library_writes_is_read(tmp_path: Path, tensors: dict[
             source.read("no such tensor")
 
 
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "C64"])
+def test_a_scalar_is_the_number_that_the_tensor_holds(tmp_path: Path, name: str) -> None:
+    dtype = getattr(torch, DTYPES[name][0])
+    write(tmp_path / "x", {"one": torch.tensor([[5.5]]).to(dtype), "two": torch.ones(2).to(dtype)}, {})
+    with open_source(tmp_path / "x") as source:
+        assert source.read_scalar("one") == float(source.read("one").item())
+        with pytest.raises((ValueError, RuntimeError)):
+            source.read_scalar("two")
+
+
 def test_what_is_read_belongs_to_the_caller(tmp_path: Path) -> None:
     write(tmp_path / "x", {"a": torch.zeros(4)}, {})
     with open_source(tmp_path / "x") as source:
@@ -281,4 +291,5 @@ def test_metadata_may_be_null(tmp_path: Path) -> None:
     raw = b'{"__metadata__":null}'
     (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
     with open_source(tmp_path / "x.safetensors") as source:
-        assert dict(source.metadata) == dict(source.specs) == {}
+        assert source.metadata == {}
+        assert source.specs == {}
