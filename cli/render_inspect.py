@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.padding import Padding
+from rich.console import Group as RenderGroup
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
@@ -67,10 +67,9 @@ class _View:
     every: bool
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        width = min(self.width, options.max_width)
         signs = _ASCII if options.ascii_only else _UNICODE
-        width = min(self.width, options.max_width) - 1  # the last column stays free: some terminals wrap there
-        for block in _blocks(self.report, width, self.every, signs):
-            yield Padding(block, (0, 0, 0, 1))
+        yield Constrain(RenderGroup(*_blocks(self.report, width, self.every, signs)), width)
 
 
 def _blocks(report: InspectReport, width: int, every: bool, signs: _Signs) -> Iterator[RenderableType]:
@@ -105,20 +104,21 @@ def _header(report: InspectReport, width: int, signs: _Signs) -> Iterator[Render
     yield Text(_fit(name, width - 1, signs), style="bold cyan")
     total = report.total
     scales = [t.scale for t in report.targets.values()]
+    mixed = len(report.families) > 1
     facts = [
         report.format + (f" in {report.container}" if report.container else ""),
-        ", ".join(f"{family} {signs.times}{n}" if len(report.families) > 1 else family for family, n in report.families.items()),
+        ", ".join(f"{family} {signs.times}{n}" if mixed else family for family, n in report.families.items()),
         f"{total.targets} target{'s' * (total.targets != 1)}",
         f"rank {_span(total.rank_min, total.rank_max, signs)}",
     ]
     if scales:
         facts.append(f"scale {_span(min(scales), max(scales), signs)}")
-        facts.append(f"{signs.delta} {total.norm:.4g}")
+        facts.append(f"{signs.delta}={total.norm:.4g}")
     yield Text(_clean(signs.dot.join(fact for fact in facts if fact), signs))
 
 
 def _span(low: float, high: float, signs: _Signs) -> str:
-    return f"{low:g}" if low == high else f"{low:g}{signs.dash}{high:g}"
+    return f"{low:.4g}" if low == high else f"{low:.4g}{signs.dash}{high:.4g}"
 
 
 def _targets(
@@ -127,22 +127,20 @@ def _targets(
     if not names:
         return
     common = _common_path(list(report.targets))
-    rows = [
-        _Row(name[len(common) :], str(report.targets[name].rank), group([report.targets[name]])) for name in names
-    ]
-    where = _fit(f" in {common.rstrip('._')}", max(8, width - len(title)), signs) if common else ""
+    rows = [_Row(name[len(common) :], str(report.targets[name].rank), group([report.targets[name]])) for name in names]
+    told = common.rstrip("._")
+    where = "" if told in ("", "lora", "lycoris") else _fit(f" in {told}", max(8, width - len(title)), signs)
     yield Text()
     yield Text.assemble((title, "bold"), (where, "dim"))
     yield _table(rows, "rank", width, signs)
 
 
 def _common_path(names: Sequence[str]) -> str:
-    """What all names begin with, up to a dot or an underscore before a number."""
-    if len(names) < 2:
-        return ""
-    shared = os.path.commonprefix(list(names))
-    ends = [i + 1 for i, sign in enumerate(shared) if sign == "." or (sign == "_" and "." not in names[0])]
-    return shared[: ends[-1]] if ends else ""
+    """What all names begin with, up to a dot, or to an underscore in flattened names."""
+    first, last = min(names), max(names)
+    equal = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    shared = first[:equal]
+    return shared[: shared.rfind("." if "." in first else "_") + 1]
 
 
 def _table(rows: Sequence[_Row], count: str, width: int, signs: _Signs) -> Table:
@@ -165,13 +163,14 @@ def _table(rows: Sequence[_Row], count: str, width: int, signs: _Signs) -> Table
         table.add_column(title, no_wrap=True, justify="right", width=columns)
     for row in rows:
         g = row.numbers
+        ranked = (g.mean_compressible_rank_95, g.mean_effective_rank, g.mean_stable_rank)
         moving = g.zero < g.targets
         table.add_row(
             Text(_fit(row.name, min(longest, room), signs)),
             row.count,
             sparkline(g.spectrum, signs.blocks) if moving else "zero",
             *(_share(g, k) if moving else "" for k in ranks),
-            *((_number(v) if moving else "") for v in (g.mean_compressible_rank_95, g.mean_effective_rank, g.mean_stable_rank)),
+            *((_number(v) if moving else "") for v in ranked),
             _norm(g, has_base),
         )
     return table
@@ -186,7 +185,7 @@ def _share(numbers: Group, rank: int) -> Text:
 
 def _norm(numbers: Group, has_base: bool) -> str:
     if not has_base:
-        return f"{numbers.mean_norm:.3g}"
+        return f"{numbers.mean_norm:#.3g}".rstrip(".")
     return "" if numbers.mean_relative_norm is None else f"{numbers.mean_relative_norm:.2%}"
 
 
@@ -275,9 +274,13 @@ def _shade(level: float | None) -> str:
 
 
 def _legend(report: InspectReport, signs: _Signs) -> str:
-    spans = f"spectrum: singular values, log scale, {_DECADES} decades"
-    text = f"{spans}{signs.dot}@k: % of energy in rank k{signs.dot}r95: rank for 95 %{signs.dot}erank, srank: effective, stable rank"
-    return text + (f"{signs.dot}groups: means" if len(report.targets) > GROUP_ABOVE else "")
+    parts = [
+        f"spectrum: singular values, log scale, {_DECADES} decades",
+        "@k: % of energy in rank k",
+        "r95: rank for 95 %",
+        "erank, srank: effective, stable rank",
+    ]
+    return signs.dot.join(parts + ["groups: means"] * (len(report.targets) > GROUP_ABOVE))
 
 
 def _nested(nested: Nested, signs: _Signs) -> Iterator[RenderableType]:
@@ -285,6 +288,8 @@ def _nested(nested: Nested, signs: _Signs) -> Iterator[RenderableType]:
     line = Text.assemble((nested.verdict, style))
     if nested.ratio is not None:
         line.append(f": the first k components err {nested.ratio:.3g} {signs.times} as much as the best rank k")
+        if nested.verdict == "undecided":
+            line.append(", but so do any others")
     yield line
     if nested.total:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -297,14 +302,15 @@ def _nested(nested: Nested, signs: _Signs) -> Iterator[RenderableType]:
     yield Text(f"relative errors; {nested.criterion}", style="dim")
     if nested.skipped:
         target, reason = next(iter(nested.skipped.items()))
-        yield Text(_clean(f"{len(nested.skipped)} targets have no prefix; first: {target}: {reason}", signs), style="dim")
+        told = f"{len(nested.skipped)} targets have no prefix; first: {target}: {reason}"
+        yield Text(_clean(told, signs), style="dim")
 
 
 def _footprint(report: InspectReport, signs: _Signs) -> Table:
     f = report.footprint
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("", "parameters", "MiB", "MB"):
-        table.add_column(title, no_wrap=True, justify="right" if title else "left")
+        table.add_column(title, no_wrap=bool(title), justify="right" if title else "left")
     rows: list[tuple[str, int | None, Bytes | None]] = [
         ("adapter", f.trainable_parameters, f.adapter),
         ("adapter file", None, f.file),
@@ -316,14 +322,18 @@ def _footprint(report: InspectReport, signs: _Signs) -> Table:
     for name, parameters, size in rows:
         if size is not None:
             count = "" if parameters is None else f"{parameters:,}"
-            table.add_row(name, count, f"{size.mib:,.2f}", f"{size.mb:,.2f}")
+            table.add_row(name, count, _size(size.mib), _size(size.mb))
     return table
+
+
+def _size(value: float) -> str:
+    return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _notes(report: InspectReport, signs: _Signs) -> Iterator[RenderableType]:
     notes = list(report.warnings)
     if extras := report.keys.get("extras"):
-        notes.append(f"{extras} other tensors are carried along ({report.footprint.other_parameters:,} numbers not trained)")
+        notes.append(f"{extras} tensors belong to no target and are carried along")
     if notes:
         yield Text()
     for note in notes:

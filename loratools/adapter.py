@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools._version import __version__
 from loratools.errors import AdapterError
 from loratools.formats.base import Written
-from loratools.storage.base import DTYPES, TensorSpec
+from loratools.storage.header import spec_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +21,9 @@ if TYPE_CHECKING:
 
     from loratools.families.base import Layout, Update
     from loratools.formats.base import Format
+    from loratools.storage.base import TensorSpec
 
 RECORD_KEY = "loratools"
-_NAMES = {attribute: name for name, (attribute, _) in DTYPES.items()}
-
-
-def spec_of(tensor: Tensor) -> TensorSpec:
-    """Shape and stored dtype of a tensor in memory."""
-    return TensorSpec(_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.errors import AdapterError, InputError
+from loratools.errors import AdapterError
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
 
@@ -72,10 +71,4 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def load_base(path: str | os.PathLike[str]) -> BaseWeights:
     """Open a base model: a weights file, or a folder with one (sharded or not); reads headers only."""
-    place = Path(path)
-    if place.is_dir():
-        found = [place / n for n in _NAMES if (place / n).is_file()] or sorted(place.glob("*.safetensors"))
-        if not found or (len(found) > 1 and found[0].name not in _NAMES):
-            raise InputError(f"{printable(place)}: no single base model in this folder; name the file")
-        place = found[0]
-    return BaseWeights(open_source(place))
+    return BaseWeights(open_source(path))

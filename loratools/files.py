@@ -19,7 +19,7 @@ from loratools.storage import open_source
 from loratools.storage.atomic import printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
 from loratools.storage.folder import AtomicFolder
-from loratools.storage.header import header_bytes
+from loratools.storage.header import header_bytes, quoted
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
+_WEIGHTS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "adapter_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MAX_CONFIG_BYTES = 64 << 20
 
@@ -57,10 +57,11 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: N
         entries, zeros = {}, []
         for target, keys in bound.keys.items():
             try:
-                entries[target] = _entry(source, bound, target, keys)
+                alpha_stored = _stored_alpha(source, bound, target)
+                entries[target] = _entry(source, bound, target, keys, alpha_stored)
             except AdapterError as error:
                 raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if _stored_alpha(source, bound, target) == 0.0:
+            if alpha_stored == 0.0:
                 zeros.append(target)
     except BaseException:
         source.close()
@@ -74,22 +75,24 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: N
             f"alpha is 0 for {len(zeros)} targets, read as alpha = rank as sd-scripts does; first: {zeros[0]}"
         )
     if skipped := getattr(source, "skipped", ()):
-        warnings.append(f"{len(skipped)} entries that are not tensors were left out: {', '.join(skipped[:3])}")
+        first = ", ".join(quoted(name) for name in skipped[:3])
+        warnings.append(f"{len(skipped)} entries that are not tensors were left out: {first}")
     extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
-    origin = Origin(weights, source.container, _size(weights), source.sha256, source.close)
+    origin = Origin(weights, source.container, source.nbytes, source.sha256, source.close)
     return Adapter(bound, entries, extras, source.metadata, tuple(warnings), origin)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | None:
     key = bound.scale_key(target)
-    return None if key is None else source.read_scalar(key)
+    try:
+        return None if key is None else source.read_scalar(key)
+    except ValueError as error:
+        raise AdapterError(f"its alpha cannot be read: {error}") from error
 
 
-def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str]) -> Entry:
+def _entry(
+    source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None
+) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
     flip = bound.is_stored_transposed(target)
@@ -99,7 +102,7 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
     if problem := family.check(specs, layout):
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
-    scale = bound.scale(target, rank, _stored_alpha(source, bound, target))
+    scale = bound.scale(target, rank, alpha)
     if not math.isfinite(scale):
         raise AdapterError(f"its alpha makes the scale {scale}")
 

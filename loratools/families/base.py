@@ -92,7 +92,7 @@ class Update(ABC):
 
     @abstractmethod
     def direction_operator(self) -> Operator:
-        """The low-rank map that is known without the base, scale included: the delta, unless a magnitude rescales it."""
+        """The low-rank map known without the base, scale included: the delta, unless a magnitude rescales it."""
 
     @abstractmethod
     def fit(self, part: Operator, *, scale: float, base: Tensor | None = None) -> Self:

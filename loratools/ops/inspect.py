@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from loratools.linalg import norms
 from loratools.linalg.inner import frobenius
 from loratools.ops.nested import compare_prefixes
-from loratools.ops.spectra import base_tensor, measure
+from loratools.ops.spectra import measure
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.inspect import (
     Bytes,
@@ -98,7 +98,7 @@ def _against_base(
     def work(target: str) -> tuple[float | None, float]:
         entry = adapter.entries[target]
         weight = base.find(adapter.format.parameter(target), entry.base_shape)
-        delta = frobenius(entry.read().operator(base_tensor(adapter, target, entry, base))) if entry.family.needs_base else None
+        delta = frobenius(entry.read().operator(weight)) if entry.family.needs_base else None
         return delta, float(weight.double().norm())
 
     return dict(zip(targets, ordered_map(work, targets, workers=worker_count(device)), strict=True))
@@ -188,9 +188,11 @@ def places(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
     stages = {tuple(path[:-1]) for path in paths.values()}
     common = next(iter(stages), ())
     for stage in stages:
-        common = common[: next((i for i, (a, b) in enumerate(zip(common, stage, strict=False)) if a != b), len(stage))]
+        equal = [a == b for a, b in zip(common, stage, strict=False)]
+        common = common[: equal.index(False) if False in equal else len(equal)]
     layers = {t: ".".join(path[len(common) :]) for t, path in paths.items()}
-    return {t: (layers.get(t, "other"), ".".join(path[-2 if path[-1].isdecimal() else -1 :])) for t, path in parts.items()}
+    modules = {t: ".".join(path[-2 if path[-1].isdecimal() else -1 :]) for t, path in parts.items()}
+    return {t: (layers.get(t, "other"), modules[t]) for t in targets}
 
 
 def components(target: str) -> list[str]:
@@ -210,8 +212,9 @@ def _split_parent(name: str) -> list[str]:
 
 
 def _keys(adapter: Adapter) -> dict[str, int]:
+    updates = sum(len(entry.specs) for entry in adapter.entries.values())
     scales = sum(adapter.format.scale_key(target) is not None for target in adapter.entries)
-    return {"updates": sum(len(e.specs) for e in adapter.entries.values()), "scales": scales, "extras": len(adapter.extras)}
+    return {"updates": updates, "scales": scales, "extras": len(adapter.extras)}
 
 
 def footprint(adapter: Adapter, base: BaseWeights | None = None) -> Footprint:
@@ -235,9 +238,7 @@ def footprint(adapter: Adapter, base: BaseWeights | None = None) -> Footprint:
     )
 
 
-def _warnings(
-    adapter: Adapter, targets: Mapping[str, TargetNumbers], unmeasured: Mapping[str, str]
-) -> Iterator[str]:
+def _warnings(adapter: Adapter, targets: Mapping[str, TargetNumbers], unmeasured: Mapping[str, str]) -> Iterator[str]:
     if found := sorted({t.family for t in targets.values() if t.of == "direction"}):
         yield (
             f"{', '.join(found)}: spectrum of the direction scale * up @ down, before its magnitude; "
@@ -246,7 +247,8 @@ def _warnings(
     if found := sorted({t.family for t in targets.values() if t.of == "low-rank part"}):
         yield f"{', '.join(found)}: norm of the whole delta, spectrum of its low-rank part"
     if bad := [t for t, reason in unmeasured.items() if t in adapter.entries]:
-        yield f"{len(bad)} targets hold NaN or infinity and were left out: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
+        first = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)
+        yield f"{len(bad)} targets hold NaN or infinity and were left out: {first}"
     if zero := [t for t, numbers in targets.items() if numbers.spectral_norm == 0]:
         yield f"{len(zero)} targets are zero updates, as before training; first: {zero[0]}"
     if adapter.unsupported:

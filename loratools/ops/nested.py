@@ -1,7 +1,7 @@
 """How much worse the first components of each target are, as trained, than the best ones: is the adapter nested?
 
-With H = (up^T up) * (down down^T), entry by entry, the inner products of the rank-one components, every squared norm of a
-sum of components is a sum of entries of H: nothing larger than r x r is needed.
+With H = (up^T up) * (down down^T), entry by entry, the inner products of the rank-one components, every squared norm of
+a sum of components is a sum of entries of H: nothing larger than r x r is needed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ RATIO = 1.25
 # ... if they also stay this far below those of components picked at random: a flat spectrum has no order to find.
 ORDER = 0.9
 CRITERION = (
-    f"prefix error at most {RATIO} x the best (SVD) error and {ORDER} x that of components picked at random, as geometric "
-    "means over the ranks below the full one, at the kept scale (nested) or at the best one for each rank (nested up to "
-    "scale); thresholds reconstructed, for no published ones are known"
+    f"prefix error at most {RATIO} x the best (SVD) error and {ORDER} x that of components picked at random, as "
+    "geometric means over the ranks below the full one, at the kept scale (nested) or at the best one for each rank "
+    "(nested up to scale); thresholds reconstructed, for no published ones are known"
 )
 _EXACT = 1e-6  # a relative error below this is rounding
 
@@ -47,7 +47,9 @@ class _Squares:
     random_own: float
 
 
-def compare_prefixes(adapter: Adapter, spectra: Mapping[str, Sequence[Sequence[float]]], *, device: str = "cpu") -> Nested:
+def compare_prefixes(
+    adapter: Adapter, spectra: Mapping[str, Sequence[Sequence[float]]], *, device: str = "cpu"
+) -> Nested:
     """Errors of the first k components, at the kept scale, against the best rank k, for the targets of `spectra`.
 
     `spectra` holds the singular values of each target, descending, one list for each block.

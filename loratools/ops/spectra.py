@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratools.families.base import Update
 
 # Bytes of stored factors worked on at once by each worker; float64 copies take four to eight times as much.
-BATCH_BYTES = {"cpu": 4 << 20}
+BATCH_BYTES = {"cpu": 2 << 20}
 ACCELERATOR_BATCH_BYTES = 256 << 20
 
 

@@ -16,10 +16,10 @@ Verdict = Literal["nested", "nested up to scale", "not nested", "undecided"]
 class TargetNumbers:
     """One target. Ranks are as the dialect counts them: per expert, and over all groups of a grouped convolution.
 
-    `of` says what was measured: the delta; the direction that a magnitude rescales, where that takes a base and none was
-    given; or the low-rank part of such a delta, whose `norm` is then nonetheless that of the whole delta. `blocks` are
-    experts or groups: `spectrum` holds the singular values of all of them, while effective and stable rank are means over
-    them, counted as the rank is.
+    `of` says what was measured: the delta; the direction that a magnitude rescales, where that takes a base and none
+    was given; or the low-rank part of such a delta, whose `norm` is then nonetheless that of the whole delta. `blocks`
+    are experts or groups: `spectrum` holds the singular values of all of them, while effective and stable rank are
+    means over them, counted as the rank is.
     """
 
     family: str
@@ -93,8 +93,8 @@ class Bytes:
 class Footprint:
     """Sizes of the whole adapter, whichever targets were selected; the accounting of One-for-All (arXiv 2603.29756).
 
-    Training memory is derived, not measured: a gradient in the stored dtype and two float32 Adam moments for each trainable
-    parameter; activations and copies of the weights are left out.
+    Training memory is derived, not measured: a gradient in the stored dtype and two float32 Adam moments for each
+    trainable parameter; activations and copies of the weights are left out.
     """
 
     trainable_parameters: int  # of the updates and of the parameters that extras replace
@@ -116,8 +116,8 @@ class Footprint:
 class PrefixErrors:
     """Relative errors of approximations of one rank; `ratio` is prefix / best, None where the best is exact.
 
-    `random` is the root mean square error over all choices of that many components. `rescaled` is the error of the prefix
-    times `multiplier`, the number that suits it best; `random_rescaled` is to it what `random` is to `prefix`.
+    `random` is the root mean square error over all choices of that many components. `rescaled` is the error of the
+    prefix times `multiplier`, the number that suits it best; `random_rescaled` is to it what `random` is to `prefix`.
     """
 
     prefix: float
@@ -134,8 +134,8 @@ class Nested:
     """Whether the first components, as trained, are the best ones: what truncation loses against squeezing.
 
     `ratio` and `order` are the geometric means over the ranks of prefix / best and prefix / random in total, and
-    likewise for the rescaled errors; None where no rank can tell. "undecided" also stands for a flat spectrum, in which any
-    components serve.
+    likewise for the rescaled errors; None where no rank can tell. "undecided" also stands for a flat spectrum, in
+    which any components serve.
     """
 
     verdict: Verdict
@@ -149,7 +149,7 @@ class Nested:
     skipped: Mapping[str, str]  # target -> why it has no prefix
 
     def to_dict(self) -> dict[str, Any]:
-        return _plain(asdict(self))
+        return dict(_plain(asdict(self)))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def plot_spectra(report: InspectReport, path: str | os.PathLike[str], *, force: 
     """
     place = Path(path)
     if place.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{printable(place)}: a plot is written as {' or '.join(SUFFIXES)}; choose one of these suffixes")
+        raise UsageError(
+            f"{printable(place)}: a plot is written as {' or '.join(SUFFIXES)}; choose one of these suffixes"
+        )
     if place.exists() and not force:
         raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
     if not any(t.spectral_norm > 0 for t in report.targets.values()):
@@ -76,7 +78,8 @@ def _render(report: InspectReport, kind: str) -> bytes:
         raise MissingExtraError("plots need matplotlib: pip install 'loratools[plot]'") from error
     metadata: dict[str, Any] = {"svg": {"Date": None, "Creator": "loratools"}, "png": {"Software": "loratools"}}
     buffer = io.BytesIO()
-    with mpl.rc_context(dict(_STYLE)), warnings.catch_warnings():
+    style: Any = dict(_STYLE)
+    with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
         _draw(Figure, report).savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata[kind])
     return buffer.getvalue()
@@ -109,11 +112,14 @@ def _title(figure: Any, report: InspectReport) -> None:
     total = report.total
     name = Path(report.path or "adapter")
     label = name.parent.name if name.stem == "adapter_model" else name.name
-    ranks = f"rank {total.rank_max}" if total.rank_min == total.rank_max else f"ranks {total.rank_min} to {total.rank_max}"
+    ranks = (
+        f"rank {total.rank_max}" if total.rank_min == total.rank_max else f"ranks {total.rank_min} to {total.rank_max}"
+    )
     families = ", ".join(report.families)
     figure.text(0.012, 0.62, _text(label), fontsize=14, fontweight="bold", va="center")
-    facts = f"{report.format} · {families} · {total.targets} targets · {ranks} · mean effective rank {total.mean_effective_rank:.1f}"
-    figure.text(0.012, 0.12, _text(facts), fontsize=9, color="#5b6975", va="center")
+    mean = f"mean effective rank {total.mean_effective_rank:.1f}"
+    facts = _text(" · ".join([report.format, families, f"{total.targets} targets", ranks, mean]))
+    figure.text(0.012, 0.12, facts, fontsize=9, color="#5b6975", va="center")
 
 
 def _panels(targets: Mapping[str, TargetNumbers]) -> dict[str, list[TargetNumbers]]:
@@ -199,7 +205,9 @@ def _heat_map(
     axis = figure.subplots()
     known = [number for row in cells for number in row if not math.isnan(number)]
     low, high = min(known), max(known)
-    image = axis.pcolormesh(cells, cmap=colours, vmin=low - 0.15 * (high - low), vmax=high, edgecolors="white", linewidth=1.1)
+    image = axis.pcolormesh(
+        cells, cmap=colours, vmin=low - 0.15 * (high - low), vmax=high, edgecolors="white", linewidth=1.1
+    )
     axis.set_facecolor(_EMPTY)
     axis.invert_yaxis()
     axis.set_yticks([i + 0.5 for i in range(len(modules))], [_text(_shorten(module, 24)) for module in modules])

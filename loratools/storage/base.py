@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ class TensorSource(ABC):
     path: Path
     specs: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
+    nbytes: int  # of all its files
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -70,8 +70,11 @@ class TensorSource(ABC):
         """
 
     def read_scalar(self, name: str) -> float:
-        """The number in a tensor of one element; ValueError for any other."""
-        return float(self.read(name).item())
+        """The number in a tensor of one real element; ValueError for any other."""
+        tensor = self.read(name)
+        if tensor.numel() != 1 or tensor.is_complex():
+            raise ValueError(f"a {tensor.dtype} tensor of {tensor.numel()} elements is not one number")
+        return float(tensor.item())
 
     @abstractmethod
     def close(self) -> None:
@@ -84,7 +87,7 @@ class TensorSource(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -112,5 +115,5 @@ class TensorSink(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.abort()

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import final
 
 from loratools.storage.atomic import explained, fsync_folder
@@ -41,9 +40,7 @@ class AtomicFolder:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._remove()
 
     def write_text(self, name: str, text: str) -> None:

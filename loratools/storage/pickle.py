@@ -33,7 +33,7 @@ class PickleSource(TensorSource):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._size = 0
+        self.nbytes = 0
         tree = self._load()
         table = _state_dict(tree)
         if not table:
@@ -64,7 +64,7 @@ class PickleSource(TensorSource):
 
     def _load(self) -> Any:
         with open(open_regular_file(self.path), "rb") as file:
-            self._size = os.fstat(file.fileno()).st_size
+            self.nbytes = os.fstat(file.fileno()).st_size
             is_zip = file.read(4) == b"PK\x03\x04"
         try:
             if is_zip:
@@ -93,9 +93,9 @@ class PickleSource(TensorSource):
             raise InputError(
                 f"{printable(self.path)}: tensor {quoted(name)}: {error}; export it as a plain tensor"
             ) from None
-        if spec.nbytes > max(self._size, _LARGEST_VIEW):
+        if spec.nbytes > max(self.nbytes, _LARGEST_VIEW):
             raise InputError(
-                f"{printable(self.path)}: tensor {quoted(name)} claims {spec.nbytes} bytes in a file of {self._size}; "
+                f"{printable(self.path)}: tensor {quoted(name)} claims {spec.nbytes} bytes in a file of {self.nbytes}; "
                 "convert it to safetensors with the tool that wrote it"
             )
         return spec
@@ -103,9 +103,9 @@ class PickleSource(TensorSource):
     def _refuse_compressed(self) -> None:
         with zipfile.ZipFile(self.path) as archive:
             unpacked = sum(record.file_size for record in archive.infolist())
-        if unpacked > self._size:
+        if unpacked > self.nbytes:
             raise InputError(
-                f"{printable(self.path)}: unpacks to {unpacked} bytes from {self._size}, more than torch.save writes; "
+                f"{printable(self.path)}: unpacks to {unpacked} bytes from {self.nbytes}, more than torch.save writes; "
                 "do not trust it"
             )
 

@@ -86,14 +86,13 @@ class SafetensorsSource(TensorSource):
 
     def read_scalar(self, name: str) -> float:
         spec = self.specs[name]
-        if spec.numel != 1:
-            raise ValueError(f"{quoted(name)} holds {spec.numel} numbers, not one")
+        code = "f" if spec.dtype == "BF16" else _STRUCT_CODES.get(spec.dtype)
+        if spec.numel != 1 or code is None:
+            return super().read_scalar(name)
         data = bytes(self._read_bytes(spec.nbytes, self._data + self._starts[name]))
         if spec.dtype == "BF16":  # the upper half of a float32
-            return float(struct.unpack("<f", b"\0\0" + data)[0])
-        if code := _STRUCT_CODES.get(spec.dtype):
-            return float(struct.unpack(f"<{code}", data)[0])
-        return super().read_scalar(name)
+            data = b"\0\0" + data
+        return float(struct.unpack(f"<{code}", data)[0])
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -107,7 +106,7 @@ class SafetensorsSource(TensorSource):
 
     def digest_into(self, digest: hashlib._Hash) -> None:
         """Feed every byte of the file to `digest`."""
-        size, offset = self._size, 0
+        size, offset = self.nbytes, 0
         chunk = bytearray(_CHUNK)
         while offset < size:
             view = memoryview(chunk)[: size - offset]
@@ -127,17 +126,17 @@ class SafetensorsSource(TensorSource):
         return count
 
     def _read_header(self) -> None:
-        self._size = os.fstat(self._fd).st_size
+        self.nbytes = os.fstat(self._fd).st_size
         try:
-            if self._size < 8:
-                raise HeaderError(f"has {self._size} bytes, too few for a safetensors file")
+            if self.nbytes < 8:
+                raise HeaderError(f"has {self.nbytes} bytes, too few for a safetensors file")
             length = int.from_bytes(self._read_bytes(8, 0), "little")
             if length > MAX_HEADER:
                 raise HeaderError(f"is no safetensors file: a header of {length} bytes exceeds {MAX_HEADER}")
-            if not 0 < length <= self._size - 8:
-                raise HeaderError(f"its header should have {length} bytes, but {self._size - 8} follow")
+            if not 0 < length <= self.nbytes - 8:
+                raise HeaderError(f"its header should have {length} bytes, but {self.nbytes - 8} follow")
             self._data = 8 + length
-            header = parse_header(self._read_bytes(length, 8), self._size - self._data)
+            header = parse_header(self._read_bytes(length, 8), self.nbytes - self._data)
         except HeaderError as error:
             raise InputError(f"{printable(self.path)}: {error}; {_AGAIN}") from None
         self.specs, self.metadata, self._starts = header.specs, header.metadata, header.starts

@@ -51,6 +51,7 @@ class ShardedSource(TensorSource):
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in index.get("metadata", {}).items()
         }
+        self.nbytes = self.path.stat().st_size + sum(shard.nbytes for shard in self._shards.values())
         self.unlisted: tuple[str, ...] = tuple(
             name for shard, source in self._shards.items() for name in source.specs if self._home.get(name) != shard
         )

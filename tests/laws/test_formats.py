@@ -192,7 +192,7 @@ def test_keys_of_two_dialects_are_refused() -> None:
 
 
 def test_keys_of_none_are_listed() -> None:
-    with pytest.raises(InputError, match="its keys begin with a.weight, b.weight"):
+    with pytest.raises(InputError, match=r"its keys begin with a\.weight, b\.weight"):
         recognise(header("a.weight", "b.weight"))
     with pytest.raises(InputError, match="holds no tensors"):
         recognise(header())

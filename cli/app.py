@@ -1,0 +1,92 @@
+"""The program: its commands, and what its failures look like."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from loratools_cli.delta import delta
+from loratools_cli.diff import diff
+from loratools_cli.exit_codes import ExitCode, exit_code_lines
+from loratools_cli.info import info
+from loratools_cli.inspect import inspect
+from loratools_cli.interrupts import Interrupts
+from loratools_cli.output import say
+from loratools_cli.squeeze import squeeze
+from loratools_cli.truncate import truncate
+
+# rich_markup_mode: help is plain text, which costs no import and reads the same in a pipe.
+app = typer.Typer(
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
+)
+for command in (info, inspect, squeeze, truncate, diff, delta):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from loratools import __version__
+
+        typer.echo(f"loratools {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _loratools(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Probe, transcode and compress LoRA adapters, offline.
+
+    Example: loratools squeeze my_lora.safetensors --rank 8
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
+    with Interrupts() as interrupts:
+        try:
+            code = _run(arguments)
+        except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else ExitCode.OK
+        except Exception as error:  # noqa: BLE001 - the last resort, which never hides an error
+            code = ExitCode.INTERRUPTED if interrupts.received else _failed(error)
+    if code == ExitCode.INTERRUPTED:
+        say("interrupted")
+    return int(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    command = typer.main.get_command(app)
+    code = command.main(
+        args=None if arguments is None else list(arguments), prog_name="loratools", standalone_mode=False
+    )
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _failed(error: Exception) -> int:
+    from loratools_cli.failures import explain
+
+    if os.environ.get("LORATOOLS_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    code, message = explain(error)
+    say(f"error: {message}")
+    return code

@@ -1,0 +1,35 @@
+"""Where a changed adapter goes unless the user says so: beside the input, with a tag in its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+
+_SUFFIXES: Final = (".safetensors.index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+
+def destination(adapter: Adapter, output: Path | None, tag: str) -> Path:
+    """`output`, or in it where that is a folder and the adapter a lone file, or else the default."""
+    from loratools.files import is_folder_adapter
+
+    default = default_destination(adapter, tag)
+    if output is None:
+        return default
+    return output / default.name if output.is_dir() and not is_folder_adapter(adapter) else output
+
+
+def default_destination(adapter: Adapter, tag: str) -> Path:
+    """`in.safetensors` -> `in.TAG.safetensors`; a PEFT adapter with its config is a folder: `name/` -> `name.TAG/`."""
+    from loratools.files import is_folder_adapter
+
+    assert adapter.origin is not None
+    weights = adapter.origin.path
+    if is_folder_adapter(adapter):
+        folder = weights.parent
+        folder = folder if folder.name and folder.name != ".." else folder.resolve()
+        return folder.with_name(f"{folder.name}.{tag}")
+    stem = next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), weights.name)
+    return weights.with_name(f"{stem}.{tag}.safetensors")

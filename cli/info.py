@@ -1,0 +1,17 @@
+"""`loratools info`."""
+
+from __future__ import annotations
+
+from loratools_cli import options
+from loratools_cli.output import Output
+
+
+def info(path: options.AdapterPath, everything: options.Everything = False, as_json: options.Json = False) -> None:
+    """What an adapter is: format, base, ranks, sizes. Reads the header alone.
+
+    Example: loratools info my_lora.safetensors
+    """
+    import loratools
+
+    output = Output(as_json=as_json, everything=everything)
+    output.show(loratools.info(loratools.load(path)))

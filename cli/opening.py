@@ -1,0 +1,28 @@
+"""Adapters and base models as the options name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.base_weights import BaseWeights
+    from loratools.formats import NestedScaling
+
+
+def open_adapter(
+    path: Path, *, alpha: float | None = None, scaling: NestedScaling | None = None, initial: Path | None = None
+) -> Adapter:
+    """The adapter at `path`, relative to the original base where its initial factors are given."""
+    import loratools
+
+    adapter = loratools.load(path, alpha=alpha, scaling=scaling)
+    return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
+
+
+def open_base(path: Path | None) -> BaseWeights | None:
+    """The base model at `path`, if one is given."""
+    import loratools
+
+    return None if path is None else loratools.load_base(path)

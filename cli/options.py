@@ -1,0 +1,48 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+AdapterPath = Annotated[Path, typer.Argument(metavar="PATH", help="Adapter: a weights file, or a folder with one.")]
+Alpha = Annotated[float | None, typer.Option(metavar="A", help="Alpha, where the file does not state it.")]
+Scaling = Annotated[
+    Literal["none", "rank", "sqrt"] | None,
+    typer.Option(help="How MatryoshkaLoRA scaled each rank: not at all, by 1/rank or by 1/sqrt(rank)."),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR_OR_FILE", help="Base model: its weights file or folder. DoRA needs it."),
+]
+Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Carry targets with NaN or infinity over as they are.")
+]
+AllowUnchanged = Annotated[
+    bool, typer.Option("--allow-unchanged", help="Write the output even if nothing in it changes.")
+]
+OutputPath = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="PATH", help="Where to write, instead of beside the input."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would come out, write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, the input itself included.")]
+Everything = Annotated[bool, typer.Option("--all", help="Show every target, not a summary.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path that was written.")]
+
+
+def check_device(device: str) -> None:
+    """UsageError for an accelerator that this machine or this torch does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        from loratools.errors import UsageError
+
+        raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")

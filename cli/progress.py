@@ -1,0 +1,66 @@
+"""How far a long run is: on standard error, only on a terminal, only after two seconds."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.families.base import Update
+
+_SILENT_SECONDS: Final = 2.0
+_BETWEEN_SECONDS: Final = 0.1
+
+
+class Progress:
+    """Counts the targets that an adapter reads, from whichever thread."""
+
+    def __init__(self, *, stream: TextIO | None = None, silent: float = _SILENT_SECONDS) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._next = time.monotonic() + silent if self._stream.isatty() else float("inf")
+        self._lock = threading.Lock()
+        self._total = self._read = self._width = 0
+
+    def watch(self, adapter: Adapter) -> Adapter:
+        """The same adapter, whose reading is counted."""
+        self._total += len(adapter.entries)
+        entries = {t: replace(e, read=self._counted(e.read)) for t, e in adapter.entries.items()}
+        return replace(adapter, entries=entries)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._next = float("inf")
+            if self._width:
+                self._write("")
+
+    def _counted(self, read: Callable[[], Update]) -> Callable[[], Update]:
+        def counted() -> Update:
+            update = read()
+            with self._lock:
+                self._read += 1
+                self._draw()
+            return update
+
+        return counted
+
+    def _draw(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _BETWEEN_SECONDS
+        turn, done = divmod(self._read - 1, self._total)  # spectra first and factors after are two turns
+        self._write(f"{done + 1} of {self._total} targets" + (f", turn {turn + 1}" if turn else ""))
+
+    def _write(self, text: str) -> None:
+        self._stream.write(f"\r{text:<{self._width}}" + ("" if text else "\r"))
+        self._stream.flush()
+        self._width = len(text)

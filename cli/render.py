@@ -1,0 +1,254 @@
+"""Reports as people read them, in 80 columns; every name in them is made harmless first."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import singledispatch
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from loratools.ops.inspect import places
+from loratools.reports.delta import DeltaReport
+from loratools.reports.diff import DiffReport
+from loratools.reports.info import InfoReport
+from loratools.reports.inspect import InspectReport
+from loratools.reports.squeeze import SqueezeReport, TargetChange
+from loratools.sizes import format_size
+from loratools_cli.render_inspect import render_inspect
+from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
+
+_GROUP_ABOVE = 24  # targets
+_LISTED = 3  # of what is worth an example
+_WORST = 10  # differing targets
+_WIDTH = 80
+_VALUE = 160  # characters of a value in a summary
+
+
+class _Page(io.StringIO):
+    """Collects a page in the encoding of the stream that it is for."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+
+def table(report: object, stream: TextIO, *, everything: bool = False) -> str:
+    """The text of a report: coloured on a terminal only, and not where NO_COLOR is set."""
+    terminal = stream.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    page = _Page(stream.encoding or "utf-8")
+    console = Console(
+        file=page,
+        width=shutil.get_terminal_size((_WIDTH, 24)).columns if terminal else _WIDTH,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+    for block in blocks(report, everything):
+        console.print(block)
+    return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
+
+
+@singledispatch
+def closing(report: object, planned: Path | None = None) -> str:
+    """The last line: what was written, if anything was."""
+    return ""
+
+
+@closing.register
+def _(report: SqueezeReport, planned: Path | None = None) -> str:
+    before, after = int(report.total["bytes_before"]), int(report.total["bytes_after"])
+    change = f"{sizes(before, after)}, {percent(after / before)} % of it" if before else format_size(after)
+    if planned is not None:
+        return f"dry run: nothing written; {plain(planned)} would be: {change}\n"
+    return f"wrote {plain(report.output)}: {change}\n"
+
+
+@closing.register
+def _(report: DeltaReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {len(report.parameters)} tensors, {format_size(report.bytes)}\n"
+
+
+@singledispatch
+def blocks(report: object, everything: bool) -> Iterator[RenderableType]:
+    """What to print for a report, from top to bottom."""
+    raise TypeError(f"no view of {type(report).__name__}")
+
+
+@blocks.register
+def _(report: InspectReport, everything: bool) -> Iterator[RenderableType]:
+    yield render_inspect(replace(report, warnings=()), 2 * _WIDTH, every=everything)
+
+
+@blocks.register
+def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
+    changes = report.targets
+    grid = _grid("target", "rank", "energy kept %", "rel. error", "size")
+    if everything or len(changes) <= _GROUP_ABOVE:
+        for target, change in changes.items():
+            grid.add_row(*_texts(target, *_change_cells([change])))
+    else:
+        for module, members in _by_module(changes).items():
+            grid.add_row(*_texts(f"{module} x{len(members)}", *_change_cells(members)))
+    if changes:
+        total = report.total
+        tensors = sizes(sum(c.bytes_before for c in changes.values()), sum(c.bytes_after for c in changes.values()))
+        cells = [percent(total["energy_kept"]), number(total["relative_error"]), tensors]
+        grid.add_row(*_texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
+        yield grid
+    yield from _reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
+    few = 100_000 if everything else 6
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    rows = {
+        "file": report.path,
+        "format": f"{report.format} in {report.container}",
+        "base model": report.base_model,
+        "family": counted(report.families, few),
+        "targets": f"{report.targets}: {counted(report.modules, few)}" if report.targets else "none",
+        "rank": counted(report.ranks, few),
+        "scale": counted(report.scales, few),
+        "dtype": counted(report.dtypes, few),
+        "size": f"{format_size(report.bytes)}, {report.parameters:,} parameters",
+        "extras": counted({f"{k} ({format_size(n)})": 1 for k, n in report.extras.items()}, few).replace(" x1", ""),
+        "made by": _made_by(report.record),
+    }
+    for name, value in rows.items():
+        if value:
+            grid.add_row(Text(name, style="bold"), Text(plain(value)))
+    for title, entries in (("config", report.config), ("metadata", report.metadata)):
+        for name, value in _first(_pairs(title, entries, everything), everything):
+            grid.add_row(Text(name, style="bold"), Text(value))
+    yield grid
+    yield from _reasons("carried along, not supported", report.unsupported, everything)
+
+
+@blocks.register
+def _(report: DiffReport, everything: bool) -> Iterator[RenderableType]:
+    worst = sorted(report.targets.items(), key=lambda item: -(_infinite(item[1].relative_error)))
+    shown = worst if everything else worst[:_WORST]
+    grid = _grid("target", "rank", "rel. error", "cosine", "overlap out", "in")
+    for target, row in shown:
+        numbers = (row.relative_error, row.cosine, row.output_overlap, row.input_overlap)
+        grid.add_row(*_texts(target, f"{row.rank_a} | {row.rank_b}", *map(number, numbers)))
+    if shown:
+        total = number(report.total["relative_error"])
+        grid.add_row(*_texts(f"all {len(worst)}", "", total, "", "", "", style="bold"))
+        yield grid
+    if hidden := len(worst) - len(shown):
+        yield Text(f"the {len(shown)} that differ most; {hidden} more with --all")
+    for title, names in (("only in the first", report.only_in_a), ("only in the second", report.only_in_b)):
+        yield from _reasons(title, dict.fromkeys(names, ""), everything)
+    yield from _reasons("other tensors", report.extras, everything)
+    verdict = "the same" if report.same else "different"
+    yield Text(f"{verdict}, at a tolerance of {report.tolerance:g}", style="bold green" if report.same else "bold red")
+
+
+@blocks.register
+def _(report: DeltaReport, everything: bool) -> Iterator[RenderableType]:
+    if everything:
+        grid = _grid("parameter", "shape")
+        for name, shape in report.parameters.items():
+            grid.add_row(*_texts(name, " x ".join(map(str, shape))))
+        yield grid
+    yield from _reasons("left out", report.skipped, everything)
+
+
+def _grid(first: str, *others: str) -> Table:
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    grid.add_column(first, overflow="fold")
+    for title in others:
+        grid.add_column(title, justify="right", no_wrap=True)
+    return grid
+
+
+def _texts(*cells: str, style: str = "") -> list[Text]:
+    return [Text(plain(cell), style=style) for cell in cells]
+
+
+def _by_module(changes: Mapping[str, TargetChange]) -> dict[str, list[TargetChange]]:
+    found: dict[str, list[TargetChange]] = {}
+    for target, (_, module) in places(list(changes)).items():
+        found.setdefault(module, []).append(changes[target])
+    return found
+
+
+def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
+    return [
+        _ranks(changes),
+        span((c.energy_kept for c in changes), percent),
+        span((c.relative_error for c in changes), number),
+        sizes(sum(c.bytes_before for c in changes), sum(c.bytes_after for c in changes)),
+    ]
+
+
+def _ranks(changes: Sequence[TargetChange]) -> str:
+    return f"{span(c.rank_before for c in changes)} -> {span(c.rank_after for c in changes)}"
+
+
+def _reasons(title: str, reasons: Mapping[str, str], everything: bool) -> Iterator[RenderableType]:
+    """How many names there are and why, with examples; all of them where everything is asked for."""
+    if not reasons:
+        return
+    yield Text(f"{title}: {len(reasons)}", style="bold")
+    if everything:
+        for name, reason in reasons.items():
+            yield Text(f"  {plain(name)}" + (f": {plain(reason)}" if reason else ""))
+        return
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, group in list(names.items())[:_LISTED]:
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        yield Text(f"  {plain(group[0])}{more}" + (f": {plain(reason)}" if reason else ""))
+    if len(names) > _LISTED:
+        yield Text(f"  ... and {sum(map(len, list(names.values())[_LISTED:]))} more; see --all")
+
+
+def _pairs(title: str, entries: Mapping[str, object], everything: bool) -> Iterator[tuple[str, str]]:
+    for name, value in entries.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        spelt = f"{plain(name)} = {plain(text)}"
+        yield title, spelt if everything else shortened(spelt, _VALUE)
+
+
+def _first(pairs: Iterator[tuple[str, str]], everything: bool, limit: int = 16) -> Iterator[tuple[str, str]]:
+    last = ""
+    for i, (title, text) in enumerate(pairs):
+        if i == limit and not everything:
+            yield "", "... more with --all"
+            return
+        yield "" if title == last else title, text
+        last = title
+
+
+def _made_by(record: Mapping[str, object] | None) -> str:
+    if record is None:
+        return ""
+    arguments = record.get("arguments")
+    spelt = ", ".join(f"{k} {v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
+    return f"loratools {record.get('version', '')} {record.get('verb', '')}: {spelt}"
+
+
+def _infinite(error: float | None) -> float:
+    return float("inf") if error is None else error

@@ -1,0 +1,94 @@
+"""`loratools squeeze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from loratools_cli import options
+
+
+def squeeze(
+    path: options.AdapterPath,
+    rank: Annotated[int | None, Option(metavar="N", help="The same rank everywhere.")] = None,
+    energy: Annotated[float | None, Option(metavar="SHARE", help="Share of the squared spectrum to keep.")] = None,
+    budget: Annotated[str | None, Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")] = None,
+    ratio: Annotated[float | None, Option(metavar="X", help="Size of the output: the input's, divided by X.")] = None,
+    threshold: Annotated[
+        float | None, Option(metavar="T", help="Drop singular values up to T times the largest.")
+    ] = None,
+    elbow: Annotated[bool, Option("--elbow", help="Cut each spectrum where it bends.")] = False,
+    sv_ratio: Annotated[float | None, Option(metavar="R", help="As in sd-scripts: sv_ratio.")] = None,
+    sv_fro: Annotated[float | None, Option(metavar="F", help="As in sd-scripts: sv_fro.")] = None,
+    sv_cumulative: Annotated[float | None, Option(metavar="C", help="As in sd-scripts: sv_cumulative.")] = None,
+    adaptertune: Annotated[
+        str | None, Option(metavar="NOISE:SAMPLES", help="AdapterTune's elbow, such as 1e-4:5000.")
+    ] = None,
+    max_rank: Annotated[int | None, Option(metavar="N", help="No rank above N.")] = None,
+    min_rank: Annotated[int, Option(metavar="N", help="No rank below N.")] = 1,
+    multiple_of: Annotated[int, Option(metavar="N", help="Ranks rounded up to multiples of N.")] = 1,
+    uniform: Annotated[bool, Option("--uniform", help="One rank for all targets.")] = False,
+    relative_to: Annotated[
+        Literal["base", "self"] | None, Option(help="For a budget: errors relative to what; absolute by default.")
+    ] = None,
+    method: Annotated[Literal["auto", "exact", "rsvd"], Option(help="How to find the singular values.")] = "auto",
+    seed: Annotated[int, Option(metavar="N", help="For rsvd, the randomised method.")] = 0,
+    scale: Annotated[
+        Literal["fold", "keep"], Option(help="Write the scale into the factors, or as it was.")
+    ] = "fold",
+    base: options.Base = None,
+    initial_adapter: Annotated[
+        Path | None,
+        Option(metavar="PATH", help="For PiSSA and its kin: the adapter before training, which is subtracted."),
+    ] = None,
+    alpha: options.Alpha = None,
+    scaling: options.Scaling = None,
+    device: options.Device = "cpu",
+    allow_nonfinite: options.AllowNonfinite = False,
+    allow_unchanged: options.AllowUnchanged = False,
+    output: options.OutputPath = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Lower ranks with the least possible error, by SVD.
+
+    Give one rule for the ranks: --rank, --energy, --budget, --ratio, --threshold, --elbow, --sv-ratio, --sv-fro,
+    --sv-cumulative or --adaptertune.
+
+    \b
+    Examples:
+      loratools squeeze my_lora.safetensors --rank 8
+      loratools squeeze my_peft_folder --energy 0.95 -o smaller
+      loratools squeeze my_lora.safetensors --budget 4MB --dry-run
+    """
+    import loratools
+    from loratools.ranks import Limits
+    from loratools_cli.destination import destination
+    from loratools_cli.opening import open_adapter, open_base
+    from loratools_cli.output import Output
+    from loratools_cli.progress import Progress
+    from loratools_cli.rank_choice import RankChoice
+
+    choice = RankChoice(
+        rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune
+    )
+    tag = choice.tag  # before anything is read: a wrong choice is known now
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
+    options.check_device(device)
+    adapter = open_adapter(path, alpha=alpha, scaling=scaling, initial=initial_adapter)
+    policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
+    limits = Limits(min_rank, max_rank, multiple_of, uniform)
+    how = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)
+    place = destination(adapter, output, tag)
+    with Progress() as progress:
+        watched = progress.watch(adapter)
+        if dry_run:
+            report = loratools.squeeze(watched, policy, limits=limits, options=how)[1]
+        else:
+            report = loratools.squeeze_file(watched, place, policy, limits=limits, options=how, force=force)[1]
+    shown.show(report, planned=place if dry_run else None)
