@@ -22,7 +22,9 @@ def delta(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the dense weight changes, in float32 and under the base model's names where --base is given.
+    """Write the dense weight changes.
+
+    In float32, and under the base model's own names where --base is given.
 
     Example: loratools delta my_lora.safetensors --target 'q_proj' -o deltas.safetensors
     """
@@ -34,7 +36,5 @@ def delta(
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     adapter = open_adapter(path, alpha=alpha, scaling=scaling)
     with Progress() as progress:
-        report = loratools.delta_file(
-            progress.watch(adapter), output, base=open_base(base), target=target, force=force
-        )
+        report = loratools.delta_file(progress.watch(adapter), output, base=open_base(base), target=target, force=force)
     shown.show(report)

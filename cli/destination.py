@@ -11,14 +11,19 @@ if TYPE_CHECKING:
 _SUFFIXES: Final = (".safetensors.index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
-def destination(adapter: Adapter, output: Path | None, tag: str) -> Path:
-    """`output`, or in it where that is a folder and the adapter a lone file, or else the default."""
-    from loratools.files import is_folder_adapter
+def destination(adapter: Adapter, output: Path | None, tag: str, *, force: bool) -> Path:
+    """`output`, or in it where that is a folder and the adapter a lone file, or else the default.
+
+    OutputError for one that exists, unless `force`: known now, it costs no computing.
+    """
+    from loratools.files import check_destination, is_folder_adapter
 
     default = default_destination(adapter, tag)
-    if output is None:
-        return default
-    return output / default.name if output.is_dir() and not is_folder_adapter(adapter) else output
+    place = output or default
+    if place.is_dir() and not is_folder_adapter(adapter):
+        place /= default.name
+    check_destination(adapter, place, force=force)
+    return place
 
 
 def default_destination(adapter: Adapter, tag: str) -> Path:

@@ -24,7 +24,9 @@ def diff(
     as_json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing: the exit status answers.")] = False,
 ) -> None:
-    """Compare what two adapters do, never their factors. Exit status 0: the same, 1: different.
+    """Compare what two adapters do.
+
+    Compares the updates, never their factors. Exit status 0: the same, 1: different.
 
     Example: loratools diff my_lora.safetensors my_lora.r8.safetensors --tolerance 0.05
     """

@@ -7,7 +7,9 @@ from loratools_cli.output import Output
 
 
 def info(path: options.AdapterPath, everything: options.Everything = False, as_json: options.Json = False) -> None:
-    """What an adapter is: format, base, ranks, sizes. Reads the header alone.
+    """Tell format, base, ranks and sizes of an adapter.
+
+    Reads the header alone, whatever the size.
 
     Example: loratools info my_lora.safetensors
     """

@@ -28,7 +28,7 @@ def inspect(
     everything: options.Everything = False,
     as_json: options.Json = False,
 ) -> None:
-    """How strong each update is, and in how many directions: norms, spectra, effective ranks.
+    """Measure updates: norms, spectra, effective ranks.
 
     Example: loratools inspect my_lora.safetensors --target 'q_proj' --plot spectra.png
     """

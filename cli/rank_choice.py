@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -66,7 +67,7 @@ class RankChoice:
             return ranks.Fixed(self.rank)
         if self.elbow:
             return ranks.Elbow()
-        rules = {
+        rules: dict[str, Callable[[float], Policy]] = {
             "energy": ranks.Energy,
             "threshold": ranks.Threshold,
             "sv_ratio": ranks.Ratio,

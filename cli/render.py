@@ -73,10 +73,10 @@ def closing(report: object, planned: Path | None = None) -> str:
 @closing.register
 def _(report: SqueezeReport, planned: Path | None = None) -> str:
     before, after = int(report.total["bytes_before"]), int(report.total["bytes_after"])
-    change = f"{sizes(before, after)}, {percent(after / before)} % of it" if before else format_size(after)
+    share = f", {percent(after / before)} % of it" if before else ""
     if planned is not None:
-        return f"dry run: nothing written; {plain(planned)} would be: {change}\n"
-    return f"wrote {plain(report.output)}: {change}\n"
+        return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
+    return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
 
 
 @closing.register
@@ -116,7 +116,7 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 
 @blocks.register
 def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
-    few = 100_000 if everything else 6
+    few = 100_000 if everything else 8
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

@@ -35,9 +35,7 @@ def squeeze(
     ] = None,
     method: Annotated[Literal["auto", "exact", "rsvd"], Option(help="How to find the singular values.")] = "auto",
     seed: Annotated[int, Option(metavar="N", help="For rsvd, the randomised method.")] = 0,
-    scale: Annotated[
-        Literal["fold", "keep"], Option(help="Write the scale into the factors, or as it was.")
-    ] = "fold",
+    scale: Annotated[Literal["fold", "keep"], Option(help="Write the scale into the factors, or as it was.")] = "fold",
     base: options.Base = None,
     initial_adapter: Annotated[
         Path | None,
@@ -55,7 +53,7 @@ def squeeze(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Lower ranks with the least possible error, by SVD.
+    """Lower the ranks with the least possible error.
 
     Give one rule for the ranks: --rank, --energy, --budget, --ratio, --threshold, --elbow, --sv-ratio, --sv-fro,
     --sv-cumulative or --adaptertune.
@@ -74,9 +72,7 @@ def squeeze(
     from loratools_cli.progress import Progress
     from loratools_cli.rank_choice import RankChoice
 
-    choice = RankChoice(
-        rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune
-    )
+    choice = RankChoice(rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune)
     tag = choice.tag  # before anything is read: a wrong choice is known now
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
@@ -84,7 +80,7 @@ def squeeze(
     policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     how = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)
-    place = destination(adapter, output, tag)
+    place = destination(adapter, output, tag, force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)
         if dry_run:

@@ -35,7 +35,7 @@ def span(values: Iterable[float | int], spell: object = None) -> str:
 
 def number(value: float | None) -> str:
     """Three digits, or a dash for what is not defined."""
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:#.3g}".removesuffix(".")
 
 
 def sizes(before: int, after: int) -> str:

@@ -26,9 +26,9 @@ def truncate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Keep the first components as trained: for adapters that are nested, such as DyLoRA's and MatryoshkaLoRA's.
+    """Keep the first components as trained.
 
-    For any other, squeeze loses less at the same rank.
+    For nested adapters, such as DyLoRA's and MatryoshkaLoRA's. For any other, squeeze loses less at the same rank.
 
     Example: loratools truncate my_dylora --rank 8 --nested dylora
     """
@@ -40,12 +40,15 @@ def truncate(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     adapter = open_adapter(path, alpha=alpha, scaling=scaling)
-    place = destination(adapter, output, f"first{rank}")
-    rule = {"nested": nested, "scaling": scaling, "allow_unchanged": allow_unchanged}
+    place = destination(adapter, output, f"first{rank}", force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)
         if dry_run:
-            report = loratools.truncate(watched, rank, **rule)[1]
+            report = loratools.truncate(watched, rank, nested=nested, scaling=scaling, allow_unchanged=allow_unchanged)[
+                1
+            ]
         else:
-            report = loratools.truncate_file(watched, place, rank, force=force, **rule)[1]
+            report = loratools.truncate_file(
+                watched, place, rank, nested=nested, scaling=scaling, allow_unchanged=allow_unchanged, force=force
+            )[1]
     shown.show(report, planned=place if dry_run else None)

@@ -30,6 +30,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _WEIGHTS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "adapter_model.bin")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MAX_CONFIG_BYTES = 64 << 20
+# By which rank and alpha fields of the metadata may grow: "4" to "Dynamic", or to six digits.
+_METADATA_SLACK = 32
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def header_room(adapter: Adapter) -> int:
     declared = adapter.format.declare(adapter.written(), adapter.metadata)
     specs |= {key: spec for key, (_, spec) in declared.scalars.items()}
     specs |= {key: extra.spec for key, extra in adapter.extras.items()}
-    return len(header_bytes(specs, _metadata(adapter, declared, placeholder=True)))
+    slack = 0 if adapter.record is None else _METADATA_SLACK
+    return len(header_bytes(specs, _metadata(adapter, declared, placeholder=True))) + slack
 
 
 def _metadata(adapter: Adapter, declared: Declaration, *, placeholder: bool) -> dict[str, str]:

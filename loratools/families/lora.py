@@ -200,7 +200,7 @@ def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:
     """Factors of op / scale with the quotient shared evenly, so that balanced factors stay balanced."""
     if not isinstance(op, LowRank):
         raise AdapterError("a LoRA update holds low-rank operators only")
-    ratio = op.scale / scale
+    ratio = op.scale / scale if scale else 1.0  # an alpha of 0 makes zero of any factors
     if ratio == 1.0:
         return op.left, op.right
     root = math.sqrt(abs(ratio))

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import AdapterError, InputError
@@ -52,15 +53,15 @@ _EXPERT_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj"
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """PEFT's own rule: the first key that matches the end of `name` at a dot, as a regular expression, decides."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise InputError(
-                f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}"
-            ) from error
-    return default
+    return next((value for key, value in pattern.items() if _end_matcher(key).match(name)), default)
+
+
+@cache  # a pattern for each of a thousand targets is more than `re` remembers
+def _end_matcher(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise InputError(f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}") from error
 
 
 def mutated_base(config: Mapping[str, Any]) -> str | None:

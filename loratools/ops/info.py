@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import RECORD_KEY
+from loratools.ops.inspect import places
 from loratools.reports.info import InfoReport
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def info(adapter: Adapter) -> InfoReport:
         families=_count(entry.family.family for entry in entries.values()),
         ranks=_count(str(rank) for rank in sorted(entry.rank for entry in entries.values())),
         scales=_count(f"{scale:.6g}" for scale in sorted(entry.scale for entry in entries.values())),
-        modules=_count(module_type(target) for target in entries),
+        modules=_count(module for _, module in places(list(entries)).values()),
         dtypes=_count(spec.dtype for spec in specs),
         parameters=sum(spec.numel for spec in specs),
         bytes=adapter.origin.nbytes if adapter.origin else adapter.nbytes,
@@ -85,9 +86,3 @@ def _record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def module_type(target: str) -> str:
-    """The last part of a target's path that is not a number: `q_proj`, `to_k`, `conv1`."""
-    parts = [part for part in target.split(".") if not part.isdigit()]
-    return parts[-1] if parts else target

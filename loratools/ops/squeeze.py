@@ -143,7 +143,8 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     warnings: list[str] = []
     if isinstance(policy, Fixed) and limits == Limits():
         wanted = {t: _whole_steps(adapter, t, policy.value, policy) for t in adapter.entries}
-        bad: list[str] = []
+        measured = measure(adapter, base=options.base, device=options.device, allow_nonfinite=True)
+        bad = [m.target for m in measured if not m.blocks] if options.allow_nonfinite else []
     else:
         wanted, bad, note = _allocate(adapter, policy, limits, options)
         warnings += note
@@ -197,9 +198,18 @@ def _allocate(
         pooled = Spectrum.pooled(m.blocks, 1, rows=m_rows, cols=m_cols).values
         values = tuple(v / math.sqrt(step) for v in pooled for _ in range(step))
         cost = entry.family.bytes_per_rank(entry.specs, entry.layout)
-        spectra[m.target] = Spectrum(values[: entry.rank], cost, rows=m_rows, cols=m_cols, base_norm=norm)
-    if isinstance(policy, Budget):
-        policy = replace(policy, bytes_=policy.bytes_ - _overhead(adapter, set(spectra)))
+        spectra[m.target] = Spectrum(
+            values[: entry.rank],
+            cost,
+            rows=m_rows,
+            cols=m_cols,
+            fixed_cost=(step - 1) * cost,  # a budget for less than one step buys a whole one
+            base_norm=norm,
+        )
+    if isinstance(policy, Budget) and spectra:
+        first = next(iter(spectra))  # which one bears the bytes that no rank changes does not matter
+        fixed = spectra[first].fixed_cost + _overhead(adapter, set(spectra))
+        spectra[first] = replace(spectra[first], fixed_cost=fixed)
     allocation = allocate(spectra, policy, limits)
     notes = []
     if allocation.optimality_gap > 1e-9 * max(allocation.squared_error, 1e-300):
@@ -211,7 +221,7 @@ def _overhead(adapter: Adapter, squeezable: set[str]) -> int:
     """Bytes of the written file that no choice of ranks changes."""
     fixed = header_room(adapter) + sum(extra.spec.nbytes for extra in adapter.extras.values())
     declared = adapter.format.declare(adapter.written(), adapter.metadata)
-    fixed += sum(spec.nbytes for _, spec in declared.scalars.values())
+    fixed += sum(max(spec.nbytes, 4) for _, spec in declared.scalars.values())  # float32 where a new alpha needs it
     for target, entry in adapter.entries.items():
         if target in squeezable:
             fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in ("down", "up", "mid"))

@@ -163,7 +163,8 @@ def _spectra(
         axis.set_xlim(0.93, max(2, longest) * 1.08)
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        if math.log10(top / least) > 1:  # with less than a decade, the minor ticks are the ones that tell
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(length=2.5, which="both")
         axis.tick_params(labelbottom=i + columns >= len(panels))
         axis.grid(True, which="major")
@@ -177,8 +178,8 @@ def _spectra(
     if len(layers) > 1:
         bar = figure.colorbar(ScalarMappable(scale, shades), ax=axes, pad=0.012, fraction=0.022, aspect=34)
         shown = _spread(len(layers), 7)
-        bar.set_ticks(shown, labels=[_text(_shorten(layers[i], 18)) for i in shown])
-        bar.ax.set_title("layer", fontsize=8.5, fontweight="normal", loc="left", pad=9)
+        names = [_text(_shorten(layers[i], 18)) for i in shown]
+        bar.set_ticks(shown, labels=names if _long(layers) else [f"layer {names[0]}", *names[1:]])
         bar.ax.tick_params(length=0)
         bar.ax.invert_yaxis()
         bar.outline.set_visible(False)
