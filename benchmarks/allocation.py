@@ -52,9 +52,9 @@ def main(*, quick: bool = False) -> str:
         )
     header = ["rank", "MB", "one rank", "equal bytes", "budget", "less error than one rank", "ranks the budget chose"]
     method = (
-        f"Relative Frobenius error of the delta, from the exact spectra of {len(spectra)} targets of a LoRA of rank 64 trained on "
-        "SmolLM2-135M-Instruct (English number words); bytes are those of the tensors. Less error in the weights need not mean a "
-        "better score: see squeeze_real.md.\n\n"
+        f"Relative Frobenius error of the delta, from the exact spectra of {len(spectra)} targets of a LoRA of rank 64 "
+        "trained on SmolLM2-135M-Instruct (English number words); bytes are those of the tensors. Less error in the "
+        "weights need not mean a better score: see squeeze_real.md.\n\n"
     )
     return title + method + table(header, table_rows)
 

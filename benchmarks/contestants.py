@@ -94,4 +94,5 @@ def environment() -> str:
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{usable} cores of a shared {platform.machine()} server CPU, Python {platform.python_version()}, torch {torch.__version__}"
+    cpu = f"{usable} cores of a shared {platform.machine()} server CPU"
+    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}"

@@ -71,8 +71,9 @@ def main(*, quick: bool = False) -> str:
         rows.append([f"squeeze_file on {device}, file to file", f"{min(times):.3f}"])
     major, minor = torch.cuda.get_device_capability()
     method = (
-        f"The Llama-sized adapter of the first table to rank {RANK}. Phases one after another, the mean of {repeats} passes after one "
-        f"that does not count; whole runs, which overlap phases, the fastest of {repeats}. Compute capability {major}.{minor}.\n\n"
+        f"The Llama-sized adapter of the first table to rank {RANK}. Phases one after another, the mean of {repeats} "
+        "passes after one that does not count; whole runs, which overlap phases, the fastest of "
+        f"{repeats}. Compute capability {major}.{minor}.\n\n"
     )
     return title + method + table(["", "s"], rows)
 

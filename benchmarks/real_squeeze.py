@@ -27,9 +27,10 @@ def main(*, quick: bool = False) -> str:
 
 
 def _measured(folder: Path, *, n_rows: int) -> str:
+    from real.smollm2 import ADAPTERS, load_real_model
+
     from loratools import Budget, Squeeze, load, squeeze_file, truncate
     from loratools.adapter import Adapter
-    from real.smollm2 import ADAPTERS, load_real_model
 
     real = load_real_model(folder, n_rows=n_rows)
 
@@ -55,26 +56,24 @@ def _measured(folder: Path, *, n_rows: int) -> str:
         )
     rows.append(["64, as trained", f"{size / 1e6:.2f}", "0", *scores(full), *[""] * 5])
     rows.append(["8, trained at 8", "", "", *scores(load(ADAPTERS / "en_lora_r8")), *[""] * 5])
-    header = ["rank", "MB", "squeezed: error", "NLL", "exact", "budget of that size: error", "NLL", "exact", "prefix: NLL", "exact"]
-
+    header = ["rank", "MB", "squeezed: error", "NLL", "exact"]
+    header += ["budget of that size: error", "NLL", "exact", "prefix: NLL", "exact"]
     dora = load(ADAPTERS / "en_dora_r16")
     dora_rows = []
     for rank in (4, 8):
         saved, report = squeeze_file(dora, folder / f"d{rank}", rank, options=Squeeze(base=real.weights))
         dora_rows.append([str(rank), f"{report.total['relative_error']:.3f}", *scores(load(saved.path))])
     dora_rows.append(["16, as trained", "0", *scores(dora)])
-    return "\n\n".join(
-        [
-            "LoRA of rank 64 on all 210 linear layers of SmolLM2-135M-Instruct, trained to write numbers as English words; squeezed with "
-            f"loratools, merged into the base with `loratools.delta`, evaluated on {n_rows} numbers that the training did not see. "
-            f"NLL: mean negative log-likelihood of an answer token (the base alone: {real.nll():.2f}). Exact: share of greedy answers "
-            f"that are right word for word, standard error about {0.5 / n_rows**0.5:.3f} at most. Error: of the delta, Frobenius, relative. "
-            "Prefix: the first components as trained, without an SVD. One adapter, one seed, one task: other adapters will differ.",
-            table(header, rows),
-            "DoRA of rank 16 on the same task (fewer training steps), squeezed with its base:",
-            table(["rank", "error", "NLL", "exact"], dora_rows),
-        ]
+    method = (
+        "LoRA of rank 64 on all 210 linear layers of SmolLM2-135M-Instruct, trained to write numbers as English words; "
+        f"squeezed with loratools, merged into the base with `loratools.delta`, evaluated on {n_rows} numbers that the "
+        "training did not see. NLL: mean negative log-likelihood of an answer token (the base alone: "
+        f"{real.nll():.2f}). Exact: share of greedy answers that are right word for word, standard error at most "
+        f"{0.5 / n_rows**0.5:.3f}. Error: of the delta, Frobenius, relative. Prefix: the first components as trained, "
+        "without an SVD. One adapter, one seed, one task: others will differ."
     )
+    dora_title = "DoRA of rank 16 on the same task (fewer training steps), squeezed with its base:"
+    return "\n\n".join([method, table(header, rows), dora_title, table(["rank", "error", "NLL", "exact"], dora_rows)])
 
 
 if __name__ == "__main__":

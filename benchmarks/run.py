@@ -21,7 +21,7 @@ def main() -> None:
     names = [name for page in PAGES.values() for name in page]
     parser.add_argument("names", nargs="*", metavar="benchmark", help=f"any of {', '.join(names)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer repeats; for looking, not for quoting")
-    parser.add_argument("--write", action="store_true", help="write the pages in docs/measured whose benchmarks all ran")
+    parser.add_argument("--write", action="store_true", help="write the pages of docs/measured that are complete")
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")

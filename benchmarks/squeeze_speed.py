@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from contestants import Run, clock, fastest, in_own_process, interleaved, median, report, table
@@ -125,12 +126,12 @@ def run_one(name: str, weights: Path) -> Run:
 
 def main(*, quick: bool = False) -> str:
     """The tables, as Markdown."""
-    repeats = 3 if quick else 9
+    repeats, repeats_long = (3, 1) if quick else (9, 3)
     short, long = llama_like(LAYERS), llama_like(4 * LAYERS)
     for weights in (short, long):
         weights.read_bytes()  # into the page cache
-    runs = interleaved({name: lambda name=name: run_one(name, short) for name in NAMES}, repeats)  # type: ignore[misc]
-    longer = interleaved({name: lambda name=name: run_one(name, long) for name in NAMES}, 1 if quick else 3)  # type: ignore[misc]
+    runs = interleaved({name: partial(run_one, name, short) for name in NAMES}, repeats)
+    longer = interleaved({name: partial(run_one, name, long) for name in NAMES}, repeats_long)
     nothing = run_one("idle", short).peak
     base, base_median, base_long = fastest(runs["floor"]), median(runs["floor"]), fastest(longer["floor"])
     rows = []
@@ -149,21 +150,21 @@ def main(*, quick: bool = False) -> str:
             ]
         )
     header = ["", "× floor", "× floor, medians", "s", "CPU s", "MB", "4 × as long: × floor", "4 × as long: MB"]
-    parts = [
-        "### Squeezing a Llama-sized adapter\n\n"
-        f"{LAYERS} layers × q, k, v, o of 4096 × 4096, rank 64, bf16 ({short.stat().st_size / 1e6:.0f} MB), to rank {RANK}; "
-        f"the longer one has {4 * LAYERS} layers ({long.stat().st_size / 1e6:.0f} MB). Synthetic: power-law spectra, seeded. "
-        f"Fresh process each, {repeats} interleaved repeats ({1 if quick else 3} of the longer), the fastest of each unless "
-        "a column says medians; imports outside the seconds, input in the page cache, output synced to disk. "
-        f"MB: peak resident memory above an idle `import torch` ({nothing / 1e6:.0f} MB). Goal: {TARGET}.",
-        table(header, rows),
-    ]
+    method = (
+        f"{LAYERS} layers × q, k, v, o of 4096 × 4096, rank 64, bf16 ({short.stat().st_size / 1e6:.0f} MB), to rank "
+        f"{RANK}; the longer one has {4 * LAYERS} layers ({long.stat().st_size / 1e6:.0f} MB). Synthetic: seeded, power-law "
+        f"spectra. Fresh process each, {repeats} interleaved repeats ({repeats_long} of the longer), the fastest unless a "
+        "column says medians; imports outside the seconds, input in the page cache, output synced to disk. MB: peak "
+        f"resident memory above an idle `import torch` ({nothing / 1e6:.0f} MB). Goal: {TARGET}."
+    )
+    parts = [f"### Squeezing a Llama-sized adapter\n\n{method}", table(header, rows)]
     if not quick:
-        one = run_one("dense", short)
+        one = run_one("dense", short).wall
         parts.append(
-            f"Forming the product and its full SVD took {one.wall:.0f} s for one layer (4 modules), {one.wall / base:.0f} times "
-            f"the floor of the whole adapter. *Not measured, extrapolated:* {LAYERS} layers would take {LAYERS * one.wall / 60:.0f} minutes, "
-            f"{LAYERS * one.wall / fastest(runs['loratools']):.0f} times as long as loratools."
+            f"Forming the product and its full SVD took {one:.0f} s for one layer (4 modules), {one / base:.0f} times "
+            f"the floor of the whole adapter. *Extrapolated, not measured:* {LAYERS} layers would take "
+            f"{LAYERS * one / 60:.0f} minutes, {LAYERS * one / fastest(runs['loratools']):.0f} times as long as "
+            "loratools."
         )
     return "\n\n".join(parts)
 

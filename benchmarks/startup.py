@@ -33,14 +33,17 @@ def main(*, quick: bool = False) -> str:
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
         "loratools --help": [str(program), "--help"],
-        f"loratools info, adapter of {weights.stat().st_size / 1e9:.2f} GB": [str(program), "info", str(weights.parent)],
+        f"loratools info, file of {weights.stat().st_size / 1e9:.2f} GB": [str(program), "info", str(weights.parent)],
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
     }
     rows = []
     for label, command in commands.items():
         times = seconds(command, repeats)
         rows.append([label, f"{statistics.median(times):.2f}", f"{min(times):.2f}"])
-    method = f"Whole processes, {repeats} runs each after one that does not count. The adapter has 2048 tensors; only headers are read.\n\n"
+    method = (
+        f"Whole processes, {repeats} runs each after one that does not count. The file has 2048 tensors, of which only "
+        "the header is read.\n\n"
+    )
     return title + method + table(["", "median s", "fastest s"], rows)
 
 

@@ -12,7 +12,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def llama_like(layers: int, *, width: int = 4096, rank: int = 64, seed: int = 0) -> Path:
-    """The weights file of an adapter on q, k, v and o of every layer, bf16, singular values i ** -p with p in 0.5 to 1.3."""
+    """The weights file of an adapter on q, k, v and o of every layer, bf16, spectra near i ** -p, p in 0.5 to 1.3."""
     folder = CACHE / f"llama-{layers}x{width}-r{rank}-s{seed}"
     weights = folder / "adapter_model.safetensors"
     if weights.is_file():
@@ -41,7 +41,7 @@ def llama_like(layers: int, *, width: int = 4096, rank: int = 64, seed: int = 0)
 
 
 def header_only(nbytes: int, *, width: int = 4096, rank: int = 64) -> Path:
-    """The weights file of an adapter of about `nbytes`, all zeros and mostly a hole: for commands that read headers alone."""
+    """The weights file of an adapter of about `nbytes`, all zeros and mostly a hole: for commands that read headers."""
     layers = round(nbytes / (len(PROJECTIONS) * 2 * width * rank * 2))
     folder = CACHE / f"hole-{layers}x{width}-r{rank}"
     weights = folder / "adapter_model.safetensors"
@@ -67,5 +67,11 @@ def header_only(nbytes: int, *, width: int = 4096, rank: int = 64) -> Path:
 
 
 def write_config(folder: Path, rank: int) -> None:
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(PROJECTIONS), "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(PROJECTIONS),
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from loratools.ops.delta import delta, delta_file
 from loratools.ops.diff import diff
 from loratools.ops.info import info
 from loratools.ops.initial import subtract_initial
+from loratools.ops.inspect import inspect
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
 from loratools.ops.truncate import truncate, truncate_file
 from loratools.ranks import (
@@ -41,6 +42,7 @@ __all__ = [
     "delta_file",
     "diff",
     "info",
+    "inspect",
     "load",
     "load_base",
     "save",

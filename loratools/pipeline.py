@@ -44,7 +44,7 @@ def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> It
 
 
 def begun(fn: Callable[[], R]) -> Callable[[], R]:
-    """`fn`, begun at once on a thread of its own; calling the result waits for it, and returns or raises what it did."""
+    """`fn`, begun now on a thread of its own; calling the result waits for it, then returns or raises what it did."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(fn)
     pool.shutdown(wait=False)

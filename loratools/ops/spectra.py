@@ -38,7 +38,9 @@ class Measured:
         return tuple(sorted((v for block in self.blocks for v in block), reverse=True))
 
 
-def group_targets(adapter: Adapter, targets: Sequence[str], device: str, *, rank: Callable[[str], int] = lambda t: 0) -> list[list[str]]:
+def group_targets(
+    adapter: Adapter, targets: Sequence[str], device: str, *, rank: Callable[[str], int] = lambda t: 0
+) -> list[list[str]]:
     """Targets of equal family, shapes and rank to be reached, in batches that fit the device."""
 
     def key(target: str) -> tuple[object, ...]:
@@ -50,7 +52,7 @@ def group_targets(adapter: Adapter, targets: Sequence[str], device: str, *, rank
 
 
 def stack_blocks(parts: Sequence[Operator], device: str) -> tuple[Factored, int] | None:
-    """Factored form of all blocks of all parts, scale included, and the blocks per part; None where some are not low rank."""
+    """Factored form of all blocks of all parts, scale included, and blocks per part; None where some are not low rank."""
     lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
     if len(lows) != sum(len(blocks_of(part)) for part in parts):
         return None
@@ -105,12 +107,15 @@ def measure(
         if not all(finite) and not allow_nonfinite:
             raise nonfinite_error(batch[finite.index(False)])
         sound = torch.tensor(finite, device=f.left.device).repeat_interleave(per_part)
-        values = torch.zeros(f.left.shape[0], min(f.left.shape[1], f.left.shape[2], f.right.shape[2]), dtype=torch.float64)
+        values = torch.zeros(
+            f.left.shape[0], min(f.left.shape[1], f.left.shape[2], f.right.shape[2]), dtype=torch.float64
+        )
         kept = Factored(f.left[sound], f.right[sound], f.left_gram[sound], f.right_gram[sound])
         values[sound.cpu()] = singular_values(kept).cpu()
         rows = [tuple(row) for row in values.tolist()]
         return [
-            Measured(t, tuple(rows[i * per_part : (i + 1) * per_part]) if finite[i] else ()) for i, t in enumerate(batch)
+            Measured(t, tuple(rows[i * per_part : (i + 1) * per_part]) if finite[i] else ())
+            for i, t in enumerate(batch)
         ]
 
     chosen = list(adapter.entries) if targets is None else list(targets)
@@ -119,7 +124,9 @@ def measure(
 
 
 def nonfinite_error(target: str) -> AdapterError:
-    return AdapterError(f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged")
+    return AdapterError(
+        f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged"
+    )
 
 
 def fit_update(update: Update, part: Operator, *, target: str, scale: float, base: Tensor | None) -> Update:

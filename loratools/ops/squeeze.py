@@ -17,7 +17,15 @@ from loratools.linalg.factored import balanced_factors, is_finite, squared_dista
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import Method, blocks_of, truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
-from loratools.ops.spectra import base_tensor, fit_update, group_targets, measure, nonfinite_error, stack_blocks, stack_factors
+from loratools.ops.spectra import (
+    base_tensor,
+    fit_update,
+    group_targets,
+    measure,
+    nonfinite_error,
+    stack_blocks,
+    stack_factors,
+)
 from loratools.pipeline import begun, ordered_map, worker_count
 from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
@@ -180,9 +188,7 @@ def _allocate(
     spectra: dict[str, Spectrum] = {}
     bad: list[str] = []
     relative_to_base = isinstance(policy, Budget) and policy.relative_to == "base"
-    measured = measure(
-        adapter, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite
-    )
+    measured = measure(adapter, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite)
     for m in measured:
         entry = adapter.entries[m.target]
         if not m.blocks:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
+
 from loratools.base_weights import BaseWeights, load_base
 from loratools.ops.delta import delta
-from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter

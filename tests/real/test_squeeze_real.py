@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from loratools import Budget, Squeeze, load, squeeze, squeeze_file, truncate
 from real.smollm2 import ADAPTERS, RealModel, load_real_model, missing, recorded
+
+from loratools import Budget, Squeeze, load, squeeze, squeeze_file, truncate
 
 RANKS = (1, 2, 4, 8, 16, 32)
 N_ROWS = 96  # as in measure_squeeze.json, so that the numbers can be compared; a standard error of exact match is 0.045
