@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Method = Literal["auto", "exact", "rsvd"]
 
-# Where `auto` turns to the randomised method: sources of this many terms or dimensions, and this many times the rank.
-RSVD_MIN_TERMS = 512
+# Where `auto` turns to the randomised method: matrices whose smaller side is this long, and this many times the rank.
+RSVD_MIN_SIDE = 512
 RSVD_MIN_RATIO = 8
 
 
@@ -61,8 +61,8 @@ def thin_svd(op: Operator) -> tuple[Tensor, Tensor, Tensor]:
 def truncate(op: Operator, rank: int, *, method: Method = "auto", seed: int = 0) -> Truncation:
     """The best approximation of rank `rank` (per block), balanced, in float64.
 
-    `exact` needs the factors or, for other structures, the dense matrix; `rsvd` needs products alone and is within its
-    usual few thousandths of the optimum. `auto` is exact for anything that is cheap to do exactly.
+    `exact` needs the factors or, for other structures, the dense matrix; `rsvd` needs products alone and comes within
+    a few thousandths of the optimum. `auto` is exact for factors, whatever their rank, and for small matrices.
     """
     if isinstance(op, BlockDiagonal):
         parts = [truncate(b, rank, method=method, seed=seed) for b in op.blocks]
@@ -82,8 +82,7 @@ def truncate(op: Operator, rank: int, *, method: Method = "auto", seed: int = 0)
 
 
 def _is_wide(op: Operator, rank: int) -> bool:
-    terms = min(op.rank, *op.shape) if isinstance(op, LowRank) else min(op.shape)
-    return terms >= RSVD_MIN_TERMS and terms >= RSVD_MIN_RATIO * rank
+    return not isinstance(op, LowRank) and min(op.shape) >= max(RSVD_MIN_SIDE, RSVD_MIN_RATIO * rank)
 
 
 def _balanced(u: Tensor, s: Tensor, vt: Tensor) -> LowRank:

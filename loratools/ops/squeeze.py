@@ -266,8 +266,6 @@ def _squeeze_batch(
     if stacked is None:
         return None
     f, per_part = stacked
-    if options.method == "auto" and _prefers_rsvd(f.left.shape, f.right.shape, block_rank):
-        return None
     if not bool((finite := is_finite(f)).all()):
         raise nonfinite_error(batch[int(finite.logical_not().nonzero()[0]) // per_part])
     best = balanced_factors(f, block_rank)
@@ -286,13 +284,6 @@ def _squeeze_batch(
         (_outcome(adapter, target, new, *(row[i] for row in rows)), new)
         for i, (target, new) in enumerate(zip(batch, fitted, strict=True))
     ]
-
-
-def _prefers_rsvd(left: torch.Size, right: torch.Size, rank: int) -> bool:
-    from loratools.linalg.svd import RSVD_MIN_RATIO, RSVD_MIN_TERMS
-
-    terms = min(left[1], left[2], right[2])
-    return terms >= RSVD_MIN_TERMS and terms >= RSVD_MIN_RATIO * rank
 
 
 def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> tuple[Outcome, Update]:
