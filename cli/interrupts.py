@@ -13,8 +13,12 @@ _DEAF_SECONDS: Final = 2.0
 _SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+class Interrupted(KeyboardInterrupt):
+    """A class of its own: a plain one that passes through exec("...") makes CPython die of SIGINT at the very end."""
+
+
 class Interrupts:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt; what is ignored (nohup) stays so."""
+    """While it is entered, SIGINT, SIGTERM and SIGHUP raise Interrupted; what is ignored (nohup) stays so."""
 
     def __init__(self) -> None:
         self.received = False
@@ -39,4 +43,4 @@ class Interrupts:
         if self.received and now - self._last < _DEAF_SECONDS:
             return
         self.received, self._last = True, now
-        raise KeyboardInterrupt
+        raise Interrupted

@@ -32,11 +32,10 @@ def check(done: Any, code: int, *words: str) -> None:
 
 
 def test_the_codes_are_the_errors_own() -> None:
-    assert ExitCode.USAGE == errors.UsageError.exit_code
-    assert ExitCode.INPUT == errors.InputError.exit_code
-    assert ExitCode.ADAPTER == errors.AdapterError.exit_code == errors.LoratoolsError.exit_code
-    assert ExitCode.OUTPUT == errors.OutputError.exit_code
-    assert ExitCode.UNCHANGED == errors.UnchangedError.exit_code
+    read = [error.exit_code for error in (errors.UsageError, errors.InputError, errors.AdapterError)]
+    assert read == [ExitCode.USAGE, ExitCode.INPUT, ExitCode.ADAPTER]
+    written = [error.exit_code for error in (errors.LoratoolsError, errors.OutputError, errors.UnchangedError)]
+    assert written == [ExitCode.ADAPTER, ExitCode.OUTPUT, ExitCode.UNCHANGED]
 
 
 # 2: usage
@@ -180,7 +179,11 @@ def test_an_existing_output(run: Run, peft: Make, tmp_path: Path) -> None:
 
 
 def test_an_unwritable_place(run: Run, peft: Make, kohya: Make) -> None:
-    for source, name in ((peft(), "/proc/out"), (kohya(), "/proc/out.safetensors"), (kohya(), "/dev/null/x.safetensors")):
+    for source, name in (
+        (peft(), "/proc/out"),
+        (kohya(), "/proc/out.safetensors"),
+        (kohya(), "/dev/null/x.safetensors"),
+    ):
         check(run("squeeze", source, "--rank", 4, "-o", name), 5, "cannot be written")
     check(run("delta", kohya(), "-o", "/proc/d.safetensors"), 5, "cannot be written")
 

@@ -17,7 +17,16 @@ Run = Callable[..., Any]
 Make = Callable[..., Path]
 
 CHANGE = ["rank_before", "rank_after", "energy_kept", "relative_error", "bytes_before", "bytes_after"]
-TOTAL = ["targets", "changed", "rank_before", "rank_after", "energy_kept", "relative_error", "bytes_before", "bytes_after"]
+TOTAL = [
+    "targets",
+    "changed",
+    "rank_before",
+    "rank_after",
+    "energy_kept",
+    "relative_error",
+    "bytes_before",
+    "bytes_after",
+]
 
 
 def check(done: Any, report: Any) -> None:

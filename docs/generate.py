@@ -1,0 +1,183 @@
+"""Write the generated pages of the documentation, or with --check fail where one is out of date.
+
+The pages come from what the program says of itself: the help of its commands, the report classes, and the tables of
+families, dialects and containers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+# Before Typer reads them: the pages must not depend on who writes them.
+os.environ.update(NO_COLOR="1", COLUMNS="80", TERMINAL_WIDTH="80", TERM="dumb")
+
+HERE = Path(__file__).resolve().parent
+NOTE = "<!-- Written by docs/generate.py (make docs); do not edit. -->\n\n"
+
+
+def commands() -> str:
+    """The command line: help, JSON fields, exit codes."""
+    import typer
+
+    from loratools_cli.app import app
+    from loratools_cli.exit_codes import ExitCode
+
+    root: Any = typer.main.get_command(app)
+    parts = ["# Commands", _help(root, "loratools")]
+    for name in root.commands:
+        parts += [f"## loratools {name}", _help(root.commands[name], f"loratools {name}")]
+    parts += ["## Exit codes", _table(("code", "meaning"), [(str(c.value), c.meaning) for c in ExitCode])]
+    parts += ["# JSON", "What `--json` prints: one object, whose fields are those of the command's report."]
+    for command, module in REPORTS.items():
+        parts += [f"## {command}", *_records(module)]
+    return _page(parts)
+
+
+REPORTS = {
+    "loratools info": "info",
+    "loratools inspect": "inspect",
+    "loratools squeeze, loratools truncate": "squeeze",
+    "loratools diff": "diff",
+    "loratools delta": "delta",
+}
+INTERNAL = {"Outcome"}  # records that no report holds
+
+
+def families() -> str:
+    """What the parameters may mean."""
+    from loratools.families import FAMILIES
+
+    parts = ["# Families", "What the parameters of a target mean. The set of slots that a file fills picks the family."]
+    for family in FAMILIES:
+        rows = [
+            ("slots", _names(family.required)),
+            ("optional slots", _names(family.optional) or "none"),
+            ("needs the base weight", "yes" if family.needs_base else "no"),
+        ]
+        parts += [f"## {family.family}", _doc(family), _table(("", ""), rows)]
+    return _page(parts)
+
+
+def formats() -> str:
+    """How adapters are spelt and stored."""
+    from loratools.formats import FORMATS
+    from loratools.storage import CONTAINERS
+
+    parts = ["# Formats", "A dialect is how keys and config are spelt. Exactly one must recognise a file."]
+    for dialect in FORMATS:
+        parts += [f"## {dialect.name}", _first_sentence(dialect), _doc(dialect)]
+    rows = []
+    for container in CONTAINERS:
+        opener: Any = container.open
+        rows.append((opener.container, _names(container.suffixes, ordered=True), _doc(opener).split("\n\n")[0]))
+    parts += [
+        "# Containers",
+        "A container is how tensors lie in a file. Its content tells it, not its name; output is always safetensors.",
+        _table(("container", "usual suffixes", "reading"), rows),
+    ]
+    return _page(parts)
+
+
+PAGES: dict[str, Callable[[], str]] = {"commands.md": commands, "families.md": families, "formats.md": formats}
+
+
+def _help(command: Any, name: str) -> str:
+    context = command.make_context(name, [], resilient_parsing=True)
+    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    return f"```\n{text}\n```"
+
+
+def _records(name: str) -> Iterator[str]:
+    """The report first, then the records inside it."""
+    module = importlib.import_module(f"loratools.reports.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+    ]
+    found = [record for record in found if record.__name__ not in INTERNAL]
+    found.sort(key=lambda record: not record.__name__.endswith("Report"))  # stable: otherwise as in the file
+    for record in found:
+        rows = [
+            (f"`{field.name}`", f"`{_json_type(str(field.type), vars(module))}`")
+            for field in dataclasses.fields(record)
+        ]
+        rows += [
+            (f"`{key}`", "`float`")
+            for key, value in vars(record).items()
+            if isinstance(value, property) and key in ("mib", "mb")
+        ]
+        yield f"### {record.__name__}"
+        yield _doc(record)
+        yield _table(("field", "type"), rows)
+
+
+def _json_type(annotation: str, names: dict[str, Any]) -> str:
+    """`Mapping[str, int]` as a program sees it: `{str: int}`; a choice of words as these words."""
+    if choices := get_args(names.get(annotation)):
+        return " or ".join(f'"{choice}"' for choice in choices)
+    previous = ""
+    while annotation != previous:
+        previous = annotation
+        annotation = re.sub(r"Mapping\[(\w+), ([^\[\]]*)\]", r"{\1: \2}", annotation)
+        annotation = re.sub(r"tuple\[([^\[\],]*), \.\.\.\]", r"(\1)*", annotation)
+    annotation = re.sub(r"\((\w+)\)\*", r"list of \1", annotation)
+    return annotation.replace("None", "null").replace("{int:", "{str:").replace("|", "or")
+
+
+def _doc(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").strip()
+
+
+def _first_sentence(thing: type) -> str:
+    """Of the module's docstring: what the dialect is."""
+    return _doc(sys.modules[thing.__module__]).split("\n\n")[0]
+
+
+def _names(names: Any, *, ordered: bool = False) -> str:
+    return ", ".join(f"`{name}`" for name in (names if ordered else sorted(names)))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def _page(parts: list[str]) -> str:
+    return NOTE + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Write or compare; 1 where --check finds a difference."""
+    stale = False
+    for name, page in PAGES.items():
+        path, text = HERE / name, page()
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if old == text:
+            continue
+        stale = True
+        if "--check" in arguments:
+            lines = difflib.unified_diff(old.splitlines(), text.splitlines(), name, f"{name} (new)", lineterm="", n=1)
+            print(*list(lines)[:40], sep="\n")
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(HERE.parent)}")
+    if stale and "--check" in arguments:
+        print("the documentation is out of date: run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
