@@ -1,4 +1,4 @@
-"""Draw docs/images/inspect.svg: the terminal view of the example adapter, for the README. Run by hand when the view changes."""
+"""Draw docs/images/inspect.svg, the terminal view of the example adapter; run by hand when that view changes."""
 
 from __future__ import annotations
 

@@ -92,9 +92,7 @@ def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | N
         raise AdapterError(f"its alpha cannot be read: {error}") from error
 
 
-def _entry(
-    source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None
-) -> Entry:
+def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
     flip = bound.is_stored_transposed(target)

@@ -183,7 +183,7 @@ class TestSdScripts:
         s = np.sqrt(np.diff(np.interp(range(41), list(kept), np.square(list(kept.values())))))
         assert (np.diff(s) <= 1e-12).all()
         u, v = (np.linalg.qr(rand(i, n, 40).double().numpy())[0] for i, n in ((0, 60), (1, 50)))
-        down, up = torch.from_numpy(s[:, None] * v.T).float(), torch.from_numpy(u).float()
+        down, up = torch.from_numpy(s[:, None] * v.T).float().contiguous(), torch.from_numpy(u).float()
         adapter = load(kohya(tmp_path, {"lora_unet_a": (down, up)}, alpha=40.0))
         result, _ = squeeze(adapter, Frobenius(share))
         assert result.entries["lora_unet_a"].rank == rank

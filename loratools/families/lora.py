@@ -47,7 +47,7 @@ class LoRA(Update):
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         down, up = specs["down"].shape, specs["up"].shape
         if any(not s.dtype.startswith(("F", "BF")) for s in specs.values()):
-            return f"factors must hold floating-point numbers, not {', '.join(sorted({s.dtype for s in specs.values()}))}"
+            return f"factors must hold floating-point numbers, not {', '.join({s.dtype: 0 for s in specs.values()})}"
         if len(down) < 2 or len(up) < 2 or 0 in down or 0 in up:
             return f"factors of shape {up} and {down} hold no rank"
         if "up_bias" in specs and specs["up_bias"].numel != up[0]:
@@ -153,7 +153,7 @@ class LoRA(Update):
 
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
         if self.mid is not None or self.groups > 1:
-            raise AdapterError("a prefix is defined for plain factors only, not for a Tucker core or a grouped convolution")
+            raise AdapterError("only plain factors have a prefix, not a Tucker core or a grouped convolution")
         experts, fold = self.layout.experts, delta_scale / scale
         if experts > 1:
             down = self.down.reshape(experts, -1, self.down.shape[1])[:, :rank].flatten(0, 1)
@@ -184,7 +184,7 @@ class LoRA(Update):
 
 
 def dense_delta(op: Operator, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """`op` as a float32 tensor in the base's layout; `shape` is (m, n, *kernel), for grouped convolutions n per group."""
+    """`op` as a float32 tensor in the base's layout; `shape` is (m, n, *kernel), for grouped convolutions n of one."""
     if isinstance(op, BlockDiagonal):
         stacked = torch.stack([b.dense() for b in op.blocks])
         if layout.experts > 1:

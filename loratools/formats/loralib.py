@@ -1,4 +1,4 @@
-"""Bare `lora_A` and `lora_B` parameters without a config: loralib, DyLoRA, and MatryoshkaLoRA, which transposes them."""
+"""Bare `lora_A` and `lora_B` without a config: loralib, DyLoRA, and MatryoshkaLoRA, which transposes them."""
 
 from __future__ import annotations
 

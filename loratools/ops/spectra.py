@@ -52,7 +52,7 @@ def group_targets(
 
 
 def stack_blocks(parts: Sequence[Operator], device: str) -> tuple[Factored, int] | None:
-    """Factored form of all blocks of all parts, scale included, and blocks per part; None where some are not low rank."""
+    """Factored form of all blocks of all parts, scale included, and blocks per part; None where one is not low rank."""
     lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
     if len(lows) != sum(len(blocks_of(part)) for part in parts):
         return None
@@ -87,8 +87,8 @@ def measure(
 ) -> Iterator[Measured]:
     """Spectra of `targets` (all, by default), batch by batch; AdapterError names a target with NaN or infinity.
 
-    With `allow_nonfinite` such a target has no values. For families with a base-dependent magnitude the spectrum is that
-    of the scaled low-rank part; with `directions` and no base, that of the direction instead of an error.
+    With `allow_nonfinite` such a target has no values. For families with a base-dependent magnitude the spectrum is
+    that of the scaled low-rank part; with `directions` and no base, that of the direction instead of an error.
     """
 
     def work(batch: list[str]) -> list[Measured]:

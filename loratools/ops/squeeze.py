@@ -68,8 +68,8 @@ def squeeze(
     """The best adapter of lower rank, in memory, with what it costs.
 
     Each target gets the Eckart-Young optimum at its rank, with balanced factors in the stored dtypes. A target whose
-    rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all, NeedsBaseError
-    for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
+    rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all,
+    NeedsBaseError for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
     """
     changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
@@ -95,7 +95,7 @@ def squeeze_file(
     options: Squeeze = Squeeze(),
     force: bool = False,
 ) -> tuple[Saved, SqueezeReport]:
-    """As `squeeze`, streamed to `path` in the adapter's dialect, with memory for a few targets whatever the adapter's size."""
+    """As `squeeze`, streamed to `path` in the adapter's dialect, in the same memory whatever the adapter's size."""
     changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
     return stream(changed, plan.unchanged, apply(changed, plan, options), path, warnings=plan.warnings, force=force)
@@ -168,7 +168,8 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     if not ranks and not options.allow_unchanged:
         first = next(iter(unchanged.items()), ("the adapter", "it holds no update"))
         raise UnchangedError(
-            f"nothing to squeeze in {len(unchanged)} targets ({first[0]}: {first[1]}); choose a lower rank, or pass --allow-unchanged"
+            f"nothing to squeeze in {len(unchanged)} targets ({first[0]}: {first[1]}); "
+            "choose a lower rank, or pass --allow-unchanged"
         )
     return Plan(ranks, unchanged, tuple(warnings))
 

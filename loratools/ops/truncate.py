@@ -35,8 +35,8 @@ def truncate(
     """The first `rank` components of every target, in memory; slices bit for bit, wherever a file can state the scale.
 
     `nested` sets the scale of what is kept: `keep` the one it had, `dylora` alpha / rank (arXiv 2210.07558),
-    `matryoshka` the one that `scaling` gives each rank (arXiv 2605.07850). `energy_kept` is the squared cosine between the delta and
-    what is kept, which for an SVD is the energy. Raises UnchangedError where no target has more components.
+    `matryoshka` the one that `scaling` gives each rank (arXiv 2605.07850). `energy_kept` is the squared cosine between
+    the delta and what is kept, which for an SVD is the energy. Raises UnchangedError where no target has more of them.
     """
     changed = with_record(adapter, "truncate", {"rank": rank, "nested": nested, "scaling": scaling})
     plan = _decide(changed, rank, allow_unchanged=allow_unchanged)
