@@ -23,7 +23,7 @@ def main(*, quick: bool = False) -> str:
     if reason := missing():
         return f"{title}Skipped: {reason}."
     with tempfile.TemporaryDirectory() as folder:
-        return title + _measured(Path(folder), n_rows=32 if quick else 256)
+        return title + _measured(Path(folder), n_rows=32 if quick else 96)
 
 
 def _measured(folder: Path, *, n_rows: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratools.families.base import Update
 
 # Bytes of stored factors worked on at once by each worker; float64 copies take four to eight times as much.
-BATCH_BYTES = {"cpu": 2 << 20}
+BATCH_BYTES = {"cpu": 4 << 20}
 ACCELERATOR_BATCH_BYTES = 256 << 20
 
 
@@ -51,19 +51,24 @@ def group_targets(
     return batches(targets, key=key, size=lambda t: adapter.entries[t].nbytes, limit=limit)
 
 
-def stack_blocks(parts: Sequence[Operator], device: str) -> tuple[Factored, int] | None:
-    """Factored form of all blocks of all parts, scale included, and blocks per part; None where one is not low rank."""
+def stack_blocks(parts: Sequence[Operator], device: str, *, single: bool = False) -> tuple[Factored, int] | None:
+    """Factored form of all blocks of all parts, scale included, and blocks per part; None where one is not low rank.
+
+    `single` lets factors of 16 bits be multiplied in float32; others are in float64 all the same.
+    """
     lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
     if len(lows) != sum(len(blocks_of(part)) for part in parts):
         return None
-    return factored(*stack_factors(lows, device)), len(lows) // len(parts)
+    single = single and all(low.left.element_size() == low.right.element_size() == 2 for low in lows)
+    dtype = torch.float32 if single else torch.float64
+    return factored(*stack_factors(lows, device, dtype), single=single), len(lows) // len(parts)
 
 
-def stack_factors(lows: Sequence[LowRank], device: str) -> tuple[Tensor, Tensor]:
-    """Left factors, scale included, as (b, m, r) and right factors as (b, r, n), float64."""
-    scales = torch.tensor([low.scale for low in lows], dtype=torch.float64, device=device).reshape(-1, 1, 1)
-    left = torch.stack([low.left for low in lows]).to(device, torch.float64)
-    right = torch.stack([low.right for low in lows]).to(device, torch.float64)
+def stack_factors(lows: Sequence[LowRank], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left factors, scale included, as (b, m, r) and right factors as (b, r, n)."""
+    scales = torch.tensor([low.scale for low in lows], dtype=dtype, device=device).reshape(-1, 1, 1)
+    left = torch.stack([low.left for low in lows]).to(device, dtype)
+    right = torch.stack([low.right for low in lows]).to(device, dtype)
     return left.mul_(scales), right  # cast, then scaled in place: a product of mixed dtypes is many times slower
 
 

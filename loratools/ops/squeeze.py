@@ -263,7 +263,9 @@ def _squeeze_batch(
     updates = [adapter[target] for target in batch]
     parts = [update.low_rank_part() for update in updates]
     block_rank = rank // entry.family.rank_step(entry.specs, entry.layout)
-    stacked = stack_blocks(parts, options.device)
+    stacked = stack_blocks(parts, options.device, single=True)
+    if stacked is not None and not bool(is_finite(stacked[0]).all()):
+        stacked = stack_blocks(parts, options.device)  # a square may overflow float32
     if stacked is None:
         return None
     f, per_part = stacked
@@ -277,7 +279,7 @@ def _squeeze_batch(
         part: Operator = lows[0] if per_part == 1 else BlockDiagonal(tuple(lows))
         fitted.append(fit_update(update, part, target=target, scale=scale, base=None))
     stored = [block for update in fitted for block in blocks_of(update.low_rank_part()) if isinstance(block, LowRank)]
-    distance, norm = squared_distance(f, *stack_factors(stored, options.device))
+    distance, norm = squared_distance(f, *stack_factors(stored, options.device, f.left.dtype))
     squares = best.spectrum.square()
     kept = squares[:, :block_rank].sum(1)
     rows = torch.stack([distance, norm, kept, squares.sum(1)]).reshape(4, -1, per_part).sum(2).tolist()

@@ -195,16 +195,16 @@ ALPHAS = {
     "none": None,
     "int64": torch.tensor(3),
     "float32": torch.tensor(3.0),
-    "float16": torch.tensor(3.0, dtype=torch.float16),
-    "bfloat16": torch.tensor(3.0, dtype=torch.bfloat16),
+    "float16": torch.tensor(3.1, dtype=torch.float16),  # kept at rank 3 it needs float32, and two bytes more
+    "bfloat16": torch.tensor(3.1, dtype=torch.bfloat16),
 }
 
 
 @pytest.mark.parametrize("mode", ["fold", "keep"])
 @pytest.mark.parametrize("alpha", [*ALPHAS, "peft"])
 def test_a_budget_is_never_exceeded(tmp_path: Path, alpha: str, mode: module.ScaleMode) -> None:
-    """By the whole file, header and scalars included, at every size; and hardly anything of it is wasted."""
-    pairs = factors({f"b.{i}": (3, 4, 8) for i in range(9)}, torch.float16)  # a rank costs 14 bytes
+    """By the whole file, header and scalars included, at every size; and little of it is wasted."""
+    pairs = factors({f"b.{i}": (3, 4, 8) for i in range(24)}, torch.float16)  # a rank costs 14 bytes
     if alpha == "peft":
         source = peft(tmp_path / "in", pairs)
     else:
@@ -214,7 +214,7 @@ def test_a_budget_is_never_exceeded(tmp_path: Path, alpha: str, mode: module.Sca
         squeeze(adapter, Budget(500))
     smallest = squeeze_file(adapter, tmp_path / f"least{suffix}", 1)[0].nbytes
     tried = 0
-    for budget in range(smallest - 20, smallest + 400, 10):
+    for budget in range(smallest - 20, smallest + 760, 26):
         try:
             saved, report = squeeze_file(
                 adapter, tmp_path / f"{budget}{suffix}", Budget(budget), options=Squeeze(scale=mode)
@@ -225,7 +225,7 @@ def test_a_budget_is_never_exceeded(tmp_path: Path, alpha: str, mode: module.Sca
         assert saved.weights.stat().st_size == saved.nbytes == report.total["bytes_after"]
         assert saved.nbytes <= budget
         full = all(e.rank == 3 for e in load(saved.path).entries.values())
-        assert full or saved.nbytes > budget - 100
+        assert full or saved.nbytes > budget - 250  # 24 alphas may shrink from int64 to float32
     assert tried > 20
 
 
