@@ -8,8 +8,8 @@ values of left @ right are those of the r x r core P^T Q = U S V^T, and
 so that no triangular solve is needed. Products of float32, bfloat16 or float16 entries are exact in float64; where a
 Gram matrix is nonetheless ill-conditioned, that member of the batch goes through two thin QR factorisations instead.
 
-Factors that are read from and written to 16 bits may be multiplied in float32, in which their products are exact too and
-only sums round: the core stays in float64, and any member for which single sums would show is done again in double.
+Factors that are read from and written to 16 bits may be multiplied in float32, in which products of bfloat16 or float16
+are exact too and only sums round: the core stays in float64, and any member for which single sums would show is done again in double.
 """
 
 from __future__ import annotations
