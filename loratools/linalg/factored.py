@@ -9,7 +9,8 @@ so that no triangular solve is needed. Products of float32, bfloat16 or float16 
 Gram matrix is nonetheless ill-conditioned, that member of the batch goes through two thin QR factorisations instead.
 
 Factors that are read from and written to 16 bits may be multiplied in float32, in which products of bfloat16 or float16
-are exact too and only sums round: the core stays in float64, and any member for which single sums would show is done again in double.
+are exact too and only sums round: the core stays in float64, and any member for which single sums would show is done
+again in double.
 """
 
 from __future__ import annotations
