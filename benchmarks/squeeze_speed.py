@@ -154,7 +154,8 @@ def main(*, quick: bool = False) -> str:
         f"{LAYERS} layers × q, k, v, o of 4096 × 4096, rank 64, bf16 ({short.stat().st_size / 1e6:.0f} MB), to "
         f"rank {RANK}; the longer one has {4 * LAYERS} layers ({long.stat().st_size / 1e6:.0f} MB). Synthetic: seeded, "
         f"power-law spectra. Fresh process each, {repeats} interleaved repeats ({repeats_long} of the longer), the "
-        "fastest unless a column says medians; imports outside the seconds, input in the page cache, output synced to disk. MB: peak "
+        "fastest unless a column says medians; "
+        "imports outside the seconds, input in the page cache, output synced to disk. MB: peak "
         f"resident memory above an idle `import torch` ({nothing / 1e6:.0f} MB). Goal: {TARGET}."
     )
     parts = [f"### Squeezing a Llama-sized adapter\n\n{method}", table(header, rows)]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # eight correct digits (four, where 16-bit storage keeps fewer than three).
 MIN_PIVOT = 1e-6
 MIN_PIVOT_SINGLE = 1e-3
+# Below this, squares that float32 cannot hold (1e-45) would matter to a sum of them.
+MIN_SUM_SINGLE = 1e-28
 # A sum below this share of its terms' magnitudes is done again: above, rounding leaves it six correct digits (three).
 CANCELLATION = 1e-9
 CANCELLATION_SINGLE = 1e-3
@@ -76,6 +78,12 @@ def is_finite(f: Factored) -> Tensor:
     return torch.isfinite(f.left_gram.diagonal(dim1=-2, dim2=-1).sum(-1)) & torch.isfinite(
         f.right_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     )
+
+
+def fits_single(f: Factored) -> bool:
+    """Whether sums of squares that were made in float32 neither overflowed nor lost what lies below its smallest number."""
+    sums = torch.cat([f.left_gram.diagonal(dim1=-2, dim2=-1), f.right_gram.diagonal(dim1=-2, dim2=-1)], dim=-1)
+    return bool(((sums == 0) | ((sums > MIN_SUM_SINGLE) & torch.isfinite(sums))).all())
 
 
 def _cholesky(gram: Tensor, *, single: bool = False) -> tuple[Tensor, Tensor]:

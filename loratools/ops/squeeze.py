@@ -13,7 +13,7 @@ from loratools._lazy import torch
 from loratools.adapter import Adapter, Record, entry_of
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
-from loratools.linalg.factored import balanced_factors, is_finite, squared_distance
+from loratools.linalg.factored import balanced_factors, fits_single, is_finite, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import Method, blocks_of, truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
@@ -264,8 +264,8 @@ def _squeeze_batch(
     parts = [update.low_rank_part() for update in updates]
     block_rank = rank // entry.family.rank_step(entry.specs, entry.layout)
     stacked = stack_blocks(parts, options.device, single=True)
-    if stacked is not None and not bool(is_finite(stacked[0]).all()):
-        stacked = stack_blocks(parts, options.device)  # a square may overflow float32
+    if stacked is not None and stacked[0].is_single and not fits_single(stacked[0]):
+        stacked = stack_blocks(parts, options.device)
     if stacked is None:
         return None
     f, per_part = stacked

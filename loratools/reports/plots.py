@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import math
 import os
 import warnings
@@ -82,7 +83,14 @@ def _render(report: InspectReport, kind: str) -> bytes:
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
         _draw(Figure, report).savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata[kind])
-    return buffer.getvalue()
+    return _numbered(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
+
+
+def _numbered(svg: bytes) -> bytes:
+    """`svg` with its generated ids numbered: matplotlib hashes memory addresses into those of clip paths."""
+    ids = dict.fromkeys(re.findall(rb'id="([a-z][0-9a-f]{10})"', svg))
+    numbers = {name: b"%c%d" % (name[0], index) for index, name in enumerate(ids)}
+    return re.sub(rb"(?<=[\"#])[a-z][0-9a-f]{10}(?=[\")])", lambda m: numbers.get(m[0], m[0]), svg)
 
 
 def _draw(figure_class: Any, report: InspectReport) -> Any:
