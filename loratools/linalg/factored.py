@@ -81,7 +81,7 @@ def is_finite(f: Factored) -> Tensor:
 
 
 def fits_single(f: Factored) -> bool:
-    """Whether sums of squares that were made in float32 neither overflowed nor lost what lies below its smallest number."""
+    """Whether sums of squares that were made in float32 neither overflowed nor lost what it cannot hold."""
     sums = torch.cat([f.left_gram.diagonal(dim1=-2, dim2=-1), f.right_gram.diagonal(dim1=-2, dim2=-1)], dim=-1)
     return bool(((sums == 0) | ((sums > MIN_SUM_SINGLE) & torch.isfinite(sums))).all())
 

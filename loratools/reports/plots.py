@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

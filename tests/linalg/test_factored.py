@@ -13,6 +13,7 @@ from loratools.linalg.factored import (
     balanced_factors,
     column_signs,
     factored,
+    fits_single,
     is_finite,
     singular_values,
     squared_distance,
@@ -79,6 +80,32 @@ def test_float32_results_are_within_a_hundredth_of_a_percent_of_the_optimum(
         assert error <= 1.0001 * np.hypot(optimum, 2 * floor)
         if floor < 5e-3 * optimum:  # then the rounding adds less than 0.005 %
             assert error <= 1.0001 * optimum
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gauge", [1.0, 1e2, 1e6])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_single_precision_is_enough_for_factors_of_16_bits(condition: float, gauge: float, dtype: torch.dtype) -> None:
+    """Sums in float32 show neither in the optimum, before it is rounded to 16 bits, nor in what is reported of it."""
+    left, right = batch(with_spectrum(40, 30, np.logspace(0, -np.log10(condition), 8), gauge, 7), dtype=dtype)
+    f, truth = factored(left, right, single=True), product(left[0], right[0])
+    assert f.is_single
+    s = np.linalg.svd(truth, compute_uv=False)
+    for rank in range(1, 8):
+        best = balanced_factors(f, rank)
+        error, optimum = error_of(best.up[0], best.down[0], truth), float(np.linalg.norm(s[rank:]))
+        assert error <= 1.0001 * np.hypot(optimum, 1e-6 * s[0])  # a thousandth of what rounding to 16 bits costs
+        np.testing.assert_allclose(best.spectrum[0].numpy(), s[:8], rtol=0, atol=1e-4 * s[0])
+        up, down = best.up.to(dtype), best.down.to(dtype)
+        distance, norm = squared_distance(f, up, down)
+        assert float(distance[0]) == pytest.approx(error_of(up[0], down[0], truth) ** 2, rel=1e-3)
+        assert float(norm[0]) == pytest.approx((s**2).sum(), rel=1e-5)
+
+
+def test_what_float32_cannot_square_does_not_fit() -> None:
+    left, right = batch(SPECIAL["zero left"], dtype=torch.bfloat16)
+    for size, fits in ((1.0, True), (0.0, True), (1e-12, True), (1e-22, False), (1e19, False), (float("nan"), False)):
+        assert fits_single(factored(left, size * right, single=True)) == fits
 
 
 @pytest.mark.parametrize("gauge", [1.0, 1e3, 1e6])
