@@ -99,7 +99,7 @@ def test_single_precision_is_enough_for_factors_of_16_bits(condition: float, gau
         up, down = best.up.to(dtype), best.down.to(dtype)
         distance, norm = squared_distance(f, up, down)
         assert float(distance[0]) == pytest.approx(error_of(up[0], down[0], truth) ** 2, rel=1e-3)
-        assert float(norm[0]) == pytest.approx((s**2).sum(), rel=1e-5)
+        assert float(norm[0]) == pytest.approx((s**2).sum(), rel=1e-4)
 
 
 def test_what_float32_cannot_square_does_not_fit() -> None:
