@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ def main(*, quick: bool = False) -> str:
     from loratools.files import load
     from loratools.linalg.factored import balanced_factors, factored, squared_distance
     from loratools.linalg.svd import blocks_of
-    from loratools.operators import LowRank
+    from loratools.operators import LowRank, Operator
     from loratools.ops.spectra import group_targets, stack_factors
     from loratools.ops.squeeze import Squeeze, squeeze_file
 
@@ -44,16 +45,23 @@ def main(*, quick: bool = False) -> str:
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
         return result
 
+    def read(batch: list[str]) -> list[Operator]:
+        return [adapter[target].low_rank_part() for target in batch]
+
+    def to_cpu(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return up.cpu(), down.cpu()
+
     def one_pass() -> None:
         for batch in group_targets(adapter, list(adapter), "cuda"):
-            parts = phase("read", lambda batch=batch: [adapter[t].low_rank_part() for t in batch])  # type: ignore[misc]
+            parts = phase("read", partial(read, batch))
             lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
-            left, right = phase("stack, copy to the GPU, cast", lambda: stack_factors(lows, "cuda"))  # noqa: B023
-            f = phase("Gram matrices", lambda: factored(left, right))  # noqa: B023
-            best = phase("Cholesky, small SVD, factors", lambda: balanced_factors(f, RANK))  # noqa: B023
+            single = partial(stack_factors, lows, "cuda", torch.float32)  # as squeeze does for factors of 16 bits
+            left, right = phase("stack, copy to the GPU, cast", single)
+            f = phase("Gram matrices", partial(factored, left, right, single=True))
+            best = phase("Cholesky, small SVD, factors", partial(balanced_factors, f, RANK))
             up, down = best.up.bfloat16(), best.down.bfloat16()
-            phase("error of what is stored", lambda: squared_distance(f, up, down))  # noqa: B023
-            phase("copy back", lambda: (up.cpu(), down.cpu()))  # noqa: B023
+            phase("error of what is stored", partial(squared_distance, f, up, down))
+            phase("copy back", partial(to_cpu, up, down))
 
     one_pass()  # loads kernels and workspaces
     spent.clear()
