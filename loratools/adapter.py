@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
 from loratools.errors import AdapterError
+from loratools.families.base import LowRankUpdate
 from loratools.formats.base import Written
 from loratools.storage.header import spec_of
 
@@ -43,16 +44,31 @@ class Entry:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
-    def base_shape(self) -> tuple[int, ...]:
-        """Shape of the base parameter."""
+    def base_shape(self) -> tuple[int, ...] | None:
+        """Shape of the base parameter; None where the file does not tell."""
         return self.family.base_shape(self.specs, self.layout)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether it has ranks that can be lowered."""
+        return issubclass(self.family, LowRankUpdate)
+
+    @property
+    def rank_step(self) -> int:
+        """Ranks are multiples of this."""
+        return self.family.rank_step(self.specs, self.layout) if issubclass(self.family, LowRankUpdate) else 1
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes that each rank takes in the stored dtypes; 0 for a family whose ranks cannot be lowered."""
+        return self.family.bytes_per_rank(self.specs, self.layout) if issubclass(self.family, LowRankUpdate) else 0
 
     @property
     def largest_rank(self) -> int:
         """The rank that holds any update of these shapes: the smaller side of a block, for all groups together."""
+        assert self.base_shape is not None  # of a factored family it is known
         shape = self.base_shape[1:] if self.layout.experts > 1 else self.base_shape
-        step = self.family.rank_step(self.specs, self.layout)
-        return min(shape[0] // step, math.prod(shape[1:])) * step
+        return min(shape[0] // self.rank_step, math.prod(shape[1:])) * self.rank_step
 
 
 def entry_of(update: Update) -> Entry:

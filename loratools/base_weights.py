@@ -46,16 +46,16 @@ class BaseWeights:
             near = [n for n in names if f"_{n.removesuffix('.weight').replace('.', '_')}".endswith(f"_{flat}")]
         return near[0] if len(near) == 1 else None
 
-    def find(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
+    def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
         """The weight of `parameter`, reshaped between a linear and a 1 x 1 convolution where that is all that differs.
 
-        AdapterError where it is missing or of another shape.
+        `shape` None takes it as it is. AdapterError where it is missing or of another shape.
         """
         name = self.name_of(parameter)
         if name is None:
             raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
         tensor = self.source.read(name)
-        if tuple(tensor.shape) == shape:
+        if shape is None or tuple(tensor.shape) == shape:
             return tensor
         if _squeezed(tuple(tensor.shape)) == _squeezed(shape):
             return tensor.reshape(shape)

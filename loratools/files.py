@@ -105,12 +105,16 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
     scale = bound.scale(target, rank, alpha)
     if not math.isfinite(scale):
         raise AdapterError(f"its alpha makes the scale {scale}")
+    references, settings = bound.references(target), bound.settings(target)
+    if missing := sorted(family.references - set(references)):
+        raise AdapterError(f"the tensors that its targets share are not in the file: {', '.join(missing)}")
 
     def read() -> Update:
         tensors = {slot: source.read(key) for slot, key in keys.items()}
         if flip:
             tensors = {slot: tensor.T.contiguous() for slot, tensor in tensors.items()}
-        return family.from_parameters(tensors, scale=scale, layout=layout)
+        shared = {slot: source.read(key) for slot, key in references.items()}
+        return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
 
     return Entry(family, specs, layout, rank, scale, read)
 

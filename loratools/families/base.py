@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from loratools._lazy import torch
+from loratools.errors import NeedsBaseError
+from loratools.operators import BlockDiagonal
+from loratools.storage.header import spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
     from typing_extensions import Self
 
@@ -31,24 +36,32 @@ class Layout:
     magnitude_axis: int = 0
 
 
+Settings = Mapping[str, Any]
+NO_SETTINGS: Settings = MappingProxyType({})
+
+
 class Update(ABC):
     """One target's parameters in one family; immutable.
 
     A final subclass lists its slots, keeps its tensors in the shapes in which they are stored, and checks them when
-    made: AdapterError where they do not fit together.
+    made: AdapterError where they do not fit together. `references` are slots whose tensors several targets share;
+    settings are the numbers that a method keeps in its config rather than in tensors.
     """
 
     family: ClassVar[str]
     required: ClassVar[frozenset[str]]
-    optional: ClassVar[frozenset[str]]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    references: ClassVar[frozenset[str]] = frozenset()
     needs_base: ClassVar[bool] = False
     scale: float
     layout: Layout
 
     @classmethod
     @abstractmethod
-    def from_parameters(cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout) -> Self:
-        """Build from stored tensors by slot."""
+    def from_parameters(
+        cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
+    ) -> Self:
+        """Build from stored tensors by slot, shared ones included."""
 
     @classmethod
     @abstractmethod
@@ -58,7 +71,45 @@ class Update(ABC):
     @classmethod
     @abstractmethod
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        """The rank as the dialects count it."""
+        """The rank as the dialects count it; 0 for a family without one."""
+
+    @classmethod
+    @abstractmethod
+    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...] | None:
+        """Shape of the base parameter that the delta is added to; None where the file does not tell."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """Stored tensors by slot, without those that targets share."""
+
+    @abstractmethod
+    def operator(self, base: Tensor | None = None) -> Operator:
+        """The delta, scale included, as (m, n) maps; `base` in the base's own layout.
+
+        Raises NeedsBaseError where the family needs the base and has none.
+        """
+
+    def bias_delta(self, bias: Tensor | None = None) -> Tensor | None:
+        """The float32 change of the base bias, where the family makes one; `bias` is the base's own."""
+        return None
+
+    def delta(self, base: Tensor | None = None) -> Tensor:
+        """The dense float32 change of the base parameter, in the base's layout."""
+        op = self.operator(base).to(torch.float64)
+        shape = None if base is None else tuple(base.shape)
+        if shape is None:
+            shape = self.base_shape({slot: spec_of(t) for slot, t in self.parameters().items()}, self.layout)
+        assert shape is not None  # a family whose files do not tell needs the base
+        if isinstance(op, BlockDiagonal):
+            stacked = torch.stack([b.dense() for b in op.blocks])
+            stacked = stacked.mT if self.layout.experts > 1 and self.layout.transposed else stacked
+            return stacked.reshape(shape).float().contiguous()
+        dense = op.dense()
+        return (dense.T if self.layout.transposed else dense).reshape(shape).float().contiguous()
+
+
+class LowRankUpdate(Update):
+    """A family with ranks that can be lowered: it has a low-rank part, and can be refitted from one."""
 
     @classmethod
     @abstractmethod
@@ -69,22 +120,6 @@ class Update(ABC):
     @abstractmethod
     def bytes_per_rank(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         """Bytes that each rank of a fitted update takes in the stored dtypes."""
-
-    @classmethod
-    @abstractmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
-        """Shape of the base parameter that the delta is added to."""
-
-    @abstractmethod
-    def parameters(self) -> dict[str, Tensor]:
-        """Stored tensors by slot."""
-
-    @abstractmethod
-    def operator(self, base: Tensor | None = None) -> Operator:
-        """The delta, scale included, as (m, n) maps; `base` in the base's own layout.
-
-        Raises NeedsBaseError where the family needs the base and has none.
-        """
 
     @abstractmethod
     def low_rank_part(self, base: Tensor | None = None) -> Operator:
@@ -112,10 +147,10 @@ class Update(ABC):
         Raises AdapterError where the family has no components to slice.
         """
 
-    @abstractmethod
-    def delta(self, base: Tensor | None = None) -> Tensor:
-        """The dense float32 change of the base parameter, in the base's layout."""
 
-    @abstractmethod
-    def bias_delta(self) -> Tensor | None:
-        """The float32 change of the base bias, where the family carries one."""
+def base_matrix(family: str, base: Tensor | None, layout: Layout) -> Tensor:
+    """The base weight as (m, n) float64; NeedsBaseError where there is none."""
+    if base is None:
+        raise NeedsBaseError(f"the delta of {family} depends on the base weight")
+    matrix = base.T if layout.transposed else base.flatten(1) if base.ndim > 1 else base.unsqueeze(1)
+    return matrix.double()

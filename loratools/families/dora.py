@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
-from loratools.families.base import Layout, Update
-from loratools.families.lora import LoRA, cast_to, dense_delta
+from loratools.families.base import NO_SETTINGS, Layout, LowRankUpdate, Settings
+from loratools.families.lora import LoRA, cast_to
 from loratools.linalg.row_norms import row_norms
 from loratools.operators import Dense, LowRank, Operator, sum_of
 
@@ -32,7 +32,7 @@ class _Gain:
 
 @final
 @dataclass(frozen=True, eq=False)
-class DoRA(Update):
+class DoRA(LowRankUpdate):
     """A LoRA direction with a magnitude for each output (`magnitude_axis` 0) or each input channel (1)."""
 
     family: ClassVar[str] = "dora"
@@ -52,7 +52,9 @@ class DoRA(Update):
         return self.direction.layout
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout) -> DoRA:
+    def from_parameters(
+        cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
+    ) -> DoRA:
         slots = {slot: tensor for slot, tensor in parameters.items() if slot != "magnitude"}
         return cls(LoRA.from_parameters(slots, scale=scale, layout=layout), parameters["magnitude"])
 
@@ -152,8 +154,5 @@ class DoRA(Update):
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> DoRA:
         raise AdapterError("a prefix is not defined for DoRA: its magnitude belongs to the whole direction")
 
-    def delta(self, base: Tensor | None = None) -> Tensor:
-        return dense_delta(self.operator(base), self.direction.weight_shape, self.layout)
-
-    def bias_delta(self) -> Tensor | None:
+    def bias_delta(self, bias: Tensor | None = None) -> Tensor | None:
         return self.direction.bias_delta()

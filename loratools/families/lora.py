@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError
-from loratools.families.base import Layout, Update
+from loratools.families.base import NO_SETTINGS, Layout, LowRankUpdate, Settings
 from loratools.operators import BlockDiagonal, LowRank, Operator
 from loratools.storage.base import TensorSpec
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, eq=False)
-class LoRA(Update):
+class LoRA(LowRankUpdate):
     """Hu et al. 2021; with `mid`, the Tucker form of LyCORIS; with experts, PEFT's `target_parameters`.
 
     Shapes: linear down (r, n), up (m, r); convolution down (r, n, *kernel), up (m, r, *ones), or down (r, n, *ones) and
@@ -40,7 +40,9 @@ class LoRA(Update):
     up_bias: Tensor | None = None
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout) -> LoRA:
+    def from_parameters(
+        cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
+    ) -> LoRA:
         return cls(scale=scale, layout=layout, **parameters)
 
     @classmethod
@@ -170,30 +172,8 @@ class LoRA(Update):
             return self.up_bias
         return cast_to(self.up_bias.double() * (self.scale / scale), self.up_bias.dtype)
 
-    def bias_delta(self) -> Tensor | None:
+    def bias_delta(self, bias: Tensor | None = None) -> Tensor | None:
         return None if self.up_bias is None else (self.up_bias.double() * self.scale).float()
-
-    def delta(self, base: Tensor | None = None) -> Tensor:
-        return dense_delta(self.operator().to(torch.float64), self.weight_shape, self.layout)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(m, n, *kernel): the shape that the operator unflattens to, before any transposition."""
-        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-        return (self.up.shape[0], self.down.shape[1], *kernel)
-
-
-def dense_delta(op: Operator, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """`op` as a float32 tensor in the base's layout; `shape` is (m, n, *kernel), for grouped convolutions n of one."""
-    if isinstance(op, BlockDiagonal):
-        stacked = torch.stack([b.dense() for b in op.blocks])
-        if layout.experts > 1:
-            return (stacked.mT if layout.transposed else stacked).float().contiguous()
-        return stacked.reshape(shape).float()
-    dense = op.dense()
-    if layout.transposed:
-        return dense.T.float().contiguous()
-    return dense.reshape(shape).float()
 
 
 def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:

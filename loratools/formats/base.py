@@ -66,6 +66,14 @@ class Format(ABC):
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
     warnings: tuple[str, ...]
 
+    def references(self, target: str) -> Mapping[str, str]:
+        """Slot -> extra key, for tensors that the target shares with others."""
+        return {}
+
+    def settings(self, target: str) -> Mapping[str, Any]:
+        """The numbers that the target's family keeps in a config."""
+        return {}
+
     @classmethod
     @abstractmethod
     def recognises(cls, header: Header) -> bool:

@@ -54,8 +54,10 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     if weight is not None and dense.shape != weight.shape:
         dense = dense.mT.contiguous()  # experts stored as (experts, in, out), checked by _base_parameter
     yield parameter, dense
-    if (bias := update.bias_delta()) is not None:
-        yield f"{parameter.removesuffix('.weight')}.bias", bias
+    name_of_bias = f"{parameter.removesuffix('.weight')}.bias"
+    bias = base.source.read(name_of_bias) if base is not None and name_of_bias in base.source.specs else None
+    if (change := update.bias_delta(bias)) is not None:
+        yield name_of_bias, change
 
 
 def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[], Tensor]]:
@@ -72,9 +74,16 @@ def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[],
     return found
 
 
-def _base_parameter(base: BaseWeights, parameter: str, shape: tuple[int, ...], *, experts: bool) -> tuple[str, Tensor]:
+def _base_parameter(
+    base: BaseWeights, parameter: str, shape: tuple[int, ...] | None, *, experts: bool
+) -> tuple[str, Tensor]:
     name = base.name_of(parameter)
-    if experts and name is not None and base.source.specs[name].shape == (shape[0], shape[2], shape[1]):
+    if (
+        experts
+        and shape is not None
+        and name is not None
+        and base.source.specs[name].shape == (shape[0], shape[2], shape[1])
+    ):
         return name, base.source.read(name)
     return name or parameter, base.find(parameter, shape)
 

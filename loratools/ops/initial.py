@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError
+from loratools.families.base import LowRankUpdate
 
 if TYPE_CHECKING:
     from loratools.families.base import Update
@@ -34,6 +35,8 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
 
 
 def _difference(target: str, after: Update, before: Update) -> Update:
+    if not isinstance(after, LowRankUpdate) or type(before) is not type(after):
+        raise AdapterError(f"{target}: {after.family} has no factors to subtract")
     try:
         return after.minus(before)
     except AdapterError as error:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.linalg import norms
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from loratools.ops.spectra import Measured
 
 ENERGY = 0.95  # the share that "compressible" keeps
+_NOISE = 1e-7  # singular values below this share of the largest are rounding
 LISTED = 5  # targets named as the most and the least compressible
 
 # Words that kohya and LyCORIS join to the module's name with an underscore where the model has a dot.
@@ -54,6 +56,10 @@ def inspect(
     """
     chosen = list(adapter.entries) if target is None else list(adapter.select(target))
     unmeasured = dict(adapter.unsupported) if target is None else {}
+    if base is None:
+        blind = [t for t in chosen if adapter.entries[t].family.needs_base and not adapter.entries[t].is_factored]
+        unmeasured |= {t: f"{adapter.entries[t].family.family} depends on the base weight; pass --base" for t in blind}
+        chosen = [t for t in chosen if t not in unmeasured]
     spectra: dict[str, Measured] = {}
     for measured in measure(
         adapter, chosen, base=base, device=device, allow_nonfinite=allow_nonfinite, directions=True
@@ -88,41 +94,50 @@ def inspect(
     )
 
 
+@dataclass(frozen=True)
+class _Against:
+    """A target beside its base parameter."""
+
+    delta_norm: float | None  # Frobenius, where the spectrum is not the delta's
+    base_norm: float
+    shape: tuple[int, ...]
+
+
 def _against_base(
     adapter: Adapter, targets: Sequence[str], base: BaseWeights | None, device: str
-) -> dict[str, tuple[float | None, float]]:
-    """Norm of the delta, where it depends on the base, and of the base parameter; Frobenius."""
+) -> dict[str, _Against]:
     if base is None:
         return {}
 
-    def work(target: str) -> tuple[float | None, float]:
+    def work(target: str) -> _Against:
         entry = adapter.entries[target]
         weight = base.find(adapter.format.parameter(target), entry.base_shape)
-        delta = frobenius(entry.read().operator(weight)) if entry.family.needs_base else None
-        return delta, float(weight.double().norm())
+        partial = entry.family.needs_base and entry.is_factored
+        delta = frobenius(entry.read().operator(weight)) if partial else None
+        return _Against(delta, float(weight.double().norm()), tuple(weight.shape))
 
     return dict(zip(targets, ordered_map(work, targets, workers=worker_count(device)), strict=True))
 
 
-def _numbers(
-    entry: Entry, measured: Measured, place: tuple[str, str], against: tuple[float | None, float] | None
-) -> TargetNumbers:
+def _numbers(entry: Entry, measured: Measured, place: tuple[str, str], against: _Against | None) -> TargetNumbers:
     spectrum = measured.values
-    step = entry.family.rank_step(entry.specs, entry.layout)
+    shape = entry.base_shape or (against.shape if against else ())
+    rank = entry.rank if entry.is_factored else sum(s > _NOISE * spectrum[0] for s in spectrum) or 1
+    step = entry.rank_step
     # One value for each step of the rank: what all blocks together gain by it.
     steps = [math.hypot(*column) for column in zip(*measured.blocks, strict=True)]
     norm, of = norms.frobenius_norm(spectrum), _part(entry, against is not None)
     relative = None
     if against is not None:
-        norm = norm if against[0] is None else against[0]
-        relative = norm / against[1] if against[1] else None
+        norm = norm if against.delta_norm is None else against.delta_norm
+        relative = norm / against.base_norm if against.base_norm else None
     return TargetNumbers(
         family=entry.family.family,
         of=of,
         layer=place[0],
         module=place[1],
-        shape=entry.base_shape,
-        rank=entry.rank,
+        shape=shape,
+        rank=rank,
         scale=entry.scale,
         blocks=len(measured.blocks),
         parameters=sum(spec.numel for spec in entry.specs.values()),
@@ -134,14 +149,14 @@ def _numbers(
         nuclear_norm=norms.nuclear_norm(spectrum),
         effective_rank=_mean([norms.effective_rank(block) for block in measured.blocks]) * step,
         stable_rank=_mean([norms.stable_rank(block) for block in measured.blocks]) * step,
-        energy={k: norms.energy(steps, k // step) for k in doubling(entry.rank, step)},
+        energy={k: norms.energy(steps, k // step) for k in doubling(rank, step)},
         compressible_rank_95=_least_rank(steps) * step,
         spectrum=spectrum,
     )
 
 
 def _part(entry: Entry, has_base: bool) -> Part:
-    if not entry.family.needs_base:
+    if not entry.family.needs_base or not entry.is_factored:
         return "delta"
     return "low-rank part" if has_base else "direction"
 
@@ -246,11 +261,11 @@ def _warnings(adapter: Adapter, targets: Mapping[str, TargetNumbers], unmeasured
         )
     if found := sorted({t.family for t in targets.values() if t.of == "low-rank part"}):
         yield f"{', '.join(found)}: norm of the whole delta, spectrum of its low-rank part"
-    if bad := [t for t, reason in unmeasured.items() if t in adapter.entries]:
+    if bad := [t for t, reason in unmeasured.items() if t in adapter.entries and "NaN" in reason]:
         first = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)
         yield f"{len(bad)} targets hold NaN or infinity and were left out: {first}"
     if zero := [t for t, numbers in targets.items() if numbers.spectral_norm == 0]:
         yield f"{len(zero)} targets are zero updates, as before training; first: {zero[0]}"
-    if adapter.unsupported:
-        first, reason = next(iter(adapter.unsupported.items()))
-        yield f"{len(adapter.unsupported)} targets could not be measured; first: {first}: {reason}"
+    if left := {t: reason for t, reason in unmeasured.items() if "NaN" not in reason}:
+        first, reason = next(iter(left.items()))
+        yield f"{len(left)} targets could not be measured; first: {first}: {reason}"

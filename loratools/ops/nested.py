@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from loratools.errors import AdapterError
+from loratools.families.base import LowRankUpdate
 from loratools.ops.spectra import group_targets, stack_blocks
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.inspect import Nested, PrefixErrors, Verdict, doubling
@@ -58,9 +59,13 @@ def compare_prefixes(
     skipped: dict[str, str] = {}
 
     def work(batch: list[str]) -> tuple[dict[str, dict[int, _Squares]], dict[str, str]]:
-        updates, reasons = {}, {}
+        updates: dict[str, LowRankUpdate] = {}
+        reasons = {}
         for target in batch:
             update = adapter[target]
+            if not isinstance(update, LowRankUpdate):
+                reasons[target] = f"{update.family} has no components"
+                continue
             try:
                 update.prefix(1, delta_scale=update.scale, scale=update.scale)
             except AdapterError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
+from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import Factored, factored, is_finite, singular_values
 from loratools.linalg.svd import blocks_of, spectrum
 from loratools.operators import LowRank, Operator
@@ -100,13 +101,14 @@ def measure(
         parts = []
         for target in batch:
             entry = adapter.entries[target]
-            if directions and base is None:
-                parts.append(entry.read().direction_operator())
+            update = entry.read()
+            if directions and base is None and isinstance(update, LowRankUpdate):
+                parts.append(update.direction_operator())
             else:
-                parts.append(entry.read().low_rank_part(base_tensor(adapter, target, entry, base)))
+                parts.append(low_rank_part(update, base_tensor(adapter, target, entry, base)))
         stacked = stack_blocks(parts, device)
         if stacked is None:
-            return [Measured(t, (tuple(spectrum(p).tolist()),)) for t, p in zip(batch, parts, strict=True)]
+            return [_measured_alone(t, p, device, allow_nonfinite) for t, p in zip(batch, parts, strict=True)]
         f, per_part = stacked
         finite = is_finite(f).reshape(-1, per_part).all(1).tolist()
         if not all(finite) and not allow_nonfinite:
@@ -128,6 +130,20 @@ def measure(
         yield from results
 
 
+def low_rank_part(update: Update, base: Tensor | None = None) -> Operator:
+    """What ranks and spectra are about: the low-rank part of a factored family, the whole delta of any other."""
+    return update.low_rank_part(base) if isinstance(update, LowRankUpdate) else update.operator(base)
+
+
+def _measured_alone(target: str, part: Operator, device: str, allow_nonfinite: bool) -> Measured:
+    part = part.to(torch.float64, device)
+    if not bool(torch.isfinite(part.dense()).all()):
+        if not allow_nonfinite:
+            raise nonfinite_error(target)
+        return Measured(target, ())
+    return Measured(target, tuple(tuple(spectrum(block).tolist()) for block in blocks_of(part)))
+
+
 def nonfinite_error(target: str) -> AdapterError:
     return AdapterError(
         f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged"
@@ -136,6 +152,7 @@ def nonfinite_error(target: str) -> AdapterError:
 
 def fit_update(update: Update, part: Operator, *, target: str, scale: float, base: Tensor | None) -> Update:
     """`update.fit`, with the target named in its errors."""
+    assert isinstance(update, LowRankUpdate)
     try:
         return update.fit(part, scale=scale, base=base)
     except AdapterError as error:

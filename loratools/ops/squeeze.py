@@ -21,6 +21,7 @@ from loratools.ops.spectra import (
     base_tensor,
     fit_update,
     group_targets,
+    low_rank_part,
     measure,
     nonfinite_error,
     stack_blocks,
@@ -149,14 +150,16 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     """One rank for each target that gets a lower one. Raises UnchangedError where none does."""
     policy = Fixed(rank) if isinstance(rank, int) else rank
     warnings: list[str] = []
+    unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
+    targets = [t for t in adapter.entries if t not in unchanged]
     if isinstance(policy, Fixed) and limits == Limits():
-        wanted = {t: _whole_steps(adapter, t, policy.value, policy) for t in adapter.entries}
-        measured = measure(adapter, base=options.base, device=options.device, allow_nonfinite=True)
+        wanted = {t: _whole_steps(adapter, t, policy.value, policy) for t in targets}
+        measured = measure(adapter, targets, base=options.base, device=options.device, allow_nonfinite=True)
         bad = [m.target for m in measured if not m.blocks] if options.allow_nonfinite else []
     else:
-        wanted, bad, note = _allocate(adapter, policy, limits, options)
+        wanted, bad, note = _allocate(adapter, targets, policy, limits, options)
         warnings += note
-    unchanged = dict(adapter.unsupported) | dict.fromkeys(bad, "holds NaN or infinity")
+    unchanged |= dict.fromkeys(bad, "holds NaN or infinity")
     ranks = {}
     for target, entry in adapter.entries.items():
         if target in unchanged:
@@ -174,28 +177,37 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     return Plan(ranks, unchanged, tuple(warnings))
 
 
+def unsqueezable(adapter: Adapter) -> dict[str, str]:
+    """Targets without ranks to lower, with the reason and the remedy."""
+    reason = "has no ranks to lower; `loratools convert` makes a LoRA of it"
+    return {t: f"{e.family.family} {reason}" for t, e in adapter.entries.items() if not e.is_factored}
+
+
 def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy) -> int:
     """`rank` as whole steps of the target: never above a rank or a budget that was asked for, never below an energy."""
     entry = adapter.entries[target]
-    step = entry.family.rank_step(entry.specs, entry.layout)
+    step = entry.rank_step
     steps = rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step)
     return min(max(1, steps) * step, max(rank, entry.rank))
 
 
 def _allocate(
-    adapter: Adapter, policy: Policy, limits: Limits, options: Squeeze
+    adapter: Adapter, targets: list[str], policy: Policy, limits: Limits, options: Squeeze
 ) -> tuple[dict[str, int], list[str], list[str]]:
     """Measured spectra put to the policy; with the targets that hold NaN, and what to warn of."""
     spectra: dict[str, Spectrum] = {}
     bad: list[str] = []
     relative_to_base = isinstance(policy, Budget) and policy.relative_to == "base"
-    measured = measure(adapter, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite)
+    measured = measure(
+        adapter, targets, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite
+    )
     for m in measured:
         entry = adapter.entries[m.target]
         if not m.blocks:
             bad.append(m.target)
             continue
-        step = entry.family.rank_step(entry.specs, entry.layout)
+        step = entry.rank_step
+        assert entry.base_shape is not None  # of a factored family it is known
         m_rows, m_cols = entry.base_shape[0], math.prod(entry.base_shape[1:])
         norm = None
         if relative_to_base:
@@ -204,7 +216,7 @@ def _allocate(
             norm = float(options.base.find(adapter.format.parameter(m.target), entry.base_shape).double().norm())
         pooled = Spectrum.pooled(m.blocks, 1, rows=m_rows, cols=m_cols).values
         values = tuple(v / math.sqrt(step) for v in pooled for _ in range(step))
-        cost = entry.family.bytes_per_rank(entry.specs, entry.layout)
+        cost = entry.bytes_per_rank
         spectra[m.target] = Spectrum(
             values[: entry.rank],
             cost,
@@ -261,8 +273,8 @@ def _squeeze_batch(
     """All targets of one shape at once, by Gram matrices; None where that is not the way for them."""
     entry = adapter.entries[batch[0]]
     updates = [adapter[target] for target in batch]
-    parts = [update.low_rank_part() for update in updates]
-    block_rank = rank // entry.family.rank_step(entry.specs, entry.layout)
+    parts = [low_rank_part(update) for update in updates]
+    block_rank = rank // entry.rank_step
     stacked = stack_blocks(parts, options.device, single=True)
     if stacked is not None and stacked[0].is_single and not fits_single(stacked[0]):
         stacked = stack_blocks(parts, options.device)
@@ -278,7 +290,7 @@ def _squeeze_batch(
         lows = [LowRank(best.up[j], best.down[j]) for j in range(i * per_part, (i + 1) * per_part)]
         part: Operator = lows[0] if per_part == 1 else BlockDiagonal(tuple(lows))
         fitted.append(fit_update(update, part, target=target, scale=scale, base=None))
-    stored = [block for update in fitted for block in blocks_of(update.low_rank_part()) if isinstance(block, LowRank)]
+    stored = [block for update in fitted for block in blocks_of(low_rank_part(update)) if isinstance(block, LowRank)]
     distance, norm = squared_distance(f, *stack_factors(stored, options.device, f.left.dtype))
     squares = best.spectrum.square()
     kept = squares[:, :block_rank].sum(1)
@@ -295,8 +307,8 @@ def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> 
     base = base_tensor(adapter, target, entry, options.base)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
         raise nonfinite_error(target)
-    part = update.low_rank_part(base).to(torch.float64, options.device)
-    step = entry.family.rank_step(entry.specs, entry.layout)
+    part = low_rank_part(update, base).to(torch.float64, options.device)
+    step = entry.rank_step
     best = truncate(part, rank // step, method=options.method, seed=options.seed)
     scale = adapter.format.writable_scale(target, rank, update.scale, options.scale)
     new = fit_update(update, best.operator, target=target, scale=scale, base=base)

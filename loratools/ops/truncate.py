@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError, UnchangedError, UsageError
+from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import is_finite, squared_distance
-from loratools.ops.spectra import nonfinite_error, stack_blocks
-from loratools.ops.squeeze import Plan, stream, with_record
+from loratools.ops.spectra import low_rank_part, nonfinite_error, stack_blocks
+from loratools.ops.squeeze import Plan, stream, unsqueezable, with_record
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -71,9 +72,11 @@ def truncate_file(
 def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
     if rank < 1:
         raise UsageError(f"rank {rank} is below 1")
-    unchanged = dict(adapter.unsupported)
+    unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     ranks = {}
     for target, entry in adapter.entries.items():
+        if target in unchanged:
+            continue
         if rank >= entry.rank:
             unchanged[target] = f"rank {entry.rank} is not above {rank}"
         else:
@@ -106,6 +109,7 @@ def _apply(
         delta_scale = entry.scale * _rank_factor(nested, known, entry.rank, rank)
         scale = adapter.format.writable_scale(target, rank, delta_scale, "keep")
         update = entry.read()
+        assert isinstance(update, LowRankUpdate)
         try:
             new = update.prefix(rank, delta_scale=delta_scale, scale=scale)
         except AdapterError as error:
@@ -116,7 +120,7 @@ def _apply(
 
 
 def _compare(target: str, before: Update, after: Update) -> Outcome:
-    old, new = stack_blocks([before.low_rank_part()], "cpu"), stack_blocks([after.low_rank_part()], "cpu")
+    old, new = (stack_blocks([low_rank_part(update)], "cpu") for update in (before, after))
     assert old is not None
     assert new is not None
     if not bool(is_finite(old[0]).all()):
