@@ -37,6 +37,7 @@ class Entry:
     rank: int
     scale: float
     read: Callable[[], Update]
+    alpha: float | None = None  # as the file states it for this target, where it does
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +168,7 @@ class Adapter(Mapping[str, "Update"]):
 
     def written(self) -> dict[str, Written]:
         """Rank and scale of every target."""
-        return {target: Written(e.rank, e.scale) for target, e in self.entries.items()}
+        return {target: Written(e.rank, e.scale, e.alpha) for target, e in self.entries.items()}
 
     def with_updates(self, updates: Mapping[str, Update]) -> Adapter:
         """The same adapter with some targets replaced; KeyError for a target that it does not have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -47,22 +48,26 @@ class BaseWeights:
         return near[0] if len(near) == 1 else None
 
     def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
-        """The weight of `parameter`, reshaped between a linear and a 1 x 1 convolution where that is all that differs.
+        """The weight of `parameter`, in the base's own layout.
 
-        `shape` None takes it as it is. AdapterError where it is missing or of another shape.
+        `shape` is what the adapter expects, None anything; a matrix fits the convolution that flattens to it.
+        AdapterError where the parameter is missing or does not fit.
         """
         name = self.name_of(parameter)
         if name is None:
             raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
         tensor = self.source.read(name)
-        if shape is None or tuple(tensor.shape) == shape:
+        if shape is None or _fits(tuple(tensor.shape), shape):
             return tensor
-        if _squeezed(tuple(tensor.shape)) == _squeezed(shape):
-            return tensor.reshape(shape)
         raise AdapterError(
             f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; "
             "is it the right base?"
         )
+
+
+def _fits(base: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    flat = (base[0], math.prod(base[1:])) if base else ()
+    return base == shape or _squeezed(base) == _squeezed(shape) or flat == shape
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

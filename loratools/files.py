@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: N
     except BaseException:
         source.close()
         raise
-    if not entries and not bound.unsupported:
+    if not entries and not bound.unsupported and not bound.replacements():
         source.close()
         raise InputError(f"{printable(weights)}: no adapter weights in it, only {len(bound.extras)} other tensors")
     warnings = [*bound.warnings]
@@ -105,7 +105,8 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
     scale = bound.scale(target, rank, alpha)
     if not math.isfinite(scale):
         raise AdapterError(f"its alpha makes the scale {scale}")
-    references, settings = bound.references(target), bound.settings(target)
+    references = bound.references(target)
+    settings = {**bound.settings(target), **({} if alpha is None else {"alpha": alpha})}
     if missing := sorted(family.references - set(references)):
         raise AdapterError(f"the tensors that its targets share are not in the file: {', '.join(missing)}")
 
@@ -116,7 +117,7 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         shared = {slot: source.read(key) for slot, key in references.items()}
         return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
 
-    return Entry(family, specs, layout, rank, scale, read)
+    return Entry(family, specs, layout, rank, scale, read, alpha)
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
@@ -218,7 +219,7 @@ def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Updat
         flip = adapter.format.is_stored_transposed(target)
         for slot, tensor in update.parameters().items():
             sink.write(adapter.format.spell(target, slot), tensor.T if flip else tensor)
-        written[target] = Written(entry.rank, entry.scale)
+        written[target] = Written(entry.rank, entry.scale, adapter.entries[target].alpha)
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")
     declared = adapter.format.declare(written, adapter.metadata)

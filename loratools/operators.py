@@ -187,6 +187,44 @@ class BlockDiagonal(Operator):
 
 @final
 @dataclass(frozen=True, eq=False)
+class Kronecker(Operator):
+    """scale * left (x) right: every entry of `left` times a copy of `right`."""
+
+    left: Operator  # (a, b)
+    right: Operator  # (c, d)
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1])
+
+    @property
+    def T(self) -> Kronecker:  # noqa: N802
+        return Kronecker(self.left.T, self.right.T, self.scale)
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.left.leaf
+
+    def matmat(self, x: Tensor) -> Tensor:
+        (_, b), (c, d) = self.left.shape, self.right.shape
+        columns = x.shape[1]
+        half = self.right.matmat(x.reshape(b, d, columns).permute(1, 0, 2).reshape(d, b * columns))
+        whole = self.left.matmat(half.reshape(c, b, columns).permute(1, 0, 2).reshape(b, c * columns))
+        return whole.reshape(-1, columns) * self.scale
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Kronecker:
+        return Kronecker(self.left.to(dtype, device), self.right.to(dtype, device), self.scale)
+
+    def __mul__(self, factor: float) -> Kronecker:
+        return Kronecker(self.left, self.right, self.scale * factor)
+
+    def _dense(self) -> Tensor:
+        return torch.kron(self.left._dense().contiguous(), self.right._dense().contiguous()) * self.scale
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Sum(Operator):
     """A sum that no single structure holds; made by `sum_of`, which merges what it can."""
 

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 from loratools.errors import AdapterError
 from loratools.families.base import Layout, Update
 from loratools.families.dora import DoRA
+from loratools.families.loha import LoHa
+from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-FAMILIES: tuple[type[Update], ...] = (LoRA, DoRA)
+FAMILIES: tuple[type[Update], ...] = (LoRA, DoRA, LoHa, LoKr)
 
-__all__ = ["FAMILIES", "DoRA", "Layout", "LoRA", "Update", "family_of"]
+__all__ = ["FAMILIES", "DoRA", "Layout", "LoHa", "LoKr", "LoRA", "Update", "family_of"]
 
 
 def family_of(slots: Collection[str]) -> type[Update]:

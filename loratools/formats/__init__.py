@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from loratools.errors import InputError
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.errors import AdapterError, InputError
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
 from loratools.formats.kohya import Kohya
 from loratools.formats.loralib import Loralib
 from loratools.formats.peft import Peft
+from loratools.formats.peft_methods import METHODS, PeftMethod
 
-FORMATS: tuple[type[Format], ...] = (Peft, Kohya, Loralib)
+FORMATS: tuple[type[Format], ...] = (Peft, PeftMethod, Kohya, Loralib)
 
-__all__ = ["FORMATS", "Declaration", "Format", "Header", "Hints", "NestedScaling", "ScaleMode", "Written", "recognise"]
+__all__ = [
+    "FORMATS",
+    "Declaration",
+    "Format",
+    "Header",
+    "Hints",
+    "NestedScaling",
+    "Part",
+    "ScaleMode",
+    "Written",
+    "recognise",
+]
 
 
 def recognise(header: Header) -> type[Format]:
@@ -22,6 +34,8 @@ def recognise(header: Header) -> type[Format]:
         raise InputError(
             f"{header.path}: keys of more than one dialect ({', '.join(f.name for f in fits)}); split the file"
         )
+    if header.config is not None and (kind := header.config.get("peft_type")):
+        raise AdapterError(f"{header.path}: PEFT type {kind!r} is not supported; LORA, {', '.join(METHODS)} are")
     if not header.specs:
         raise InputError(f"{header.path}: the file holds no tensors")
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])

@@ -41,10 +41,14 @@ class Hints:
 
 @dataclass(frozen=True)
 class Written:
-    """Rank and scale with which a target's factors were written."""
+    """Rank and scale with which a target's factors were written.
+
+    `alpha` is the number that the file stated, which counts for families whose scale it does not make.
+    """
 
     rank: int
     scale: float
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Declaration:
     config: Mapping[str, Any] | None
     metadata: Mapping[str, str]
     scalars: Mapping[str, tuple[float, TensorSpec]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One target of an adapter that is to be written in a dialect."""
+
+    slots: tuple[str, ...]
+    layout: Layout
+    shape: tuple[int, ...] | None  # of the base parameter
 
 
 class Format(ABC):

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SLOTS = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "dora_scale": "magnitude",
-}
 _ALPHA = TensorSpec("F32", ())
-_SUFFIXES = {slot: suffix for suffix, slot in _SLOTS.items()}
-# Suffixes of other families that share files with LoRA.
-_OTHER = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_blocks": "OFT",
-    "diff": "a full difference",
-    "diff_b": "a full difference",
-    "w_norm": "a norm difference",
-    "b_norm": "a norm difference",
-    "a1.weight": "GLoRA",
-    "a2.weight": "GLoRA",
-    "b1.weight": "GLoRA",
-    "b2.weight": "GLoRA",
-    "on_input": "IA3",
-    "weight": "IA3",
-    "lambda_layer": "T-LoRA",
-}
 
 
 @final
 @dataclass(frozen=True)
 class Kohya(Format):
-    """kohya and LyCORIS files whose modules are LoRA; alpha missing or zero means alpha = rank, as in sd-scripts."""
+    """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
 
     name: ClassVar[str] = "kohya"
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -59,7 +35,7 @@ class Kohya(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return any(re.fullmatch(r"[^.]+\.lora_(down|up)\.weight", key) for key in header.specs)
+        return any(key.partition(".")[2] in SLOTS for key in header.specs)
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Kohya:
@@ -69,15 +45,14 @@ class Kohya(Format):
         extras: list[str] = []
         for key in header.specs:
             target, _, suffix = key.partition(".")
-            if suffix in _SLOTS:
-                groups.setdefault(target, {})[_SLOTS[suffix]] = key
-            elif suffix == "alpha":
+            if suffix in SLOTS:
+                groups.setdefault(target, {})[SLOTS[suffix]] = key
+            elif suffix == ALPHA:
                 alphas[target] = header.specs[key]
             else:
                 extras.append(key)
-                for start, family in _OTHER.items():
-                    if suffix == start or (start.endswith("_") and suffix.startswith(start)):
-                        unsupported[target] = f"{family} is not supported yet; carried over unchanged"
+                if family := unsupported_family(suffix):
+                    unsupported[target] = f"{family} is not supported yet; carried over unchanged"
         warnings = []
         for target in [t for t in alphas if t not in groups]:
             extras.append(f"{target}.alpha")
@@ -90,7 +65,7 @@ class Kohya(Format):
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
 
     def spell(self, target: str, slot: str) -> str:
-        return self.keys[target].get(slot) or f"{target}.{_SUFFIXES[slot]}"
+        return self.keys[target].get(slot) or f"{target}.{SUFFIXES[slot]}"
 
     def layout(self, target: str) -> Layout:
         return Layout(magnitude_axis=1 if target in self.per_input else 0)
@@ -99,7 +74,7 @@ class Kohya(Format):
         return f"{target}.alpha" if target in self.alphas else None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
-        return stored_alpha / rank if stored_alpha else 1.0
+        return stored_alpha / rank if stored_alpha and rank else 1.0
 
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         if mode == "fold":
@@ -110,8 +85,11 @@ class Kohya(Format):
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
         scalars = {}
         for target, w in written.items():
-            if target in self.alphas or w.scale != 1.0:
-                scalars[f"{target}.alpha"] = _stored(w.scale * w.rank, self.alphas.get(target, _ALPHA))
+            spec = self.alphas.get(target, _ALPHA)
+            if w.rank == 0 and w.alpha is not None:  # a number of the method's own, or one that nobody reads
+                scalars[f"{target}.alpha"] = (w.alpha, spec)
+            elif w.rank and (target in self.alphas or w.scale != 1.0):
+                scalars[f"{target}.alpha"] = _stored(w.scale * w.rank, spec)
         return Declaration(None, _true_metadata(metadata, written), scalars)
 
     def parameter(self, target: str) -> str:

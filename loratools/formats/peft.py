@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -41,6 +41,11 @@ _SPELLINGS = {
     "down": "lora_A.weight",
     "up": "lora_B.weight",
     "up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+_EMBEDDING_SPELLINGS = {
+    "down": "lora_embedding_A",
+    "up": "lora_embedding_B",
     "magnitude": "lora_magnitude_vector",
 }
 _HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
@@ -90,7 +95,7 @@ class Peft(Format):
     @classmethod
     def recognises(cls, header: Header) -> bool:
         if header.config is not None and "peft_type" in header.config:
-            return True
+            return header.config["peft_type"] == "LORA"
         return any(
             key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS
             for key in header.specs
@@ -149,6 +154,34 @@ class Peft(Format):
         if config is not None and config.get("alora_invocation_tokens"):
             warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")
         return cls(config, hints.alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Peft:
+        """The dialect of a new LoRA adapter: `config` gives what is not about ranks, `declare` the rest."""
+        keys: dict[str, dict[str, str]] = {}
+        for target, part in parts.items():
+            spellings = _EMBEDDING_SPELLINGS if part.layout.embedding else _SPELLINGS
+            keys[target] = {slot: f"{PREFIX}{target}.{spellings[slot]}" for slot in part.slots}
+        fields = {
+            "peft_type": "LORA",
+            "r": 0,
+            "lora_alpha": 0,
+            "target_modules": target_modules(list(parts)),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "use_rslora": False,
+            "use_dora": any("magnitude" in part.slots for part in parts.values()),
+            "lora_bias": any("up_bias" in part.slots for part in parts.values()),
+            "fan_in_fan_out": any(p.layout.transposed and not p.layout.embedding for p in parts.values()),
+            "bias": "none",
+            "modules_to_save": None,
+            "task_type": None,
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "init_lora_weights": True,
+        }
+        layouts = {target: part.layout for target, part in parts.items()}
+        return cls(fields | dict(config), None, keys, layouts, (), {}, ())
 
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]
@@ -220,8 +253,35 @@ class Peft(Format):
         return replace(self, config=plain)
 
     def replacements(self) -> Mapping[str, str]:
-        whole = [key for key in self.extras if key.endswith((".weight", ".bias"))]
-        return {key: _INFIX.sub("", key.removeprefix(PREFIX)) for key in whole}
+        return {key: whole_parameter(key) for key in self.extras if key.endswith((".weight", ".bias"))}
+
+
+def whole_parameter(key: str) -> str:
+    """The base parameter that a tensor saved whole replaces."""
+    return _INFIX.sub("", key.removeprefix(PREFIX))
+
+
+def target_modules(targets: list[str]) -> list[str]:
+    """The last names of the modules where these stand for just these targets: the same in every layer from 0 on.
+
+    Full names otherwise, for a last name that matches more modules than were trained gives those an adapter too.
+    """
+    layers: dict[str, set[str]] = {}
+    for target in targets:
+        match = re.match(r"(.*?\.\d+)\.(.+)$", target)
+        if match is None:
+            return sorted(targets)
+        layers.setdefault(match[1], set()).add(match[2])
+    stems: dict[str, set[int]] = {}
+    for layer in layers:
+        stem, _, number = layer.rpartition(".")
+        stems.setdefault(stem, set()).add(int(number))
+    alike = len({frozenset(paths) for paths in layers.values()}) == 1
+    whole = len(stems) == 1 and all(numbers == set(range(len(numbers))) for numbers in stems.values())
+    leaves = {target.rpartition(".")[2] for target in targets}
+    if alike and whole and not any(leaf.isdecimal() for leaf in leaves):
+        return sorted(leaves)
+    return sorted(targets)
 
 
 def _tidy(alpha: float) -> float | int:
@@ -230,9 +290,6 @@ def _tidy(alpha: float) -> float | int:
 
 
 def _check_config(header: Header, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{header.path}: PEFT type {kind!r} is not supported; LORA is")
     if used := [field for field in _VARIANTS if config.get(field)]:
         raise AdapterError(f"{header.path}: the LoRA variant {used[0]} is not supported")
     for pattern in ("rank_pattern", "alpha_pattern"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from loratools._lazy import torch
-from loratools.operators import BlockDiagonal, LowRank, Operator, Sum, sum_of
+from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sum, sum_of
 
 
 def inner(a: Operator, b: Operator) -> float:
@@ -41,6 +41,8 @@ def frobenius(op: Operator) -> float:
         return float(torch.linalg.matrix_norm(r_left @ r_right.T)) * abs(op.scale)
     if isinstance(op, BlockDiagonal):
         return math.hypot(*(frobenius(b) for b in op.blocks))
+    if isinstance(op, Kronecker):
+        return frobenius(op.left) * frobenius(op.right) * abs(op.scale)
     return float(torch.linalg.matrix_norm(op.to(torch.float64).dense()))
 
 

@@ -52,7 +52,10 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
         raise nonfinite_error(name)
     dense = update.delta(weight if entry.family.needs_base else None)
     if weight is not None and dense.shape != weight.shape:
-        dense = dense.mT.contiguous()  # experts stored as (experts, in, out), checked by _base_parameter
+        if dense.ndim == 3 and dense.mT.shape == weight.shape:
+            dense = dense.mT.contiguous()  # experts stored as (experts, in, out)
+        else:
+            dense = dense.reshape(weight.shape)
     yield parameter, dense
     name_of_bias = f"{parameter.removesuffix('.weight')}.bias"
     bias = base.source.read(name_of_bias) if base is not None and name_of_bias in base.source.specs else None

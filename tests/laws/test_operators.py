@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratools.errors import AdapterError
-from loratools.operators import MAX_DENSE_ELEMENTS, BlockDiagonal, Dense, LowRank, Operator, Sum, sum_of
+from loratools.operators import MAX_DENSE_ELEMENTS, BlockDiagonal, Dense, Kronecker, LowRank, Operator, Sum, sum_of
 
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -46,7 +46,14 @@ def total(*parts: Example) -> Example:
     return Sum(tuple(op for op, _ in parts)), np.add.reduce([t for _, t in parts])
 
 
+def kronecker(left: Example, right: Example, scale: float) -> Example:
+    return Kronecker(left[0], right[0], scale), scale * np.kron(left[1], right[1])
+
+
 EXAMPLES: dict[str, Example] = {
+    "kronecker": kronecker(dense(2, 3), dense(4, 2, 5), -1.5),
+    "kronecker_of_low": kronecker(dense(1, 7), low(5, 2, 1, 0.5), 2.0),
+    "kronecker_tall": kronecker(low(3, 1, 2, 1.0), low(2, 1, 4, 1.0, 3), 1.0),
     "dense": dense(5, 7),
     "dense_row": dense(1, 4),
     "low_rank": low(5, 3, 7, 1.5),

@@ -1,0 +1,176 @@
+"""PEFT's other weight-space methods: `adapter_config.json` names one, and a table says how each lies on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from loratools.errors import InputError
+from loratools.families.base import Layout
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.peft import PREFIX, pattern_value, whole_parameter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Config = Mapping[str, Any]
+SHARED_PREFIX = "base_model."
+
+
+def _unit(config: Config, target: str) -> float:
+    return 1.0
+
+
+def _alpha_over_rank(config: Config, target: str) -> float:
+    """The config's alpha and rank, or those of the patterns that match; defaults as in PEFT."""
+    rank = pattern_value(config.get("rank_pattern") or {}, target, config.get("r", 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, target, config.get("alpha", 8))
+    return float(alpha) / rank
+
+
+def _nothing(config: Config, target: str) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the targets of one `peft_type` lie on disk.
+
+    `slots`: what follows the module path -> slot, without `.weight`. `shared`: what follows `base_model.` in the keys
+    of tensors that all targets share -> slot.
+    """
+
+    slots: Mapping[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    scale: Callable[[Config, str], float] = _unit
+    settings: Callable[[Config, str], Mapping[str, Any]] = _nothing
+
+
+def _named(*slots: str) -> dict[str, str]:
+    return {slot: slot for slot in slots}
+
+
+METHODS: Mapping[str, Method] = {
+    "LOHA": Method(
+        _named("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), scale=_alpha_over_rank
+    ),
+    # Unlike LyCORIS, PEFT scales by alpha / r even where both factors are whole.
+    "LOKR": Method(
+        _named("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b") | {"lokr_t2": "lokr_t2"},
+        scale=_alpha_over_rank,
+    ),
+}
+
+# What is no update of a weight: named for what it is, shown by `info`, and left alone.
+NOT_WEIGHTS: Mapping[str, str] = {
+    "PROMPT_TUNING": "a prompt of trained embeddings",
+    "MULTITASK_PROMPT_TUNING": "a prompt of trained embeddings",
+    "P_TUNING": "a prompt made by an encoder",
+    "PREFIX_TUNING": "trained keys and values",
+    "CPT": "a prompt of trained embeddings",
+    "CARTRIDGE": "trained keys and values",
+    "ADAPTION_PROMPT": "prompts inside the attention layers",
+    "XLORA": "a router over several adapters",
+    "POLY": "a router over several adapters",
+    "LILY": "a router over shared factors, which depends on the input",
+    "SHADOW": "a side network",
+}
+
+
+@final
+@dataclass(frozen=True)
+class PeftMethod(Format):
+    """A PEFT adapter of a method other than LoRA; its config is carried over as it is."""
+
+    name: ClassVar[str] = "peft"
+
+    config: Mapping[str, Any]
+    method: Method
+    keys: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, str]  # slot -> key
+    extras: tuple[str, ...]
+    unsupported: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def recognises(cls, header: Header) -> bool:
+        return header.config is not None and _kind(header.config) in {*METHODS, *NOT_WEIGHTS}
+
+    @classmethod
+    def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
+        assert header.config is not None
+        kind = _kind(header.config)
+        if kind in NOT_WEIGHTS:
+            reason = f"{kind} is {NOT_WEIGHTS[kind]}, not an update of a weight"
+            return cls(header.config, Method({}), {}, {}, tuple(header.specs), dict.fromkeys(header.specs, reason), ())
+        method = METHODS[kind]
+        keys: dict[str, dict[str, str]] = {}
+        shared: dict[str, str] = {}
+        extras = []
+        for key in header.specs:
+            module, _, leaf = key.removesuffix(".weight").rpartition(".")
+            if key.startswith(PREFIX) and leaf in method.slots:
+                keys.setdefault(module.removeprefix(PREFIX), {})[method.slots[leaf]] = key
+                continue
+            extras.append(key)
+            if (slot := method.shared.get(key.removeprefix(SHARED_PREFIX).removesuffix(".weight"))) is not None:
+                shared[slot] = key
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(header.config.get(pattern) or {}, dict):
+                raise InputError(f"{header.path}: {pattern} in adapter_config.json is not an object")
+        warnings = []
+        if hints.alpha is not None:
+            warnings.append("the alpha given is ignored: this dialect keeps it in its config")
+        return cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+
+    def references(self, target: str) -> Mapping[str, str]:
+        return self.shared
+
+    def settings(self, target: str) -> Mapping[str, Any]:
+        return self.method.settings(self.config, target)
+
+    def spell(self, target: str, slot: str) -> str:
+        return self.keys[target][slot]
+
+    def layout(self, target: str) -> Layout:
+        return Layout(transposed=bool(self.config.get("fan_in_fan_out")))
+
+    def scale_key(self, target: str) -> str | None:
+        return None
+
+    def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        try:
+            scale = self.method.scale(self.config, target)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"adapter_config.json: its rank and alpha make no scale for {target}: {error}") from error
+        if not math.isfinite(scale):
+            raise InputError(f"adapter_config.json: its rank and alpha make the scale {scale} for {target}")
+        return scale
+
+    def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
+        return self.scale(target, rank, None)
+
+    def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
+        return Declaration(self.config, metadata)
+
+    def parameter(self, target: str) -> str:
+        return f"{target}.weight"
+
+    @property
+    def nested_scaling(self) -> NestedScaling | None:
+        return None
+
+    def is_stored_transposed(self, target: str) -> bool:
+        return False
+
+    def without_mutation(self) -> Self:
+        return self
+
+    def replacements(self) -> Mapping[str, str]:
+        return {key: whole_parameter(key) for key in self.extras if key.startswith(PREFIX)}
+
+
+def _kind(config: Config) -> str:
+    return str(config.get("peft_type", "")).upper()
