@@ -15,6 +15,7 @@ from loratools_cli.exit_codes import ExitCode, exit_code_lines
 from loratools_cli.info import info
 from loratools_cli.inspect import inspect
 from loratools_cli.interrupts import Interrupts
+from loratools_cli.merge import merge
 from loratools_cli.output import say
 from loratools_cli.squeeze import squeeze
 from loratools_cli.truncate import truncate
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (info, inspect, squeeze, truncate, diff, delta):
+for command in (info, inspect, squeeze, truncate, merge, diff, delta):
     app.command()(command)
 
 

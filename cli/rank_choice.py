@@ -30,6 +30,11 @@ class RankChoice:
     adaptertune: str | None = None
 
     @property
+    def is_given(self) -> bool:
+        """Whether there is any rule."""
+        return self != RankChoice()
+
+    @property
     def given(self) -> str:
         """The option that was given; UsageError unless it is one."""
         names = {f.name: f"--{f.name.replace('_', '-')}" for f in fields(self)}

@@ -6,11 +6,11 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -21,6 +21,7 @@ from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
+from loratools.reports.merge import MergeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.sizes import format_size
 from loratools_cli.render_inspect import render_inspect
@@ -84,6 +85,14 @@ def _(report: DeltaReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {len(report.parameters)} tensors, {format_size(report.bytes)}\n"
 
 
+@closing.register
+def _(report: MergeReport, planned: Path | None = None) -> str:
+    size = format_size(int(report.total["bytes"]))
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {size} of tensors\n"
+
+
 @singledispatch
 def blocks(report: object, everything: bool) -> Iterator[RenderableType]:
     """What to print for a report, from top to bottom."""
@@ -112,6 +121,32 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
         grid.add_row(*_texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
         yield grid
     yield from _reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: MergeReport, everything: bool) -> Iterator[RenderableType]:
+    rows = report.targets
+    conflicts = any(row.sign_conflicts is not None for row in rows.values())
+    grid = _grid("target", "ranks", "rel. error", "cosines", *(["sign conflicts %"] if conflicts else []))
+    groups = {target: [row] for target, row in rows.items()}
+    if not everything and len(rows) > _GROUP_ABOVE:
+        groups = {f"{m} x{len(members)}": members for m, members in _by_module(rows).items()}
+    for name, members in groups.items():
+        ranks = " + ".join(_some(row.ranks_in[i] for row in members) for i in range(len(report.weights)))
+        cells = [
+            f"{ranks} -> {span(row.rank_out for row in members)}",
+            span((row.relative_error for row in members), number),
+            " | ".join(_some((row.cosines[i] for row in members), number) for i in range(len(report.weights))),
+        ]
+        if conflicts:
+            cells.append(span((row.sign_conflicts or 0.0 for row in members), percent))
+        grid.add_row(*_texts(name, *cells))
+    total = ["", number(report.total["relative_error"]), "", *([""] if conflicts else [])]
+    grid.add_row(*_texts(f"all {len(rows)}", *total, style="bold"))
+    yield grid
+    missing = {t: f"only in adapter {', '.join(map(str, holders))}" for t, holders in report.partial.items()}
+    yield from _reasons("not in all adapters", missing, everything)
+    yield from _reasons("left out, no update", dict.fromkeys(report.dropped_extras, ""), everything)
 
 
 @blocks.register
@@ -186,8 +221,11 @@ def _texts(*cells: str, style: str = "") -> list[Text]:
     return [Text(plain(cell), style=style) for cell in cells]
 
 
-def _by_module(changes: Mapping[str, TargetChange]) -> dict[str, list[TargetChange]]:
-    found: dict[str, list[TargetChange]] = {}
+Row = TypeVar("Row")
+
+
+def _by_module(changes: Mapping[str, Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
     for target, (_, module) in places(list(changes)).items():
         found.setdefault(module, []).append(changes[target])
     return found
@@ -200,6 +238,12 @@ def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
         span((c.relative_error for c in changes), number),
         sizes(sum(c.bytes_before for c in changes), sum(c.bytes_after for c in changes)),
     ]
+
+
+def _some(values: Iterable[float | None], shown: Callable[[float], str] = str) -> str:
+    """The span of the values that there are, or a dash."""
+    known = [value for value in values if value is not None]
+    return span(known, shown) if known else "-"
 
 
 def _ranks(changes: Sequence[TargetChange]) -> str:

@@ -46,6 +46,7 @@ REPORTS = {
     "loratools info": "info",
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
+    "loratools merge": "merge",
     "loratools diff": "diff",
     "loratools delta": "delta",
 }

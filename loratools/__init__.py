@@ -6,9 +6,11 @@ from loratools.files import load, save
 from loratools.ops.aurac import aurac
 from loratools.ops.delta import delta, delta_file
 from loratools.ops.diff import diff
+from loratools.ops.hydra import hydra
 from loratools.ops.info import info
 from loratools.ops.initial import subtract_initial
 from loratools.ops.inspect import inspect
+from loratools.ops.merge import Merge, merge
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
 from loratools.ops.truncate import truncate, truncate_file
 from loratools.ranks import (
@@ -33,6 +35,7 @@ __all__ = [
     "Fixed",
     "Frobenius",
     "Limits",
+    "Merge",
     "Ratio",
     "Squeeze",
     "Threshold",
@@ -41,10 +44,12 @@ __all__ = [
     "delta",
     "delta_file",
     "diff",
+    "hydra",
     "info",
     "inspect",
     "load",
     "load_base",
+    "merge",
     "save",
     "squeeze",
     "squeeze_file",

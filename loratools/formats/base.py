@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from loratools.errors import AdapterError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -69,11 +71,20 @@ class Part:
     shape: tuple[int, ...] | None  # of the base parameter
 
 
+def check_plain(parts: Mapping[str, Part], dialect: str) -> None:
+    """AdapterError for a target that is an embedding or a stack of experts, where a dialect has neither."""
+    for target, part in parts.items():
+        if part.layout.embedding or part.layout.experts > 1:
+            kind = "an embedding" if part.layout.embedding else "a stack of experts"
+            raise AdapterError(f"{target}: {kind}, which the dialect {dialect} cannot hold; write PEFT instead")
+
+
 class Format(ABC):
     """A dialect bound to one file: it has sorted that file's keys and remembers how the scale was spelt."""
 
     name: ClassVar[str]
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes
+    flat: ClassVar[bool] = False  # whether dots in module paths are written as underscores
     keys: Mapping[str, Mapping[str, str]]  # target -> slot -> key
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
@@ -96,6 +107,13 @@ class Format(ABC):
     @abstractmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
         """Sort the keys of a recognised file; `hints` stand in for what it does not state."""
+
+    @abstractmethod
+    def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Format:
+        """The same dialect for a file whose targets are `parts`, LoRA all, and whose other tensors are `extras`.
+
+        Keys and config fields that are still true stay as read. AdapterError for a target that cannot be spelt.
+        """
 
     @abstractmethod
     def spell(self, target: str, slot: str) -> str:

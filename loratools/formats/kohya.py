@@ -7,8 +7,19 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools.errors import AdapterError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.base import (
+    Declaration,
+    Format,
+    Header,
+    Hints,
+    NestedScaling,
+    Part,
+    ScaleMode,
+    Written,
+    check_plain,
+)
 from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
 from loratools.storage.base import TensorSpec
 
@@ -24,6 +35,7 @@ class Kohya(Format):
     """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
 
     name: ClassVar[str] = "kohya"
+    flat: ClassVar[bool] = True
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
     keys: Mapping[str, Mapping[str, str]]
@@ -63,6 +75,18 @@ class Kohya(Format):
             warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
+
+    def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Kohya:
+        check_plain(parts, self.name)
+        if biased := [t for t, part in parts.items() if "up_bias" in part.slots]:
+            raise AdapterError(f"{biased[0]}: changes a bias, for which {self.name} has no key; write PEFT instead")
+        keys = {
+            target: {slot: self.keys.get(target, {}).get(slot, f"{target}.{SUFFIXES[slot]}") for slot in part.slots}
+            for target, part in parts.items()
+        }
+        alphas = {target: spec for target, spec in self.alphas.items() if target in parts}
+        carried = {target: why for target, why in self.unsupported.items() if _has_key_of(target, extras)}
+        return Kohya(keys, alphas, frozenset(), extras, carried, self.warnings)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target].get(slot) or f"{target}.{SUFFIXES[slot]}"
@@ -107,6 +131,10 @@ class Kohya(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {}
+
+
+def _has_key_of(target: str, keys: tuple[str, ...]) -> bool:
+    return any(key.partition(".")[0] == target for key in keys)
 
 
 def _is_per_input(header: Header, slots: Mapping[str, str]) -> bool:

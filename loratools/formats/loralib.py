@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, final
 
-from loratools.errors import InputError, UsageError
+from loratools.errors import AdapterError, InputError, UsageError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.base import (
+    Declaration,
+    Format,
+    Header,
+    Hints,
+    NestedScaling,
+    Part,
+    ScaleMode,
+    Written,
+    check_plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +69,17 @@ class Loralib(Format):
         if not transposed and hints.alpha is None:
             warnings.append("the file does not state alpha: norms are for alpha 1; state it with --alpha")
         return cls(keys, hints.alpha, hints.scaling, transposed, tuple(extras), {}, tuple(warnings))
+
+    def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Loralib:
+        check_plain(parts, self.name)
+        for target, part in parts.items():
+            if set(part.slots) != {"down", "up"} or part.layout.transposed:
+                raise AdapterError(f"{target}: the dialect {self.name} holds plain factors only; write PEFT instead")
+        keys = {
+            target: {slot: self.keys.get(target, {}).get(slot, f"{target}.{_SUFFIXES[slot]}") for slot in part.slots}
+            for target, part in parts.items()
+        }
+        return replace(self, keys=keys, extras=extras)
 
     def spell(self, target: str, slot: str) -> str:
         return f"{target}.{_SUFFIXES[slot]}"

@@ -50,6 +50,8 @@ _EMBEDDING_SPELLINGS = {
 }
 _HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
 _VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config")
+# Fields that say which of the modules that match are meant.
+_SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Initialisations that subtract their factors from the base weight.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Parameters of an expert module in the order in which the models declare them, which is the order of nesting.
@@ -183,6 +185,34 @@ class Peft(Format):
         layouts = {target: part.layout for target, part in parts.items()}
         return cls(fields | dict(config), None, keys, layouts, (), {}, ())
 
+    def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Peft:
+        plain = Peft.compose(parts, {})
+        assert plain.config is not None
+        keys = {
+            t: {slot: self.keys.get(t, {}).get(slot, spelt) for slot, spelt in slots.items()}
+            for t, slots in plain.keys.items()
+        }
+        for target, part in parts.items():
+            if part.layout.experts > 1 and target not in self.keys:
+                raise AdapterError(
+                    f"{target}: experts are spelt by the order of target_parameters in a config; name their adapter "
+                    "first"
+                )
+        layouts = {target: part.layout for target, part in parts.items()}
+        if self.config is None:
+            return Peft(None, self.alpha, keys, layouts, extras, {}, self.warnings)
+        restated = {field: plain.config[field] for field in ("use_dora", "lora_bias", "fan_in_fan_out")}
+        config = {**self.config, **{f: v for f, v in restated.items() if bool(self.config.get(f)) != v}}
+        if config.get("fan_in_fan_out"):
+            _check_transposed(parts)
+        if set(parts) != set(self.keys):
+            config["target_modules"] = target_modules([t for t, p in parts.items() if p.layout.experts == 1])
+            config |= {field: None for field in _SELECTORS if config.get(field) is not None}
+        if not extras:
+            config |= {f: None for f in ("modules_to_save", "trainable_token_indices") if config.get(f) is not None}
+            config["bias"] = "none"
+        return Peft(config, None, keys, layouts, extras, {}, self.warnings)
+
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]
         if slot in known:
@@ -254,6 +284,13 @@ class Peft(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {key: whole_parameter(key) for key in self.extras if key.endswith((".weight", ".bias"))}
+
+
+def _check_transposed(parts: Mapping[str, Part]) -> None:
+    """`fan_in_fan_out` holds for all matrices of a file or for none."""
+    for target, part in parts.items():
+        if not part.layout.transposed and part.shape is not None and len(part.shape) == 2:
+            raise AdapterError(f"{target}: its base is not transposed, though fan_in_fan_out says so of all others")
 
 
 def whole_parameter(key: str) -> str:

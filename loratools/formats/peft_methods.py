@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import InputError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.peft import PREFIX, pattern_value, whole_parameter
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.peft import PREFIX, Peft, pattern_value, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Config = Mapping[str, Any]
 SHARED_PREFIX = "base_model."
+# Config fields that mean the same for every method.
+_SHARED_FIELDS = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "auto_mapping")
 
 
 def _unit(config: Config, target: str) -> float:
@@ -124,6 +126,12 @@ class PeftMethod(Format):
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect keeps it in its config")
         return cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+
+    def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Peft:
+        kept = {field: self.config[field] for field in _SHARED_FIELDS if field in self.config}
+        if not extras:
+            kept.pop("modules_to_save", None)
+        return replace(Peft.compose(parts, kept), extras=extras)
 
     def references(self, target: str) -> Mapping[str, str]:
         return self.shared

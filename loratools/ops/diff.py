@@ -11,6 +11,7 @@ from loratools.linalg.inner import frobenius, inner
 from loratools.linalg.subspace import overlap
 from loratools.linalg.svd import blocks_of, thin_svd
 from loratools.operators import Operator, sum_of
+from loratools.ops.matching import matched
 from loratools.ops.spectra import base_tensor, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.diff import DiffReport, TargetDiff
@@ -31,7 +32,7 @@ def diff(
     Targets are matched by name, across dialects by the name with dots flattened. Raises NeedsBaseError for DoRA without
     a base, AdapterError for NaN and for shapes that differ.
     """
-    pairs = _pairs(a, b)
+    pairs = {x: y for x, y in matched([a, b]) if x is not None and y is not None}
 
     def work(pair: tuple[str, str]) -> tuple[str, TargetDiff, tuple[float, float, float]]:
         name_a, name_b = pair
@@ -65,13 +66,6 @@ def diff(
         "norm_b": norm_b,
     }
     return DiffReport(same, tolerance, targets, only_a, only_b, extras, total, (*a.warnings, *b.warnings))
-
-
-def _pairs(a: Adapter, b: Adapter) -> dict[str, str]:
-    flat = {name.replace(".", "_"): name for name in b.entries}
-    return {
-        name: other for name in a.entries if (other := name if name in b.entries else flat.get(name.replace(".", "_")))
-    }
 
 
 def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> Operator:

@@ -227,7 +227,7 @@ def _allocate(
         )
     if isinstance(policy, Budget) and spectra:
         first = next(iter(spectra))  # which one bears the bytes that no rank changes does not matter
-        fixed = spectra[first].fixed_cost + _overhead(adapter, set(spectra))
+        fixed = spectra[first].fixed_cost + overhead(adapter, set(spectra))
         spectra[first] = replace(spectra[first], fixed_cost=fixed)
     allocation = allocate(spectra, policy, limits)
     notes = []
@@ -236,7 +236,7 @@ def _allocate(
     return {t: _whole_steps(adapter, t, k, policy) for t, k in allocation.ranks.items()}, bad, notes
 
 
-def _overhead(adapter: Adapter, squeezable: set[str]) -> int:
+def overhead(adapter: Adapter, squeezable: set[str]) -> int:
     """Bytes of the written file that no choice of ranks changes."""
     fixed = header_room(adapter) + sum(extra.spec.nbytes for extra in adapter.extras.values())
     declared = adapter.format.declare(adapter.written(), adapter.metadata)

@@ -1,0 +1,412 @@
+"""One adapter of several: exact weighted sums, and rules that resolve interference, on deltas and never on factors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, get_args
+
+from loratools._lazy import torch
+from loratools.adapter import Adapter, Record, entry_of
+from loratools.errors import AdapterError, UsageError
+from loratools.families.base import Layout
+from loratools.families.lora import LoRA, cast_to
+from loratools.formats.base import Part
+from loratools.linalg.inner import frobenius, inner
+from loratools.linalg.svd import Truncation, blocks_of, spectrum, truncate
+from loratools.operators import LowRank, Operator, sum_of
+from loratools.ops.matching import flattened, matched
+from loratools.ops.merge_checks import ExtrasRule, check_compatible, merged_extras, name_of
+from loratools.ops.merge_methods import DENSITY, Merged, Rule, dare, knots, seed_of, ties, tsv, weighted_sum
+from loratools.ops.spectra import base_tensor, fit_update
+from loratools.ops.squeeze import overhead
+from loratools.pipeline import ordered_map, worker_count
+from loratools.ranks import Budget, Fixed, Limits, LocalPolicy, Policy, Spectrum, allocate
+from loratools.reports.merge import MergeReport, TargetMerge, totals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.base_weights import BaseWeights
+    from loratools.families.base import Update
+
+_SINGLE = ("sum", "knots", "tsv")  # rules that never make a dense matrix of factored deltas
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How to merge, beside the weights and the ranks.
+
+    `density`: None stands for 0.2 (ties, knots), 0.1 (dare) and 1 / number of adapters (tsv). `seed` matters to dare
+    and to the randomised SVD of large dense merges. `extras` says what becomes of tensors that are no update.
+    """
+
+    method: Rule = "sum"
+    density: float | None = None
+    seed: int = 0
+    base: BaseWeights | None = None
+    device: str = "cpu"
+    extras: ExtrasRule = "equal"
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Rule):
+            raise UsageError(f"no method {self.method!r}; choose one of {', '.join(get_args(Rule))}")
+        if self.density is not None and self.method == "sum":
+            raise UsageError("a sum keeps every entry; a density needs the method ties, dare, knots or tsv")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError(f"density {self.density} is not in (0, 1]: as the share to keep, try 0.2")
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One target of the output: what goes into it, and the update that gives its shapes and dtypes."""
+
+    name: str
+    sources: tuple[tuple[int, str], ...]  # (adapter, its target)
+    template: LoRA
+    to_rank: int | None = None
+
+
+def merge(
+    weighted: Sequence[tuple[Adapter, float]],
+    rank: int | Policy | None = None,
+    *,
+    limits: Limits = Limits(),
+    options: Merge = Merge(),
+) -> tuple[Adapter, MergeReport]:
+    """The LoRA nearest to the merge of several adapters of any families, in the dialect and dtypes of the first.
+
+    Deltas of one module (matched by name, across dialects by the name with dots flattened) are merged by
+    `options.method`; an adapter without the module counts as zero. Without a rank a sum is exact: its rank is the sum
+    of ranks, less what is linearly dependent; other methods get at most the sum of ranks. Each target is the
+    Eckart-Young optimum at its rank. Raises AdapterError for shapes that differ, NaN, activated LoRA and extras that
+    differ, NeedsBaseError for DoRA without a base.
+    """
+    adapters, weights = [a for a, _ in weighted], tuple(float(w) for _, w in weighted)
+    if len(adapters) < 2:
+        raise UsageError("a merge needs at least two adapters; for one, use squeeze")
+    if bad := [w for w in weights if not math.isfinite(w)]:
+        raise UsageError(f"weight {bad[0]} is not finite")
+    policy = Fixed(rank) if isinstance(rank, int) else rank
+    if policy is None and limits != Limits():
+        raise UsageError("limits on the ranks need a rule for the ranks")
+    rows = matched(adapters)
+    warnings = check_compatible(adapters, rows)
+    extras, dropped = merged_extras(adapters, options.extras)
+    draft, jobs = _draft(adapters, rows, tuple(extras), options)
+    draft = replace(draft, extras=extras, record=_record(adapters, weights, policy, limits, options))
+    if isinstance(policy, Budget) or (policy is not None and limits.uniform):
+        jobs, notes = _allocated(draft, adapters, weights, jobs, policy, limits, options)
+        warnings += notes
+    results = _each(jobs, lambda job: _merge_one(draft, adapters, weights, job, policy, limits, options), options)
+    updates = {job.name: update for job, (update, _, _) in zip(jobs, results, strict=True)}
+    merged = draft.with_updates(updates)
+    targets = {job.name: row for job, (_, row, _) in zip(jobs, results, strict=True)}
+    partial = {job.name: tuple(i + 1 for i, _ in job.sources) for job in jobs if len(job.sources) < len(adapters)}
+    total = totals(targets, [squares for _, _, squares in results], merged.nbytes)
+    if partial:
+        first = next(iter(partial))
+        warnings.append(f"{len(partial)} targets are not in all adapters, which count as zero there; first: {first}")
+    if high := [t for t, row in targets.items() if row.relative_error > 0.5]:
+        warnings.append(f"the relative error is above 0.5 for {len(high)} targets at their rank; first: {high[0]}")
+    return merged, MergeReport(options.method, weights, targets, partial, dropped, total, tuple(warnings))
+
+
+def _record(
+    adapters: Sequence[Adapter], weights: tuple[float, ...], policy: Policy | None, limits: Limits, options: Merge
+) -> Record:
+    """Its hash is that of the inputs' hashes, one a line."""
+
+    def digest() -> str:
+        lines = "\n".join(a.origin.sha256() if a.origin else "" for a in adapters)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    fields: dict[str, object] = {"method": options.method, "weights": list(weights), "policy": repr(policy)}
+    fields |= {"density": _density(options, len(adapters)), "seed": options.seed, "extras": options.extras}
+    return Record("merge", fields if limits == Limits() else fields | {"limits": repr(limits)}, digest)
+
+
+def _density(options: Merge, count: int) -> float | None:
+    if options.density is not None or options.method == "sum":
+        return options.density
+    return DENSITY.get(options.method, 1 / count)
+
+
+def _draft(
+    adapters: Sequence[Adapter], rows: Sequence[tuple[str | None, ...]], extras: tuple[str, ...], options: Merge
+) -> tuple[Adapter, list[_Job]]:
+    """The output without its factors: targets spelt in the first adapter's dialect, with templates at rank 1."""
+    first = adapters[0]
+    dtype = _common_dtype(adapters)
+    templates: dict[str, LoRA] = {}
+    sources: dict[str, tuple[tuple[int, str], ...]] = {}
+    for row in rows:
+        held = tuple((i, target) for i, target in enumerate(row) if target is not None)
+        index, target = held[0]
+        name = target if index == 0 else _spelt(first, adapters[index], index, target)
+        if name in templates:
+            raise AdapterError(f"{name}: two targets of {name_of(adapters[index], index)} are spelt so; rename one")
+        templates[name] = _template(adapters, held, dtype, options.base)
+        sources[name] = held
+    parts = {
+        name: Part(tuple(template.parameters()), template.layout, entry_of(template).base_shape)
+        for name, template in templates.items()
+    }
+    dialect = first.format.as_lora(parts, extras)
+    jobs = [_Job(n, sources[n], replace(t, layout=dialect.layout(n))) for n, t in templates.items()]
+    entries = {job.name: entry_of(job.template) for job in jobs}
+    return Adapter(dialect, entries, {}, first.metadata), jobs
+
+
+def _spelt(first: Adapter, other: Adapter, index: int, target: str) -> str:
+    """How the dialect of the first adapter writes a target that it lacks."""
+    if first.format.flat:
+        return flattened(target)
+    if other.format.flat:
+        raise AdapterError(
+            f"{target}: only in {name_of(other, index)}, which flattens names, so {first.format.name} cannot spell it; "
+            "name that adapter first"
+        )
+    return target
+
+
+def _template(
+    adapters: Sequence[Adapter], held: tuple[tuple[int, str], ...], dtype: torch.dtype, base: BaseWeights | None
+) -> LoRA:
+    """A LoRA of zeros whose shapes, layout and dtypes are those of the output; the first LoRA among the sources gives
+    them, or else the base parameter's shape."""
+    biased = any("up_bias" in adapters[i].entries[t].specs for i, t in held)
+    for i, target in held:
+        entry = adapters[i].entries[target]
+        if issubclass(entry.family, LoRA):
+            like = entry.read()
+            assert isinstance(like, LoRA)
+            down_dtype, up_dtype = (like.down.dtype, like.up.dtype) if i == 0 else (dtype, dtype)
+            kernel = like.down.shape[2:] if like.mid is None else like.mid.shape[2:]
+            step, experts = like.groups, like.layout.experts
+            down = torch.zeros((), dtype=down_dtype).expand(step * experts, like.down.shape[1], *kernel)
+            up = torch.zeros((), dtype=up_dtype).expand(like.up.shape[0], experts, *like.up.shape[2:])
+            bias = torch.zeros(like.up.shape[0], dtype=up_dtype) if biased else None
+            return LoRA(down, up, 1.0, like.layout, up_bias=bias)
+    index, target = held[0]
+    entry = adapters[index].entries[target]
+    shape = entry.base_shape
+    if shape is None:
+        if base is None:
+            raise AdapterError(f"{target}: the file does not tell the shape of the base weight; pass --base")
+        shape = tuple(base.find(adapters[index].format.parameter(target), None).shape)
+    outputs, inputs = (shape[1], shape[0]) if entry.layout.transposed else (shape[0], shape[1])
+    down = torch.zeros((), dtype=dtype).expand(1, inputs, *shape[2:])
+    up = torch.zeros((), dtype=dtype).expand(outputs, 1, *(1 for _ in shape[2:]))
+    layout = Layout(entry.layout.transposed, embedding=entry.layout.embedding)
+    return LoRA(down, up, 1.0, layout, up_bias=torch.zeros(outputs, dtype=dtype) if biased else None)
+
+
+def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    """The widest floating-point dtype of the first adapter's factors."""
+    found = {s.dtype for e in adapters[0].entries.values() for s in e.specs.values()}
+    wide = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return next((dtype for name, dtype in wide.items() if name in found), torch.float32)
+
+
+def _each(jobs: list[_Job], work: Callable[[_Job], _Done], options: Merge) -> list[_Done]:
+    """Dense rules one target at a time, for each takes memory for several dense matrices."""
+    workers = worker_count(options.device) if options.method in _SINGLE else 1
+    return list(ordered_map(work, jobs, workers=workers))
+
+
+_Done = tuple[LoRA, TargetMerge, tuple[float, float]]
+
+
+def _allocated(
+    draft: Adapter,
+    adapters: Sequence[Adapter],
+    weights: tuple[float, ...],
+    jobs: list[_Job],
+    policy: Policy,
+    limits: Limits,
+    options: Merge,
+) -> tuple[list[_Job], list[str]]:
+    """The jobs with ranks that depend on all spectra, which takes a pass of its own over the targets."""
+
+    def measure(job: _Job) -> Spectrum:
+        deltas, _ = _deltas(adapters, job, options)
+        op = _merged(deltas, weights, job, options).operator
+        norm = None
+        if isinstance(policy, Budget) and policy.relative_to == "base":
+            if options.base is None:
+                raise UsageError("errors relative to the base weights need --base")
+            shape = entry_of(job.template).base_shape
+            norm = float(options.base.find(draft.format.parameter(job.name), shape).double().norm())
+        return _spectrum(job, [spectrum(block) for block in blocks_of(op)], _noise(deltas, weights, job), norm)
+
+    workers = worker_count(options.device) if options.method in _SINGLE else 1
+    found = dict(zip((j.name for j in jobs), ordered_map(measure, jobs, workers=workers), strict=True))
+    if isinstance(policy, Budget):
+        largest = {job.name: _at_rank(job.template, len(found[job.name].values)) for job in jobs}
+        fixed = overhead(draft.with_updates(largest), set(found))
+        first = jobs[0].name
+        found[first] = replace(found[first], fixed_cost=found[first].fixed_cost + fixed)
+    allocation = allocate(found, policy, limits)
+    gap = allocation.optimality_gap
+    notes = [f"the budget's squared error is within {gap:.3g} of the least possible"] if gap > 1e-9 else []
+    return [replace(job, to_rank=allocation.ranks[job.name]) for job in jobs], notes
+
+
+def _at_rank(template: LoRA, rank: int) -> LoRA:
+    """The template with another rank, of zeros that take no memory."""
+    groups, experts = template.groups, template.layout.experts
+    down, up = template.down[:1], template.up[:, :1]
+    return replace(
+        template,
+        down=down.expand(rank * experts, *template.down.shape[1:]),
+        up=up.expand(template.up.shape[0], rank * experts // groups, *template.up.shape[2:]),
+    )
+
+
+def _spectrum(job: _Job, blocks: Sequence[Tensor], noise: float, base_norm: float | None = None) -> Spectrum:
+    """Singular values as ranks of the target count them; what is rounding alone is left out."""
+    entry = entry_of(job.template)
+    step, cost = entry.rank_step, entry.bytes_per_rank
+    pooled = [math.hypot(*column) for column in zip(*(b.tolist() for b in blocks), strict=True)]
+    kept = [v for v in pooled if v > noise] or [0.0]
+    values = tuple(v / math.sqrt(step) for v in kept for _ in range(step))
+    assert entry.base_shape is not None  # of a LoRA it is known
+    rows, cols = entry.base_shape[0], math.prod(entry.base_shape[1:])
+    return Spectrum(values, cost, rows=rows, cols=cols, fixed_cost=(step - 1) * cost, base_norm=base_norm)
+
+
+def _deltas(adapters: Sequence[Adapter], job: _Job, options: Merge) -> tuple[list[Operator], list[Update]]:
+    """The deltas of one target as float64 operators, with the updates that they are of."""
+    updates, deltas = [], []
+    for i, target in job.sources:
+        entry = adapters[i].entries[target]
+        update = entry.read()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+            raise AdapterError(f"{name_of(adapters[i], i)}: {target} holds NaN or infinity; retrain it or leave it out")
+        base = base_tensor(adapters[i], target, entry, options.base)
+        delta = update.operator(base).to(torch.float64, options.device)
+        if deltas and [b.shape for b in blocks_of(delta)] != [b.shape for b in blocks_of(deltas[0])]:
+            raise AdapterError(
+                f"{job.name}: {deltas[0].shape} in {name_of(adapters[job.sources[0][0]], job.sources[0][0])} and "
+                f"{delta.shape} in {name_of(adapters[i], i)}; these adapt different bases"
+            )
+        updates.append(update)
+        deltas.append(delta)
+    return deltas, updates
+
+
+def _merged(deltas: list[Operator], weights: tuple[float, ...], job: _Job, options: Merge) -> Merged:
+    own = [weights[i] for i, _ in job.sources]
+    density = _density(options, len(weights))
+    if options.method == "sum":
+        return weighted_sum(deltas, own)
+    assert density is not None
+    if options.method == "tsv":
+        return tsv(deltas, own, density, count=len(weights))
+    if options.method == "ties":
+        return ties(deltas, own, density)
+    if options.method == "knots":
+        return knots(deltas, own, density)
+    name = flattened(job.name)
+    return dare(deltas, own, density, [seed_of(options.seed, name, i) for i, _ in job.sources])
+
+
+def _noise(deltas: list[Operator], weights: tuple[float, ...], job: _Job) -> float:
+    """Below this, singular values of a merge are rounding of its terms."""
+    size = math.fsum(abs(weights[i]) * frobenius(d) for (i, _), d in zip(job.sources, deltas, strict=True))
+    return size * max(deltas[0].shape) * torch.finfo(torch.float64).eps
+
+
+def _merge_one(
+    draft: Adapter,
+    adapters: Sequence[Adapter],
+    weights: tuple[float, ...],
+    job: _Job,
+    policy: Policy | None,
+    limits: Limits,
+    options: Merge,
+) -> _Done:
+    deltas, updates = _deltas(adapters, job, options)
+    result = _merged(deltas, weights, job, options)
+    op = result.operator
+    best, rank = _best(op, deltas, job, _noise(deltas, weights, job), policy, limits, options.seed)
+    scale = draft.format.writable_scale(job.name, rank, 1.0, "fold")
+    new = fit_update(job.template, best, target=job.name, scale=scale, base=None)
+    assert isinstance(new, LoRA)
+    new = replace(new, up_bias=_bias(updates, job, weights, new))
+    stored = new.operator().to(torch.float64, options.device)
+    norm, error = frobenius(op), frobenius(sum_of([op, -stored]))
+    ranks: list[int | None] = [None] * len(adapters)
+    cosines: list[float | None] = [None] * len(adapters)
+    for (i, target), delta in zip(job.sources, deltas, strict=True):
+        ranks[i] = adapters[i].entries[target].rank
+        if norms := norm * frobenius(delta):
+            cosines[i] = max(-1.0, min(1.0, inner(delta, op) / norms))
+    relative = error / norm if norm else 0.0
+    nbytes = entry_of(new).nbytes
+    row = TargetMerge(tuple(ranks), rank, relative, tuple(cosines), result.sign_conflicts, nbytes)
+    return new, row, (error * error, norm * norm)
+
+
+def _best(
+    op: Operator,
+    deltas: Sequence[Operator],
+    job: _Job,
+    noise: float,
+    policy: Policy | None,
+    limits: Limits,
+    seed: int,
+) -> tuple[Operator, int]:
+    """The best approximation at the rank that the policy chooses, and that rank as dialects count it."""
+    step = entry_of(job.template).rank_step
+    most = min(min(block.shape) for block in blocks_of(op))
+    upto = most
+    if job.to_rank is not None:
+        upto = _steps(job.to_rank, step, policy)
+    elif isinstance(policy, Fixed) and limits == Limits():
+        upto = _steps(policy.value, step, policy)
+    elif policy is None:  # the sum of ranks, which for a sum is no limit
+        upto = max(1, sum(_rank(delta) for delta in deltas))
+    upto = min(upto, most, *(block.rank for block in blocks_of(op) if isinstance(block, LowRank)))
+    found = truncate(op, upto, seed=seed)
+    usable = _spectrum(job, [s[:upto] for s in found.spectra], noise)
+    kept = len(usable.values) // step
+    if (
+        isinstance(policy, LocalPolicy)
+        and job.to_rank is None
+        and not (isinstance(policy, Fixed) and limits == Limits())
+    ):
+        whole = _spectrum(job, found.spectra, noise)
+        kept = min(kept, _steps(limits.fit(policy.rank(whole), len(whole.values)), step, policy))
+    return _leading(found, kept), kept * step
+
+
+def _steps(rank: int, step: int, policy: Policy | None) -> int:
+    """Whole steps: never above a rank or budget that was asked for, never below an energy."""
+    return max(1, rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step))
+
+
+def _rank(delta: Operator) -> int:
+    return max(b.rank if isinstance(b, LowRank) else min(b.shape) for b in blocks_of(delta))
+
+
+def _leading(found: Truncation, rank: int) -> Operator:
+    """The first components of a truncation, which are sorted."""
+    blocks = [
+        LowRank(b.left[:, :rank], b.right[:rank], b.scale) for b in blocks_of(found.operator) if isinstance(b, LowRank)
+    ]
+    return blocks[0] if isinstance(found.operator, LowRank) else replace(found.operator, blocks=tuple(blocks))
+
+
+def _bias(updates: Sequence[Update], job: _Job, weights: tuple[float, ...], new: LoRA) -> Tensor | None:
+    """The weighted sum of the changes of the bias, whatever the rule for the weights."""
+    if new.up_bias is None:
+        return None
+    total = torch.zeros(new.up_bias.shape, dtype=torch.float64)
+    for (i, _), update in zip(job.sources, updates, strict=True):
+        if (change := update.bias_delta()) is not None:
+            total += weights[i] * change.double().reshape(total.shape)
+    return cast_to(total / new.scale, new.up_bias.dtype)
