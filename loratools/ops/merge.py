@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, get_args
 from loratools._lazy import torch
 from loratools.adapter import Adapter, Record, entry_of
 from loratools.errors import AdapterError, UsageError
-from loratools.families.base import Layout
 from loratools.families.lora import LoRA, cast_to
-from loratools.formats.base import Part
 from loratools.linalg.inner import frobenius, inner
 from loratools.linalg.svd import Truncation, blocks_of, spectrum, truncate
 from loratools.operators import LowRank, Operator, sum_of
 from loratools.ops.matching import flattened, matched
 from loratools.ops.merge_checks import ExtrasRule, check_compatible, merged_extras, name_of
 from loratools.ops.merge_methods import DENSITY, Merged, Rule, dare, knots, seed_of, ties, tsv, weighted_sum
+from loratools.ops.merge_output import Job, at_rank, draft_of
 from loratools.ops.spectra import base_tensor, fit_update
 from loratools.ops.squeeze import overhead
 from loratools.pipeline import ordered_map, worker_count
@@ -59,16 +58,6 @@ class Merge:
             raise UsageError(f"density {self.density} is not in (0, 1]: as the share to keep, try 0.2")
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One target of the output: what goes into it, and the update that gives its shapes and dtypes."""
-
-    name: str
-    sources: tuple[tuple[int, str], ...]  # (adapter, its target)
-    template: LoRA
-    to_rank: int | None = None
-
-
 def merge(
     weighted: Sequence[tuple[Adapter, float]],
     rank: int | Policy | None = None,
@@ -95,7 +84,7 @@ def merge(
     rows = matched(adapters)
     warnings = check_compatible(adapters, rows)
     extras, dropped = merged_extras(adapters, options.extras)
-    draft, jobs = _draft(adapters, rows, tuple(extras), options)
+    draft, jobs = draft_of(adapters, rows, tuple(extras), options.base)
     draft = replace(draft, extras=extras, record=_record(adapters, weights, policy, limits, options))
     if isinstance(policy, Budget) or (policy is not None and limits.uniform):
         jobs, notes = _allocated(draft, adapters, weights, jobs, policy, limits, options)
@@ -134,84 +123,7 @@ def _density(options: Merge, count: int) -> float | None:
     return DENSITY.get(options.method, 1 / count)
 
 
-def _draft(
-    adapters: Sequence[Adapter], rows: Sequence[tuple[str | None, ...]], extras: tuple[str, ...], options: Merge
-) -> tuple[Adapter, list[_Job]]:
-    """The output without its factors: targets spelt in the first adapter's dialect, with templates at rank 1."""
-    first = adapters[0]
-    dtype = _common_dtype(adapters)
-    templates: dict[str, LoRA] = {}
-    sources: dict[str, tuple[tuple[int, str], ...]] = {}
-    for row in rows:
-        held = tuple((i, target) for i, target in enumerate(row) if target is not None)
-        index, target = held[0]
-        name = target if index == 0 else _spelt(first, adapters[index], index, target)
-        if name in templates:
-            raise AdapterError(f"{name}: two targets of {name_of(adapters[index], index)} are spelt so; rename one")
-        templates[name] = _template(adapters, held, dtype, options.base)
-        sources[name] = held
-    parts = {
-        name: Part(tuple(template.parameters()), template.layout, entry_of(template).base_shape)
-        for name, template in templates.items()
-    }
-    dialect = first.format.as_lora(parts, extras)
-    jobs = [_Job(n, sources[n], replace(t, layout=dialect.layout(n))) for n, t in templates.items()]
-    entries = {job.name: entry_of(job.template) for job in jobs}
-    return Adapter(dialect, entries, {}, first.metadata), jobs
-
-
-def _spelt(first: Adapter, other: Adapter, index: int, target: str) -> str:
-    """How the dialect of the first adapter writes a target that it lacks."""
-    if first.format.flat:
-        return flattened(target)
-    if other.format.flat:
-        raise AdapterError(
-            f"{target}: only in {name_of(other, index)}, which flattens names, so {first.format.name} cannot spell it; "
-            "name that adapter first"
-        )
-    return target
-
-
-def _template(
-    adapters: Sequence[Adapter], held: tuple[tuple[int, str], ...], dtype: torch.dtype, base: BaseWeights | None
-) -> LoRA:
-    """A LoRA of zeros whose shapes, layout and dtypes are those of the output; the first LoRA among the sources gives
-    them, or else the base parameter's shape."""
-    biased = any("up_bias" in adapters[i].entries[t].specs for i, t in held)
-    for i, target in held:
-        entry = adapters[i].entries[target]
-        if issubclass(entry.family, LoRA):
-            like = entry.read()
-            assert isinstance(like, LoRA)
-            down_dtype, up_dtype = (like.down.dtype, like.up.dtype) if i == 0 else (dtype, dtype)
-            kernel = like.down.shape[2:] if like.mid is None else like.mid.shape[2:]
-            step, experts = like.groups, like.layout.experts
-            down = torch.zeros((), dtype=down_dtype).expand(step * experts, like.down.shape[1], *kernel)
-            up = torch.zeros((), dtype=up_dtype).expand(like.up.shape[0], experts, *like.up.shape[2:])
-            bias = torch.zeros(like.up.shape[0], dtype=up_dtype) if biased else None
-            return LoRA(down, up, 1.0, like.layout, up_bias=bias)
-    index, target = held[0]
-    entry = adapters[index].entries[target]
-    shape = entry.base_shape
-    if shape is None:
-        if base is None:
-            raise AdapterError(f"{target}: the file does not tell the shape of the base weight; pass --base")
-        shape = tuple(base.find(adapters[index].format.parameter(target), None).shape)
-    outputs, inputs = (shape[1], shape[0]) if entry.layout.transposed else (shape[0], shape[1])
-    down = torch.zeros((), dtype=dtype).expand(1, inputs, *shape[2:])
-    up = torch.zeros((), dtype=dtype).expand(outputs, 1, *(1 for _ in shape[2:]))
-    layout = Layout(entry.layout.transposed, embedding=entry.layout.embedding)
-    return LoRA(down, up, 1.0, layout, up_bias=torch.zeros(outputs, dtype=dtype) if biased else None)
-
-
-def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    """The widest floating-point dtype of the first adapter's factors."""
-    found = {s.dtype for e in adapters[0].entries.values() for s in e.specs.values()}
-    wide = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return next((dtype for name, dtype in wide.items() if name in found), torch.float32)
-
-
-def _each(jobs: list[_Job], work: Callable[[_Job], _Done], options: Merge) -> list[_Done]:
+def _each(jobs: list[Job], work: Callable[[Job], _Done], options: Merge) -> list[_Done]:
     """Dense rules one target at a time, for each takes memory for several dense matrices."""
     workers = worker_count(options.device) if options.method in _SINGLE else 1
     return list(ordered_map(work, jobs, workers=workers))
@@ -224,14 +136,14 @@ def _allocated(
     draft: Adapter,
     adapters: Sequence[Adapter],
     weights: tuple[float, ...],
-    jobs: list[_Job],
+    jobs: list[Job],
     policy: Policy,
     limits: Limits,
     options: Merge,
-) -> tuple[list[_Job], list[str]]:
+) -> tuple[list[Job], list[str]]:
     """The jobs with ranks that depend on all spectra, which takes a pass of its own over the targets."""
 
-    def measure(job: _Job) -> Spectrum:
+    def measure(job: Job) -> Spectrum:
         deltas, _ = _deltas(adapters, job, options)
         op = _merged(deltas, weights, job, options).operator
         norm = None
@@ -245,7 +157,7 @@ def _allocated(
     workers = worker_count(options.device) if options.method in _SINGLE else 1
     found = dict(zip((j.name for j in jobs), ordered_map(measure, jobs, workers=workers), strict=True))
     if isinstance(policy, Budget):
-        largest = {job.name: _at_rank(job.template, len(found[job.name].values)) for job in jobs}
+        largest = {job.name: at_rank(job.template, len(found[job.name].values)) for job in jobs}
         fixed = overhead(draft.with_updates(largest), set(found))
         first = jobs[0].name
         found[first] = replace(found[first], fixed_cost=found[first].fixed_cost + fixed)
@@ -255,18 +167,7 @@ def _allocated(
     return [replace(job, to_rank=allocation.ranks[job.name]) for job in jobs], notes
 
 
-def _at_rank(template: LoRA, rank: int) -> LoRA:
-    """The template with another rank, of zeros that take no memory."""
-    groups, experts = template.groups, template.layout.experts
-    down, up = template.down[:1], template.up[:, :1]
-    return replace(
-        template,
-        down=down.expand(rank * experts, *template.down.shape[1:]),
-        up=up.expand(template.up.shape[0], rank * experts // groups, *template.up.shape[2:]),
-    )
-
-
-def _spectrum(job: _Job, blocks: Sequence[Tensor], noise: float, base_norm: float | None = None) -> Spectrum:
+def _spectrum(job: Job, blocks: Sequence[Tensor], noise: float, base_norm: float | None = None) -> Spectrum:
     """Singular values as ranks of the target count them; what is rounding alone is left out."""
     entry = entry_of(job.template)
     step, cost = entry.rank_step, entry.bytes_per_rank
@@ -278,9 +179,10 @@ def _spectrum(job: _Job, blocks: Sequence[Tensor], noise: float, base_norm: floa
     return Spectrum(values, cost, rows=rows, cols=cols, fixed_cost=(step - 1) * cost, base_norm=base_norm)
 
 
-def _deltas(adapters: Sequence[Adapter], job: _Job, options: Merge) -> tuple[list[Operator], list[Update]]:
+def _deltas(adapters: Sequence[Adapter], job: Job, options: Merge) -> tuple[list[Operator], list[Update]]:
     """The deltas of one target as float64 operators, with the updates that they are of."""
-    updates, deltas = [], []
+    updates: list[Update] = []
+    deltas: list[Operator] = []
     for i, target in job.sources:
         entry = adapters[i].entries[target]
         update = entry.read()
@@ -298,7 +200,7 @@ def _deltas(adapters: Sequence[Adapter], job: _Job, options: Merge) -> tuple[lis
     return deltas, updates
 
 
-def _merged(deltas: list[Operator], weights: tuple[float, ...], job: _Job, options: Merge) -> Merged:
+def _merged(deltas: list[Operator], weights: tuple[float, ...], job: Job, options: Merge) -> Merged:
     own = [weights[i] for i, _ in job.sources]
     density = _density(options, len(weights))
     if options.method == "sum":
@@ -314,7 +216,7 @@ def _merged(deltas: list[Operator], weights: tuple[float, ...], job: _Job, optio
     return dare(deltas, own, density, [seed_of(options.seed, name, i) for i, _ in job.sources])
 
 
-def _noise(deltas: list[Operator], weights: tuple[float, ...], job: _Job) -> float:
+def _noise(deltas: list[Operator], weights: tuple[float, ...], job: Job) -> float:
     """Below this, singular values of a merge are rounding of its terms."""
     size = math.fsum(abs(weights[i]) * frobenius(d) for (i, _), d in zip(job.sources, deltas, strict=True))
     return size * max(deltas[0].shape) * torch.finfo(torch.float64).eps
@@ -324,15 +226,17 @@ def _merge_one(
     draft: Adapter,
     adapters: Sequence[Adapter],
     weights: tuple[float, ...],
-    job: _Job,
+    job: Job,
     policy: Policy | None,
     limits: Limits,
     options: Merge,
 ) -> _Done:
     deltas, updates = _deltas(adapters, job, options)
     result = _merged(deltas, weights, job, options)
-    op = result.operator
-    best, rank = _best(op, deltas, job, _noise(deltas, weights, job), policy, limits, options.seed)
+    op, noise = result.operator, _noise(deltas, weights, job)
+    if frobenius(op) <= noise:  # what is left of terms that cancel
+        op = op * 0.0
+    best, rank = _best(op, deltas, job, noise, policy, limits, options.seed)
     scale = draft.format.writable_scale(job.name, rank, 1.0, "fold")
     new = fit_update(job.template, best, target=job.name, scale=scale, base=None)
     assert isinstance(new, LoRA)
@@ -354,7 +258,7 @@ def _merge_one(
 def _best(
     op: Operator,
     deltas: Sequence[Operator],
-    job: _Job,
+    job: Job,
     noise: float,
     policy: Policy | None,
     limits: Limits,
@@ -401,7 +305,7 @@ def _leading(found: Truncation, rank: int) -> Operator:
     return blocks[0] if isinstance(found.operator, LowRank) else replace(found.operator, blocks=tuple(blocks))
 
 
-def _bias(updates: Sequence[Update], job: _Job, weights: tuple[float, ...], new: LoRA) -> Tensor | None:
+def _bias(updates: Sequence[Update], job: Job, weights: tuple[float, ...], new: LoRA) -> Tensor | None:
     """The weighted sum of the changes of the bias, whatever the rule for the weights."""
     if new.up_bias is None:
         return None
