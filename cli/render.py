@@ -127,7 +127,7 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: MergeReport, everything: bool) -> Iterator[RenderableType]:
     rows = report.targets
     conflicts = any(row.sign_conflicts is not None for row in rows.values())
-    grid = _grid("target", "ranks", "rel. error", "cosines", *(["sign conflicts %"] if conflicts else []))
+    grid = _grid("target", "ranks", "rel. error", "cosines", *(["conflicts %"] if conflicts else []))
     groups = {target: [row] for target, row in rows.items()}
     if not everything and len(rows) > _GROUP_ABOVE:
         groups = {f"{m} x{len(members)}": members for m, members in _by_module(rows).items()}
@@ -136,7 +136,7 @@ def _(report: MergeReport, everything: bool) -> Iterator[RenderableType]:
         cells = [
             f"{ranks} -> {span(row.rank_out for row in members)}",
             span((row.relative_error for row in members), number),
-            " | ".join(_some((row.cosines[i] for row in members), number) for i in range(len(report.weights))),
+            " | ".join(_some((row.cosines[i] for row in members), "{:.2f}".format) for i in range(len(report.weights))),
         ]
         if conflicts:
             cells.append(span((row.sign_conflicts or 0.0 for row in members), percent))

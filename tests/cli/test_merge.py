@@ -65,7 +65,7 @@ def test_the_table_shows_what_became_of_each_input(run: Run, peft: Make, tmp_pat
     done = run("merge", a, b, "--method", "ties", "-o", tmp_path / "ab")
     assert "8 + 8 -> 16" in done.out
     assert "- + 8 -> 8" in done.out
-    assert "sign conflicts %" in done.out
+    assert "conflicts %" in done.out
     assert "not in all adapters: 3" in done.out
     assert done.out.splitlines()[-1].startswith(f"wrote {tmp_path}/ab: ")
     assert "3 targets are not in all adapters" in done.err

@@ -340,7 +340,17 @@ def test_families_contribute_their_deltas(samples: Samples, tmp_path: Path, othe
 
 
 @pytest.mark.parametrize(
-    "name", ["peft/lora_conv2d", "peft/lora_conv_grouped", "peft/lora_embedding", "peft/moe_target_parameters"]
+    "name",
+    [
+        "peft/lora_conv2d",
+        "peft/lora_conv_grouped",
+        "peft/lora_embedding",
+        "peft/moe_target_parameters",
+        "kohya/flux_bfl/lora.safetensors",
+        "lycoris/loha/adapter.safetensors",
+        "lycoris/lokr_tucker/adapter.safetensors",
+        "lycoris/locon_tucker/adapter.safetensors",
+    ],
 )
 @pytest.mark.parametrize("method", ["sum", "ties", "knots", "tsv", "dare"])
 def test_every_layout_merges_and_is_written(samples: Samples, tmp_path: Path, name: str, method: Any) -> None:
