@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from loratools.families.base import Layout
+    from loratools.formats.modules import Placement
     from loratools.storage.base import TensorSpec
 
 ScaleMode = Literal["fold", "keep"]
@@ -78,6 +79,10 @@ class Format(ABC):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
     warnings: tuple[str, ...]
+
+    def place(self, target: str) -> Placement | None:
+        """The modules that the target changes; None where its name does not tell."""
+        return None
 
     def references(self, target: str) -> Mapping[str, str]:
         """Slot -> extra key, for tensors that the target shares with others."""

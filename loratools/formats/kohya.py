@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.kohya_names import place
+from loratools.formats.modules import Placement
 from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
 from loratools.storage.base import TensorSpec
 
@@ -61,8 +63,16 @@ class Kohya(Format):
                 warnings.append(f"{target}: an alpha without factors, carried over unchanged")
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect states one for each module")
-        per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
+        per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and is_per_input(header, slots))
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
+
+    def place(self, target: str) -> Placement | None:
+        return place(target, is_flux=self.is_flux)
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether modules of FLUX are among the targets, which tells its text encoders from those of SD3."""
+        return any("_double_blocks_" in t or "_single_blocks_" in t for t in self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target].get(slot) or f"{target}.{SUFFIXES[slot]}"
@@ -79,18 +89,11 @@ class Kohya(Format):
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         if mode == "fold":
             return 1.0
-        value, _ = _stored(scale * rank, self.alphas.get(target, _ALPHA))
+        value, _ = stored_alpha(scale * rank, self.alphas.get(target))
         return value / rank
 
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
-        scalars = {}
-        for target, w in written.items():
-            spec = self.alphas.get(target, _ALPHA)
-            if w.rank == 0 and w.alpha is not None:  # a number of the method's own, or one that nobody reads
-                scalars[f"{target}.alpha"] = (w.alpha, spec)
-            elif w.rank and (target in self.alphas or w.scale != 1.0):
-                scalars[f"{target}.alpha"] = _stored(w.scale * w.rank, spec)
-        return Declaration(None, _true_metadata(metadata, written), scalars)
+        return Declaration(None, _true_metadata(metadata, written), declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
         return f"{target}.weight"
@@ -109,14 +112,28 @@ class Kohya(Format):
         return {}
 
 
-def _is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
+def is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
     shape = header.specs[slots["magnitude"]].shape
     outputs = header.specs[slots["up"]].shape[0] if "up" in slots else 0
     return len(shape) > 1 and shape[0] == 1 and outputs != 1
 
 
-def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
+def declared_alphas(
+    written: Mapping[str, Written], stored: Mapping[str, TensorSpec]
+) -> dict[str, tuple[float, TensorSpec]]:
+    """The alpha tensors of a file whose dialect has them, by key; `stored` are the specs of those that were read."""
+    scalars = {}
+    for target, w in written.items():
+        if w.rank == 0 and w.alpha is not None:  # a number of the method's own, or one that nobody reads
+            scalars[f"{target}.{ALPHA}"] = (w.alpha, stored.get(target, _ALPHA))
+        elif w.rank and (target in stored or w.scale != 1.0):
+            scalars[f"{target}.{ALPHA}"] = stored_alpha(w.scale * w.rank, stored.get(target))
+    return scalars
+
+
+def stored_alpha(alpha: float, spec: TensorSpec | None = None) -> tuple[float, TensorSpec]:
     """The value and spec that hold alpha: the file's own dtype, or float32 where that would round it."""
+    spec = spec or _ALPHA
     single: float = struct.unpack("<f", struct.pack("<f", alpha))[0]
     wide = TensorSpec("F32", spec.shape)
     if spec.dtype == "F64":

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from loratools.errors import InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.peft import PREFIX, pattern_value, whole_parameter
+from loratools.formats.lora_config import pattern_value
+from loratools.formats.peft import PREFIX, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
