@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratools.errors import AdapterError, InputError
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.kohya import Kohya
@@ -21,6 +21,7 @@ __all__ = [
     "Header",
     "Hints",
     "NestedScaling",
+    "Order",
     "Part",
     "ScaleMode",
     "Written",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, final
 
-from loratools.errors import InputError
+from loratools.errors import InputError, UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
-from loratools.formats.kohya import declared_alphas, is_per_input, stored_alpha
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.kohya import declared_alphas, is_per_input, magnitude_shape, stored_alpha
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import Model, from_native, native_placements
 from loratools.formats.modules import Module, Piece, Placement, lone
-from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.suffixes import ALPHA, LYCORIS, SLOTS, SUFFIXES, unsupported_family
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +45,8 @@ class Comfy(Format):
     """Adapters under the names of the model's authors; alpha missing means alpha = rank."""
 
     name: ClassVar[str] = "comfy"
+    holds: ClassVar[frozenset[str]] = LYCORIS
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
 
     keys: Mapping[str, Mapping[str, str]]
     alphas: Mapping[str, TensorSpec]
@@ -91,7 +94,18 @@ class Comfy(Format):
         return cls(keys, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
 
     @classmethod
-    def compose(cls, parts: Mapping[str, Part]) -> Self:
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        try:
+            return arrange(list(modules), order.model)
+        except KeyError as error:
+            raise UnmappedModuleError(f"ComfyUI has no name for {error.args[0]}") from error
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        return magnitude_shape(part, count)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new file, in the suffixes that every version of ComfyUI reads."""
         keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
@@ -109,8 +123,11 @@ class Comfy(Format):
             return Placement(rule, tuple(Piece(Module(component, name), rows) for name, rows in parts))
         if not _NATIVE.match(target):
             return None
-        unet = path.startswith(("down_blocks.", "up_blocks.", "mid_block."))
-        return lone("ComfyUI names", "unet" if unet else "transformer", path)
+        return lone("ComfyUI names", "unet" if self._is_unet else "transformer", path)
+
+    @cached_property
+    def _is_unet(self) -> bool:
+        return any(re.match(r"(diffusion_model\.)?(down_blocks|up_blocks|mid_block)\.", target) for target in self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import InputError
+from loratools.errors import InputError, UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.kohya import stored_alpha
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.lora_config import rank_fields, stated_scale, target_modules
@@ -51,7 +51,8 @@ class Diffusers(Format):
     """LoRA and DoRA of the components of a pipeline; without metadata, every scale is 1."""
 
     name: ClassVar[str] = "diffusers"
-    families: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    holds: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "up_bias", "magnitude"})
 
     configs: Mapping[str, Mapping[str, Any]] | None  # component -> LoraConfig; None for a file without metadata
     keys: Mapping[str, Mapping[str, str]]
@@ -86,14 +87,34 @@ class Diffusers(Format):
         return cls(configs, keys, alphas, tuple(extras), {}, tuple(warnings))
 
     @classmethod
-    def compose(cls, parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any]] | None) -> Self:
-        """The dialect of a new file; `configs` None for one that is to carry no metadata."""
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        if lost := [m for m in modules if not m.component]:
+            raise UnmappedModuleError(f"{lost[0]}: which component of a pipeline it belongs to is not known")
+        return {str(m): Placement("diffusers names", (Piece(m),)) for m in modules}
+
+    @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        if layout.magnitude_axis == 1 and "magnitude" in slots:
+            return "a magnitude per input"
+        return Format.lacks(layout, slots)
+
+    def carried_config(self) -> Mapping[str, Any]:
+        return self.configs or {}
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        kernel = 0 if part.shape is None else len(part.shape) - 2
+        return (1, count, *(1 for _ in range(kernel))) if kernel > 0 else (count,)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
+        configs: dict[str, dict[str, Any]] | None = None
         keys = {target: {slot: f"{target}.{_SPELLINGS[slot]}" for slot in part.slots} for target, part in parts.items()}
-        if configs is not None:
-            filled = {}
+        if order.metadata:
+            configs = {}
             for component in dict.fromkeys(_split(target)[0] for target in parts):
                 here = {_split(t)[1]: part for t, part in parts.items() if _split(t)[0] == component}
-                filled[component] = {
+                configs[component] = {
                     "r": 0,
                     "lora_alpha": 0,
                     "target_modules": target_modules(list(here)),
@@ -103,9 +124,8 @@ class Diffusers(Format):
                     "use_dora": any("magnitude" in part.slots for part in here.values()),
                     "lora_bias": any("up_bias" in part.slots for part in here.values()),
                     "bias": "none",
-                    **configs.get(component, {}),
+                    **(order.config.get(component) or {}),
                 }
-            configs = filled
         return cls(configs, keys, frozenset(), (), {}, ())
 
     def place(self, target: str) -> Placement | None:
@@ -168,14 +188,6 @@ class Diffusers(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {key: key for key in self.extras if _COMPONENT.match(key) and key.endswith((".weight", ".bias"))}
-
-
-def arrange(modules: Mapping[Module, tuple[int, ...] | None]) -> dict[str, Placement]:
-    """diffusers' targets; KeyError for a module of no component."""
-    for module in modules:
-        if not module.component:
-            raise KeyError(module)
-    return {str(module): Placement("diffusers names", (Piece(module),)) for module in modules}
 
 
 def _parse(key: str) -> tuple[str, str] | None:

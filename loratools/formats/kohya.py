@@ -7,17 +7,21 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools.errors import UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.kohya_names import place
-from loratools.formats.modules import Placement
-from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.kohya_names import arrange, place
+from loratools.formats.modules import Module, Placement
+from loratools.formats.suffixes import ALPHA, LYCORIS, SLOTS, SUFFIXES, unsupported_family
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from loratools.formats.layouts import Model
+
 _ALPHA = TensorSpec("F32", ())
+_VERSIONS: Mapping[Model, str] = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3m"}
 
 
 @final
@@ -26,6 +30,8 @@ class Kohya(Format):
     """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
 
     name: ClassVar[str] = "kohya"
+    holds: ClassVar[frozenset[str]] = LYCORIS
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
     keys: Mapping[str, Mapping[str, str]]
@@ -65,6 +71,29 @@ class Kohya(Format):
             warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and is_per_input(header, slots))
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
+
+    @classmethod
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        try:
+            return arrange(list(modules), order.model)
+        except KeyError as error:
+            raise UnmappedModuleError(f"sd-scripts has no name for {error.args[0]}") from error
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Kohya:
+        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
+        return cls(keys, {}, per_input, (), {}, ())
+
+    @classmethod
+    def fresh_metadata(cls, order: Order) -> dict[str, str]:
+        known = {"ss_network_module": "networks.lora", "ss_network_dim": "", "ss_network_alpha": ""}
+        version = _VERSIONS.get(order.model) if order.model else None
+        return known | ({"ss_base_model_version": version} if version else {})
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        return magnitude_shape(part, count)
 
     def place(self, target: str) -> Placement | None:
         return place(target, is_flux=self.is_flux)
@@ -110,6 +139,13 @@ class Kohya(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {}
+
+
+def magnitude_shape(part: Part, count: int) -> tuple[int, ...]:
+    """(m, 1) or (1, n), with ones for the kernel: as LyCORIS keeps what its norm does not sum over."""
+    kernel = 0 if part.shape is None else len(part.shape) - 2
+    ends = (1, count) if part.layout.magnitude_axis == 1 else (count, 1)
+    return (*ends, *(1 for _ in range(kernel)))
 
 
 def is_per_input(header: Header, slots: Mapping[str, str]) -> bool:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from typing_extensions import Self
+from loratools._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
 
 # The components of an image model; a lone model has none.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -44,6 +49,16 @@ class Rows:
     def count(self) -> int:
         """Units taken."""
         return sum(stop - start for start, stop in self.ranges)
+
+    def indices(self, total: int) -> Tensor:
+        """The rows, as indices into the `total` rows of the whole update; ValueError where units do not divide them."""
+        unit, rest = divmod(total, self.units)
+        if rest:
+            raise ValueError(f"{total} rows do not come in {self.units} parts")
+        found = torch.cat([torch.arange(start * unit, stop * unit) for start, stop in self.ranges])
+        if self.heads:
+            found = found.reshape(self.heads, -1, 2).transpose(1, 2).reshape(-1)
+        return found
 
     @classmethod
     def part(cls, index: int, weights: Iterable[int]) -> Self:

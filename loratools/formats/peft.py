@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import AdapterError, InputError
+from loratools.errors import AdapterError, InputError, UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
-from loratools.formats.modules import Placement, lone
+from loratools.formats.modules import Module, Piece, Placement, lone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Set
 
     from loratools.storage.base import TensorSpec
 
@@ -75,6 +76,8 @@ class Peft(Format):
     """PEFT's LoRA and DoRA; `config` None stands for a weights file alone, whose alpha nobody knows."""
 
     name: ClassVar[str] = "peft"
+    holds: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "up_bias", "magnitude"})
 
     config: Mapping[str, Any] | None
     alpha: float | None  # given by the user where there is no config
@@ -148,8 +151,29 @@ class Peft(Format):
         return cls(config, hints.alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
 
     @classmethod
-    def compose(cls, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Peft:
-        """The dialect of a new LoRA adapter: `config` gives what is not about ranks, `declare` the rest."""
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        components = list(dict.fromkeys(m.component for m in modules))
+        if len(components) > 1:
+            raise UnmappedModuleError(
+                f"a PEFT adapter is for one model, and this has {', '.join(components)}; choose one with --component"
+            )
+        return {m.path: Placement("PEFT names", (Piece(m),)) for m in modules}
+
+    @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        return "a magnitude per input" if layout.magnitude_axis == 1 and "magnitude" in slots else None
+
+    def carried_config(self) -> Mapping[str, Any]:
+        return self.config or {}
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        kernel = 0 if part.shape is None else len(part.shape) - 2
+        return (1, count, *(1 for _ in range(kernel))) if kernel > 0 else (count,)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Peft:
+        """The dialect of a new adapter: `order.config` gives what is not about ranks, `declare` the rest."""
         keys: dict[str, dict[str, str]] = {}
         for target, part in parts.items():
             spellings = _EMBEDDING_SPELLINGS if part.layout.embedding else _SPELLINGS
@@ -173,11 +197,16 @@ class Peft(Format):
             "init_lora_weights": True,
         }
         layouts = {target: part.layout for target, part in parts.items()}
-        return cls(fields | dict(config), None, keys, layouts, (), {}, ())
+        return cls(fields | dict(order.config), None, keys, layouts, (), {}, ())
 
     def place(self, target: str) -> Placement | None:
-        component = next((name for name, begins in _COMPONENTS.items() if begins.match(target)), "")
+        component = self._component
         return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
+
+    @cached_property
+    def _component(self) -> str:
+        """The component of an image model that the adapter is for, "" for any other model: one for all its targets."""
+        return next((name for name, begins in _COMPONENTS.items() if any(map(begins.match, self.keys))), "")
 
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]
