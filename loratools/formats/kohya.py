@@ -184,11 +184,23 @@ def stored_alpha(alpha: float, spec: TensorSpec | None = None) -> tuple[float, T
 
 
 def _true_metadata(metadata: Mapping[str, str], written: Mapping[str, Written]) -> dict[str, str]:
-    """Rank and alpha fields restated as sd-scripts spells them, `Dynamic` where modules differ."""
+    """Rank and alpha fields restated, `Dynamic` where modules differ; kept while some module has the number stated.
+
+    For sd-scripts they are what training began with, and convolutions and single blocks may have numbers of their own.
+    """
     true = dict(metadata)
-    ranks, alphas = {w.rank for w in written.values()}, {w.rank * w.scale for w in written.values()}
-    if "ss_network_dim" in true and ranks:
-        true["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    if "ss_network_alpha" in true and alphas:
-        true["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    ranked = [w for w in written.values() if w.rank]
+    for name, numbers in (
+        ("ss_network_dim", {float(w.rank) for w in ranked}),
+        ("ss_network_alpha", {w.rank * w.scale for w in ranked}),
+    ):
+        if name in true and numbers and _number(true[name]) not in numbers:
+            true[name] = f"{numbers.pop():g}" if len(numbers) == 1 else "Dynamic"
     return true
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -170,7 +170,18 @@ class PeftMethod(Format):
         return self
 
     def replacements(self) -> Mapping[str, str]:
-        return {key: whole_parameter(key) for key in self.extras if key.startswith(PREFIX)}
+        """Modules and biases saved whole, as far as the config says that there are any."""
+        saved = [str(name) for name in self.config.get("modules_to_save") or ()]
+        biases = self.config.get("bias", "none") != "none"
+        return {
+            key: whole_parameter(key)
+            for key in self.extras
+            if key.startswith(PREFIX)
+            and key.endswith((".weight", ".bias"))
+            and (
+                ".base_layer." in key or any(f".{name}." in key for name in saved) or (biases and key.endswith(".bias"))
+            )
+        }
 
 
 def _kind(config: Config) -> str:

@@ -17,7 +17,7 @@ from loratools.families import DoRA, Update
 from loratools.families.regroup import padded, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
-from loratools.formats.layouts import Model, model_of
+from loratools.formats.layouts import NATIVE_RULES, Model, model_of
 from loratools.formats.layouts.flat import flatten
 from loratools.formats.modules import Module, Placement, Rows
 from loratools.ops.lowering import Lowered, Lowering, lowered
@@ -80,7 +80,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     carried = _carried(adapter)
     modules = _modules(adapter, options, notes)
     shapes = {m: _module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
-    model = options.model or model_of(shapes, adapter.metadata)
+    model = options.model or _model_named(adapter) or model_of(shapes, adapter.metadata)
     back = carried if carried is not None and carried.get("format") == to else None
     order = Order(model, (back or {}).get("config") or {}, options.metadata)
     placements = _named(destination.arrange(shapes, order), (back or {}).get("names") or {})
@@ -148,6 +148,13 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
     if not found:
         raise UnmappedModuleError(f"nothing to convert: no target is of the component {options.component}")
     return found
+
+
+def _model_named(adapter: Adapter) -> Model | None:
+    """The model whose authors' names the targets have, where they have any."""
+    placements = (adapter.format.place(target) for target in adapter.entries)
+    found = {NATIVE_RULES[p.rule] for p in placements if p is not None and p.rule in NATIVE_RULES}
+    return found.pop() if len(found) == 1 else None
 
 
 def _pieces(adapter: Adapter) -> list[Module]:
@@ -390,7 +397,7 @@ def _odd_names(adapter: Adapter, options: Convert) -> dict[str, str]:
         if (placement := adapter.format.place(target))
         for piece in placement.pieces
     }
-    order = Order(options.model or model_of(modules, adapter.metadata))
+    order = Order(options.model or _model_named(adapter) or model_of(modules, adapter.metadata))
     try:
         usual = type(adapter.format).arrange(modules, order)
     except AdapterError:
@@ -421,7 +428,12 @@ def _report(
 ) -> ConvertReport:
     targets = {
         target: ConvertedTarget(
-            build.job.sources, build.job.rule, b.family.family, b.rank, build.actions, build.relative_error
+            build.job.sources,
+            " and ".join(dict.fromkeys(p.rule for s in build.job.sources if (p := adapter.format.place(s)))),
+            b.family.family,
+            b.rank,
+            build.actions,
+            build.relative_error,
         )
         for target, build in builds.items()
         for b in (build.entry,)

@@ -12,6 +12,15 @@ from loratools.formats.modules import WHOLE, Module, Piece, Placement, Rows
 Model = Literal["sd", "sdxl", "flux", "sd3", "wan", "qwen"]
 MODELS: tuple[Model, ...] = get_args(Model)
 
+# What names say of the model, by the rule that read them.
+NATIVE_RULES: Mapping[str, Model] = {
+    "FLUX names": "flux",
+    "XLabs names": "flux",
+    "SD3 names": "sd3",
+    "SDXL names": "sdxl",
+    "Wan names": "wan",
+}
+
 _SDXL_CONTEXT = 2048  # columns of what SDXL's cross attention reads
 
 
