@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratools.base_weights import load_base
-from loratools.errors import UnchangedError
+from loratools.errors import NeedsBaseError, UnchangedError
 from loratools.files import load
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
 from loratools.ranks import Frobenius
