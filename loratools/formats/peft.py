@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.method_settings import token_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,7 +28,11 @@ _KEY = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 # What stands between a module and its own parameter where that was saved whole.
-_INFIX = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+_INFIX = re.compile(
+    r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)|\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.)"
+)
+# Rows of an embedding table, beside factors of other targets.
+_TOKENS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
 _SLOTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -109,7 +114,11 @@ class Peft(Format):
         groups: dict[str, dict[str, str]] = {}
         embeddings: set[str] = set()
         extras: list[str] = []
+        tokens: dict[str, str] = {}
         for key in header.specs:
+            if config is not None and (rows := _TOKENS.match(key.removeprefix(PREFIX))):
+                tokens[rows["module"]] = key
+                continue
             match = _KEY.match(key.removeprefix(PREFIX))
             slot = _SLOTS.get((match["part"], match["leaf"])) if match else None
             if match is None or slot is None:
@@ -138,6 +147,12 @@ class Peft(Format):
                 down = header.specs[slots["down"]].shape if "down" in slots else ()
                 layouts[module] = Layout(transposed=transposed and len(down) == 2)
         warnings = []
+        for module, key in tokens.items():
+            if module in keys:
+                extras.append(key)
+                warnings.append(f"{module} has trained rows beside its factors; they are carried along, not applied")
+            else:
+                keys[module], layouts[module] = {"token_rows": key}, Layout()
         if config is None and hints.alpha is None:
             warnings.append(
                 "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
@@ -193,10 +208,15 @@ class Peft(Format):
     def layout(self, target: str) -> Layout:
         return self.layouts[target]
 
+    def settings(self, target: str) -> Mapping[str, Any]:
+        return token_settings(self.config or {}, target) if "token_rows" in self.keys[target] else {}
+
     def scale_key(self, target: str) -> str | None:
         return None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if "token_rows" in self.keys[target]:
+            return 1.0
         if self.config is None:
             return (1.0 if self.alpha is None else self.alpha) / rank
         alpha = pattern_value(
@@ -212,6 +232,7 @@ class Peft(Format):
         return 1.0 if mode == "fold" else scale
 
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
+        written = {target: w for target, w in written.items() if "token_rows" not in self.keys[target]}
         if self.config is None or self._is_true(self.config, written):
             return Declaration(self.config, metadata)
         rslora = bool(self.config.get("use_rslora")) and any(w.scale != 1.0 for w in written.values())
