@@ -34,7 +34,8 @@ def delta(
     from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling)
+    weights = open_base(base)
+    adapter = open_adapter(path, alpha=alpha, scaling=scaling, base=weights)
     with Progress() as progress:
-        report = loratools.delta_file(progress.watch(adapter), output, base=open_base(base), target=target, force=force)
+        report = loratools.delta_file(progress.watch(adapter), output, base=weights, target=target, force=force)
     shown.show(report)

@@ -38,10 +38,11 @@ def diff(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
-    first, second = (open_adapter(path, alpha=alpha, scaling=scaling) for path in (a, b))
+    weights = open_base(base)
+    first, second = (open_adapter(path, alpha=alpha, scaling=scaling, base=weights) for path in (a, b))
     with Progress() as progress:
         pair = progress.watch(first), progress.watch(second)
-        report = loratools.diff(*pair, base=open_base(base), tolerance=tolerance, device=device)
+        report = loratools.diff(*pair, base=weights, tolerance=tolerance, device=device)
     shown.show(report)
     if not report.same:
         raise typer.Exit(ExitCode.DIFFERENT)

@@ -39,12 +39,13 @@ def inspect(
 
     shown = Output(as_json=as_json, everything=everything)
     options.check_device(device)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling)
+    weights = open_base(base)
+    adapter = open_adapter(path, alpha=alpha, scaling=scaling, base=weights)
     with Progress() as progress:
         report = inspect_adapter(
             progress.watch(adapter),
             target=target,
-            base=open_base(base),
+            base=weights,
             nested=nested,
             device=device,
             allow_nonfinite=allow_nonfinite,

@@ -47,6 +47,11 @@ class BaseWeights:
             near = [n for n in names if f"_{n.removesuffix('.weight').replace('.', '_')}".endswith(f"_{flat}")]
         return near[0] if len(near) == 1 else None
 
+    def shape_of(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of `parameter`, from the header; None where there is no or no single match."""
+        name = self.name_of(parameter)
+        return None if name is None else self.source.specs[name].shape
+
     def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
         """The weight of `parameter`, in the base's own layout.
 

@@ -23,6 +23,7 @@ from loratools.storage.header import header_bytes, quoted
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
+    from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
 
 CONFIG_NAME = "adapter_config.json"
@@ -44,18 +45,26 @@ class Saved:
     config: Path | None
 
 
-def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: NestedScaling | None = None) -> Adapter:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    scaling: NestedScaling | None = None,
+    base: BaseWeights | None = None,
+) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
-    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state. Raises InputError for what
-    cannot be read or recognised and AdapterError for incomplete or mismatched updates, naming file and target.
+    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state; the shapes of `base` do, for
+    random projections that were not saved. Raises InputError for what cannot be read or recognised and AdapterError
+    for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
     config = _read_config(config_path) if config_path else None
     source = open_source(weights)
     try:
         header = Header(weights, source.specs, source.metadata, config)
-        bound = recognise(header).bind(header, Hints(alpha, scaling))
+        hints = Hints(alpha, scaling, None if base is None else base.shape_of)
+        bound = recognise(header).bind(header, hints)
         entries, zeros = {}, []
         for target, keys in bound.keys.items():
             try:
@@ -107,7 +116,7 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         raise AdapterError(f"its alpha makes the scale {scale}")
     references = bound.references(target)
     settings = {**bound.settings(target), **({} if alpha is None else {"alpha": alpha})}
-    if missing := sorted(family.references - set(references)):
+    if missing := sorted(family.references - set(references) - family.redrawn(settings)):
         raise AdapterError(f"the tensors that its targets share are not in the file: {', '.join(missing)}")
 
     def read() -> Update:

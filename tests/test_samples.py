@@ -35,8 +35,8 @@ WITHOUT_REFERENCE = {
 NOT_WEIGHTS = {"peft/prompt_tuning": "PROMPT_TUNING is a prompt"}
 # Not decoded yet, and refused by name.
 UNSUPPORTED_PEFT = {
-    "adalora", "c3a", "fourierft", "gralora", "ia3", "ln_tuning", "miss", "oft", "oft_cayley_neumann", "pvera",
-    "randlora", "road", "shira", "tinylora", "trainable_tokens", "unilora", "unilora_indices", "vblora", "vera",
+    "c3a", "fourierft", "gralora", "miss",
+    "randlora", "road", "tinylora", "unilora", "unilora_indices", "vblora",
 }  # fmt: skip
 REFUSED = {
     **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},

@@ -5,18 +5,59 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import AdapterError
+from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
+from loratools.families.boft import BOFT
 from loratools.families.dora import DoRA
+from loratools.families.hra import HRA
+from loratools.families.ia3 import IA3
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
+from loratools.families.oft import OFT
+from loratools.families.pvera import PVeRA
+from loratools.families.shira import SHiRA
+from loratools.families.trainable_tokens import TrainableTokens
+from loratools.families.vera import VeRA
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-FAMILIES: tuple[type[Update], ...] = (LoRA, DoRA, LoHa, LoKr)
+FAMILIES: tuple[type[Update], ...] = (
+    LoRA,
+    DoRA,
+    LoHa,
+    LoKr,
+    AdaLoRA,
+    VeRA,
+    PVeRA,
+    IA3,
+    OFT,
+    BOFT,
+    HRA,
+    SHiRA,
+    TrainableTokens,
+)
 
-__all__ = ["FAMILIES", "DoRA", "Layout", "LoHa", "LoKr", "LoRA", "Update", "family_of"]
+__all__ = [
+    "BOFT",
+    "FAMILIES",
+    "HRA",
+    "IA3",
+    "OFT",
+    "AdaLoRA",
+    "DoRA",
+    "Layout",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "PVeRA",
+    "SHiRA",
+    "TrainableTokens",
+    "Update",
+    "VeRA",
+    "family_of",
+]
 
 
 def family_of(slots: Collection[str]) -> type[Update]:

@@ -64,6 +64,11 @@ class Update(ABC):
         """Build from stored tensors by slot, shared ones included."""
 
     @classmethod
+    def redrawn(cls, settings: Settings) -> frozenset[str]:
+        """The shared tensors that a file may lack, for these settings say how they were drawn at random."""
+        return frozenset()
+
+    @classmethod
     @abstractmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         """What is wrong with these shapes, or None; needs no tensor data."""
@@ -154,3 +159,11 @@ def base_matrix(family: str, base: Tensor | None, layout: Layout) -> Tensor:
         raise NeedsBaseError(f"the delta of {family} depends on the base weight")
     matrix = base.T if layout.transposed else base.flatten(1) if base.ndim > 1 else base.unsqueeze(1)
     return matrix.double()
+
+
+def base_size(family: str, base: Tensor | None, layout: Layout) -> tuple[int, int]:
+    """(m, n) of the base weight, for a delta that its shape alone decides; NeedsBaseError where there is none."""
+    if base is None:
+        raise NeedsBaseError(f"the delta of {family} depends on the base weight, for its shape")
+    outputs, inputs = base.shape[0], base[0].numel() if len(base) else 0
+    return (inputs, outputs) if layout.transposed else (outputs, inputs)

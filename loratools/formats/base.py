@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
     from typing_extensions import Self
@@ -35,10 +35,12 @@ NestedScaling = Literal["none", "rank", "sqrt"]
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user knows and a file may not state: alpha, and how MatryoshkaLoRA scaled each rank."""
+    """What the user knows and a file may not state: alpha, how MatryoshkaLoRA scaled each rank, and the shapes of the
+    base parameters by name."""
 
     alpha: float | None = None
     scaling: NestedScaling | None = None
+    base_shape: Callable[[str], tuple[int, ...] | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
+from loratools.formats.method_settings import token_settings
 from loratools.formats.modules import Module, Piece, Placement, lone
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ _KEY = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 # What stands between a module and its own parameter where that was saved whole.
-_INFIX = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+_INFIX = re.compile(
+    r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)|\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.)"
+)
+# Rows of an embedding table, beside factors of other targets.
+_TOKENS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
 _SLOTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -104,7 +109,11 @@ class Peft(Format):
         groups: dict[str, dict[str, str]] = {}
         embeddings: set[str] = set()
         extras: list[str] = []
+        tokens: dict[str, str] = {}
         for key in header.specs:
+            if config is not None and (rows := _TOKENS.match(key.removeprefix(PREFIX))):
+                tokens[rows["module"]] = key
+                continue
             match = _KEY.match(key.removeprefix(PREFIX))
             slot = _SLOTS.get((match["part"], match["leaf"])) if match else None
             if match is None or slot is None:
@@ -133,6 +142,12 @@ class Peft(Format):
                 down = header.specs[slots["down"]].shape if "down" in slots else ()
                 layouts[module] = Layout(transposed=transposed and len(down) == 2)
         warnings = []
+        for module, key in tokens.items():
+            if module in keys:
+                extras.append(key)
+                warnings.append(f"{module} has trained rows beside its factors; they are carried along, not applied")
+            else:
+                keys[module], layouts[module] = {"token_rows": key}, Layout()
         if config is None and hints.alpha is None:
             warnings.append(
                 "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
@@ -218,10 +233,15 @@ class Peft(Format):
     def layout(self, target: str) -> Layout:
         return self.layouts[target]
 
+    def settings(self, target: str) -> Mapping[str, Any]:
+        return token_settings(self.config or {}, target) if "token_rows" in self.keys[target] else {}
+
     def scale_key(self, target: str) -> str | None:
         return None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if "token_rows" in self.keys[target]:
+            return 1.0
         if self.config is None:
             return (1.0 if self.alpha is None else self.alpha) / rank
         return stated_scale(self.config, target, rank)
@@ -234,7 +254,8 @@ class Peft(Format):
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
         if self.config is None:
             return Declaration(None, metadata)
-        fields = rank_fields(self.config, written)
+        factored = {target: w for target, w in written.items() if "token_rows" not in self.keys[target]}
+        fields = rank_fields(self.config, factored) if factored else {}
         return Declaration({**self.config, **fields} if fields else self.config, metadata)
 
     def parameter(self, target: str) -> str:

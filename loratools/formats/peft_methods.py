@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import InputError
+from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
 from loratools.formats.lora_config import pattern_value
+from loratools.formats.method_settings import (
+    adalora_scale,
+    hra_settings,
+    ia3_settings,
+    oft_settings,
+    token_settings,
+    vera_settings,
+)
 from loratools.formats.peft import PREFIX, whole_parameter
 
 if TYPE_CHECKING:
@@ -62,6 +70,18 @@ METHODS: Mapping[str, Method] = {
         _named("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b") | {"lokr_t2": "lokr_t2"},
         scale=_alpha_over_rank,
     ),
+    "ADALORA": Method({"lora_A": "down", "lora_B": "up", "lora_E": "singular"}, scale=adalora_scale),
+    "VERA": Method(_named("vera_lambda_b", "vera_lambda_d"), shared=_named("vera_A", "vera_B"), settings=vera_settings),
+    "PVERA": Method(
+        _named("pvera_lambda_b", "pvera_lambda_d"), shared=_named("pvera_A", "pvera_B"), settings=vera_settings
+    ),
+    "IA3": Method(_named("ia3_l"), settings=ia3_settings),
+    "OFT": Method(_named("oft_R", "oft_embedding_R"), settings=oft_settings),
+    "BOFT": Method(_named("boft_R", "boft_s")),
+    "HRA": Method(_named("hra_u"), settings=hra_settings),
+    "SHIRA": Method(_named("shira_weight", "shira_indices")),
+    "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
+    "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
@@ -94,6 +114,7 @@ class PeftMethod(Format):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]
     warnings: tuple[str, ...]
+    largest: tuple[int, int] | None = None  # (outputs, inputs) over all targets, where the base was given and counts
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
@@ -124,13 +145,30 @@ class PeftMethod(Format):
         warnings = []
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect keeps it in its config")
-        return cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+        if header.config.get("sample_at_inference"):
+            warnings.append("it adds noise at inference (sample_at_inference); the delta is that of the mean")
+        bound = cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+        if hints.base_shape is None or len(shared) == len(method.shared):
+            return bound
+        return replace(bound, largest=bound._largest(header, hints.base_shape))
+
+    def _largest(self, header: Header, base_shape: Callable[[str], tuple[int, ...] | None]) -> tuple[int, int] | None:
+        shapes = []
+        for target in self.keys:
+            shape = base_shape(self.parameter(target))
+            if shape is None or len(shape) != 2:
+                raise AdapterError(
+                    f"{header.path}: the base has no matrix {self.parameter(target)}; is it the right base?"
+                )
+            shapes.append(shape[::-1] if self.layout(target).transposed else shape)
+        return (max(m for m, _ in shapes), max(n for _, n in shapes)) if shapes else None
 
     def references(self, target: str) -> Mapping[str, str]:
         return self.shared
 
     def settings(self, target: str) -> Mapping[str, Any]:
-        return self.method.settings(self.config, target)
+        found = self.method.settings(self.config, target)
+        return found if self.largest is None else {**found, "largest": self.largest}
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
@@ -170,18 +208,13 @@ class PeftMethod(Format):
         return self
 
     def replacements(self) -> Mapping[str, str]:
-        """Modules and biases saved whole, as far as the config says that there are any."""
-        saved = [str(name) for name in self.config.get("modules_to_save") or ()]
-        biases = self.config.get("bias", "none") != "none"
-        return {
-            key: whole_parameter(key)
-            for key in self.extras
-            if key.startswith(PREFIX)
-            and key.endswith((".weight", ".bias"))
-            and (
-                ".base_layer." in key or any(f".{name}." in key for name in saved) or (biases and key.endswith(".bias"))
-            )
-        }
+        """Modules and biases saved whole, as far as the method or the config says that there are any."""
+        whole = [key for key in self.extras if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))]
+        if self.method.slots:
+            saved = [f".{name}." for name in self.config.get("modules_to_save") or ()] + [".base_layer."]
+            ends = ".bias" if self.config.get("bias", "none") != "none" else "\0"
+            whole = [key for key in whole if key.endswith(ends) or any(name in key for name in saved)]
+        return {key: whole_parameter(key) for key in whole}
 
 
 def _kind(config: Config) -> str:

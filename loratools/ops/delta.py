@@ -50,7 +50,10 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     update = entry.read()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
         raise nonfinite_error(name)
-    dense = update.delta(weight if entry.family.needs_base else None)
+    try:
+        dense = update.delta(weight if entry.family.needs_base else None)
+    except AdapterError as error:
+        raise type(error)(f"{name}: {error}") from error
     if weight is not None and dense.shape != weight.shape:
         if dense.ndim == 3 and dense.mT.shape == weight.shape:
             dense = dense.mT.contiguous()  # experts stored as (experts, in, out)
