@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: N
                 entries[target] = _entry(source, bound, target, keys, alpha_stored)
             except AdapterError as error:
                 raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if alpha_stored == 0.0:
+            if alpha_stored == 0.0 and entries[target].rank:
                 zeros.append(target)
     except BaseException:
         source.close()

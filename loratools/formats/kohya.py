@@ -7,9 +7,11 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools.errors import AdapterError
+from loratools.families import family_of
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.suffixes import ALPHA, SUFFIXES, UNSUPPORTED, is_slot, place
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -21,7 +23,10 @@ _ALPHA = TensorSpec("F32", ())
 @final
 @dataclass(frozen=True)
 class Kohya(Format):
-    """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
+    """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts.
+
+    A module may be of any family. A change of its bias is a target of its own, `<module>.bias`.
+    """
 
     name: ClassVar[str] = "kohya"
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -35,7 +40,10 @@ class Kohya(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return any(key.partition(".")[2] in SLOTS for key in header.specs)
+        modules = _by_module(header)
+        return any(
+            suffix in UNSUPPORTED or is_slot(suffix, siblings) for siblings in modules.values() for suffix in siblings
+        )
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Kohya:
@@ -43,22 +51,25 @@ class Kohya(Format):
         alphas: dict[str, TensorSpec] = {}
         unsupported: dict[str, str] = {}
         extras: list[str] = []
+        modules = _by_module(header)
         for key in header.specs:
-            target, _, suffix = key.partition(".")
-            if suffix in SLOTS:
-                groups.setdefault(target, {})[SLOTS[suffix]] = key
+            module, _, suffix = key.partition(".")
+            if reasons := [UNSUPPORTED[s] for s in modules[module] if s in UNSUPPORTED]:
+                unsupported[module] = reasons[0]
+                extras.append(key)
             elif suffix == ALPHA:
-                alphas[target] = header.specs[key]
+                alphas[module] = header.specs[key]
+            elif is_slot(suffix, modules[module]):
+                target, slot = place(module, suffix, header.specs[key].shape)
+                if (other := groups.setdefault(target, {}).setdefault(slot, key)) != key:
+                    raise AdapterError(f"{header.path}: {target} has two tensors for {slot}: {other} and {key}")
             else:
                 extras.append(key)
-                if family := unsupported_family(suffix):
-                    unsupported[target] = f"{family} is not supported yet; carried over unchanged"
         warnings = []
         for target in [t for t in alphas if t not in groups]:
             extras.append(f"{target}.alpha")
             del alphas[target]
-            if target not in unsupported:
-                warnings.append(f"{target}: an alpha without factors, carried over unchanged")
+            warnings.append(f"{target}: an alpha without factors, carried over unchanged")
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
@@ -74,6 +85,8 @@ class Kohya(Format):
         return f"{target}.alpha" if target in self.alphas else None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if stored_alpha is not None and not math.isfinite(stored_alpha):
+            return stored_alpha  # which is refused, also where alpha is no scale
         return stored_alpha / rank if stored_alpha and rank else 1.0
 
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
@@ -93,7 +106,7 @@ class Kohya(Format):
         return Declaration(None, _true_metadata(metadata, written), scalars)
 
     def parameter(self, target: str) -> str:
-        return f"{target}.weight"
+        return target if "." in target else f"{target}.weight"
 
     @property
     def nested_scaling(self) -> NestedScaling | None:
@@ -109,10 +122,26 @@ class Kohya(Format):
         return {}
 
 
+def _by_module(header: Header) -> dict[str, dict[str, str]]:
+    """Module -> suffix -> key."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in header.specs:
+        module, _, suffix = key.partition(".")
+        modules.setdefault(module, {})[suffix] = key
+    return modules
+
+
 def _is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
-    shape = header.specs[slots["magnitude"]].shape
-    outputs = header.specs[slots["up"]].shape[0] if "up" in slots else 0
-    return len(shape) > 1 and shape[0] == 1 and outputs != 1
+    """A magnitude (1, inputs, ...) runs along the inputs, one of a single number where that is not the only output."""
+    magnitude = header.specs[slots["magnitude"]]
+    if len(magnitude.shape) < 2 or magnitude.shape[0] != 1:
+        return False
+    try:
+        family = family_of(slots)
+    except AdapterError:
+        return False  # which is reported where the update is read
+    specs = {slot: header.specs[key] for slot, key in slots.items()}
+    return magnitude.numel != 1 or family.check(specs, Layout()) is not None
 
 
 def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
@@ -133,7 +162,8 @@ def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
 def _true_metadata(metadata: Mapping[str, str], written: Mapping[str, Written]) -> dict[str, str]:
     """Rank and alpha fields restated as sd-scripts spells them, `Dynamic` where modules differ."""
     true = dict(metadata)
-    ranks, alphas = {w.rank for w in written.values()}, {w.rank * w.scale for w in written.values()}
+    ranked = [w for w in written.values() if w.rank]  # the others have none to state
+    ranks, alphas = {w.rank for w in ranked}, {w.rank * w.scale for w in ranked}
     if "ss_network_dim" in true and ranks:
         true["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     if "ss_network_alpha" in true and alphas:
