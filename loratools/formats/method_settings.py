@@ -106,7 +106,8 @@ def token_settings(config: Config, target: str) -> Mapping[str, Any]:
         if len(fits) != 1:
             raise InputError(f"adapter_config.json: {field} does not tell the tokens of {target} in a single entry")
         listed = listed[fits[0]]
-    good = isinstance(listed, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in listed)
-    if not good or min(listed, default=0) < 0 or max(listed, default=0) >= 2**63 or len(set(listed)) != len(listed):
+    if not isinstance(listed, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in listed):
+        raise _problem(field, listed, "a list of different token numbers")
+    if min(listed, default=0) < 0 or max(listed, default=0) >= 2**63 or len(set(listed)) != len(listed):
         raise _problem(field, listed, "a list of different token numbers")
     return {"tokens": tuple(listed)}
