@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -47,3 +49,12 @@ class UnchangedError(LoratoolsError):
 
 class MissingExtraError(LoratoolsError):
     """An optional dependency is not installed; the message holds the install line."""
+
+
+@contextmanager
+def naming(target: str) -> Iterator[None]:
+    """Put `target` in front of what an AdapterError says."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{target}: {error}") from error

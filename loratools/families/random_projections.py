@@ -32,7 +32,9 @@ class Projections:
     largest: tuple[int, int] | None  # (widest output, widest input) of all targets
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], slots: tuple[str, str], rank: int, rows: int, settings: Settings) -> Projections:
+    def of(
+        cls, tensors: Mapping[str, Tensor], slots: tuple[str, str], rank: int, rows: int, settings: Settings
+    ) -> Projections:
         """From the shared tensors where they are there, else from the settings; AdapterError for the wrong rank."""
         if not set(slots) <= set(tensors):
             return cls(rank, rows, None, settings.get("seed"), settings.get("largest"))

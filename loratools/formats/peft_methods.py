@@ -70,9 +70,7 @@ METHODS: Mapping[str, Method] = {
         scale=_alpha_over_rank,
     ),
     "ADALORA": Method({"lora_A": "down", "lora_B": "up", "lora_E": "singular"}, scale=adalora_scale),
-    "VERA": Method(
-        _named("vera_lambda_b", "vera_lambda_d"), shared=_named("vera_A", "vera_B"), settings=vera_settings
-    ),
+    "VERA": Method(_named("vera_lambda_b", "vera_lambda_d"), shared=_named("vera_A", "vera_B"), settings=vera_settings),
     "PVERA": Method(
         _named("pvera_lambda_b", "pvera_lambda_d"), shared=_named("pvera_A", "pvera_B"), settings=vera_settings
     ),
@@ -158,7 +156,9 @@ class PeftMethod(Format):
         for target in self.keys:
             shape = base_shape(self.parameter(target))
             if shape is None or len(shape) != 2:
-                raise AdapterError(f"{header.path}: the base has no matrix {self.parameter(target)}; is it the right base?")
+                raise AdapterError(
+                    f"{header.path}: the base has no matrix {self.parameter(target)}; is it the right base?"
+                )
             shapes.append(shape[::-1] if self.layout(target).transposed else shape)
         return (max(m for m, _ in shapes), max(n for _, n in shapes)) if shapes else None
 
