@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
-from loratools.errors import AdapterError, InputError, OutputError
+from loratools.errors import AdapterError, InputError, OutputError, naming
 from loratools.families import family_of
 from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
 from loratools.storage import open_source
@@ -124,7 +124,8 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         if flip:
             tensors = {slot: tensor.T.contiguous() for slot, tensor in tensors.items()}
         shared = {slot: source.read(key) for slot, key in references.items()}
-        return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
+        with naming(target):
+            return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
 
     return Entry(family, specs, layout, rank, scale, read, alpha)
 

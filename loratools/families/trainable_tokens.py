@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, eq=False)
 class TrainableTokens(Update):
-    """token_rows (count, n): the new rows, not their differences; the setting `tokens` says whose they are."""
+    """token_rows (count, n): the new rows themselves, not their differences; the setting `tokens` says which rows."""
 
     family: ClassVar[str] = "trainable_tokens"
     required: ClassVar[frozenset[str]] = frozenset({"token_rows"})

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, naming
 from loratools.linalg.inner import frobenius, inner
 from loratools.linalg.subspace import overlap
 from loratools.linalg.svd import blocks_of, thin_svd
@@ -79,7 +79,9 @@ def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str)
     update = entry.read()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
         raise nonfinite_error(target)
-    return update.operator(base_tensor(adapter, target, entry, base)).to(torch.float64, device)
+    weight = base_tensor(adapter, target, entry, base)
+    with naming(target):
+        return update.operator(weight).to(torch.float64, device)
 
 
 def _overlaps(a: Operator, b: Operator) -> tuple[float, float]:

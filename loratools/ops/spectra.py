@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, NeedsBaseError
+from loratools.errors import AdapterError, NeedsBaseError, naming
 from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import Factored, factored, is_finite, singular_values
 from loratools.linalg.svd import blocks_of, spectrum
@@ -58,7 +58,8 @@ def stack_blocks(parts: Sequence[Operator], device: str, *, single: bool = False
     `single` lets factors of 16 bits be multiplied in float32; others are in float64 all the same.
     """
     lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
-    if len(lows) != sum(len(blocks_of(part)) for part in parts):
+    shapes = {(tuple(low.left.shape), tuple(low.right.shape)) for low in lows}  # the base may tell apart equal entries
+    if len(lows) != sum(len(blocks_of(part)) for part in parts) or len(shapes) > 1:
         return None
     single = single and all(low.left.element_size() == low.right.element_size() == 2 for low in lows)
     dtype = torch.float32 if single else torch.float64
@@ -105,7 +106,9 @@ def measure(
             if directions and base is None and isinstance(update, LowRankUpdate):
                 parts.append(update.direction_operator())
             else:
-                parts.append(low_rank_part(update, base_tensor(adapter, target, entry, base)))
+                weight = base_tensor(adapter, target, entry, base)
+                with naming(target):
+                    parts.append(low_rank_part(update, weight))
         stacked = stack_blocks(parts, device)
         if stacked is None:
             return [_measured_alone(t, p, device, allow_nonfinite) for t, p in zip(batch, parts, strict=True)]
