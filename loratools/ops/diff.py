@@ -11,7 +11,7 @@ from loratools.linalg.inner import frobenius, inner
 from loratools.linalg.subspace import overlap
 from loratools.linalg.svd import blocks_of, thin_svd
 from loratools.operators import Operator, sum_of
-from loratools.ops.spectra import base_tensor, nonfinite_error
+from loratools.ops.spectra import base_tensor, is_finite_update, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.diff import DiffReport, TargetDiff
 
@@ -77,7 +77,7 @@ def _pairs(a: Adapter, b: Adapter) -> dict[str, str]:
 def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> Operator:
     entry = adapter.entries[target]
     update = entry.read()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+    if not is_finite_update(update):
         raise nonfinite_error(target)
     return update.operator(base_tensor(adapter, target, entry, base)).to(torch.float64, device)
 
