@@ -30,6 +30,9 @@ def convert(
     no_metadata: Annotated[
         bool, Option("--no-metadata", help="Write tensors alone; the way back may then lose names and config.")
     ] = False,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Of the factors; their own by default. q8_0: GGUF.")
+    ] = None,
     drop: Annotated[
         list[str] | None,
         Option(metavar="KIND", help="Leave out what has no place: bias, extras, unsupported or unmapped."),
@@ -61,6 +64,7 @@ def convert(
       loratools convert my_lora.safetensors --to diffusers
       loratools convert my_peft_folder --to peft --portable -o portable
       loratools convert my_loha.safetensors --to peft --rank 32
+      loratools convert my_peft_folder --to gguf --base llama/config.json
     """
     from loratools.errors import UsageError
     from loratools.ops.convert import DROPPABLE, Convert, convert_file, writable_formats
@@ -82,6 +86,7 @@ def convert(
         raise UsageError(f"--rank {rank} is below 1")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy} is not a share between 0 and 1")
+    weights = open_base(base)
     how = Convert(
         lowering=Lowering(exact, rank, energy, seed),
         portable=portable,
@@ -90,9 +95,10 @@ def convert(
         drop=frozenset(drop or ()),
         model=model,
         component=component,
-        base=open_base(base),
+        base=weights,
+        dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha)
+    adapter = open_adapter(path, alpha=alpha, base=weights)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

@@ -19,6 +19,7 @@ from loratools.storage import open_source
 from loratools.storage.atomic import printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
 from loratools.storage.folder import AtomicFolder
+from loratools.storage.gguf import GGUFSink
 from loratools.storage.header import header_bytes, quoted
 from loratools.storage.safetensors import SafetensorsSink
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _WEIGHTS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "adapter_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _MAX_CONFIG_BYTES = 64 << 20
 # By which rank and alpha fields of the metadata may grow: "4" to "Dynamic", or to six digits.
 _METADATA_SLACK = 32
@@ -63,7 +64,7 @@ def load(
     source = open_source(weights)
     try:
         header = Header(weights, source.specs, source.metadata, config)
-        hints = Hints(alpha, scaling, None if base is None else base.shape_of)
+        hints = Hints(alpha, scaling, *(() if base is None else (base.shape_of, base.config)))
         bound = recognise(header).bind(header, hints)
         entries, zeros = {}, []
         for target, keys in bound.keys.items():
@@ -104,10 +105,9 @@ def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | N
 def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
-    flip = bound.is_stored_transposed(target)
+    flip = bound.transposed_slots(target)
     specs = {slot: source.specs[key] for slot, key in keys.items()}
-    if flip:
-        specs = {slot: TensorSpec(spec.dtype, spec.shape[::-1]) for slot, spec in specs.items()}
+    specs = {slot: TensorSpec(s.dtype, s.shape[::-1]) if slot in flip else s for slot, s in specs.items()}
     if problem := family.check(specs, layout):
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
@@ -121,8 +121,7 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
 
     def read() -> Update:
         tensors = {slot: source.read(key) for slot, key in keys.items()}
-        if flip:
-            tensors = {slot: tensor.T.contiguous() for slot, tensor in tensors.items()}
+        tensors = {slot: t.T.contiguous() if slot in flip else t for slot, t in tensors.items()}
         shared = {slot: source.read(key) for slot, key in references.items()}
         with naming(target):
             return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
@@ -169,7 +168,8 @@ def is_folder_adapter(adapter: Adapter) -> bool:
 def destination_weights(adapter: Adapter, path: Path) -> Path:
     """The weights file that saving to `path` would write; OutputError for a name that does not suit the dialect."""
     if not is_folder_adapter(adapter):
-        return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+        suffix = f".{adapter.format.container}"
+        return path if path.suffix == suffix else path.with_name(path.name + suffix)
     if path.name == WEIGHTS_NAME:
         return path
     if path.suffix in _SUFFIXES:
@@ -209,7 +209,7 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     check_destination(adapter, path, force=force)
     weights = destination_weights(adapter, path)
     if not is_folder_adapter(adapter):
-        with SafetensorsSink(weights, reserve=header_room(adapter)) as sink:
+        with _sink(adapter, weights) as sink:
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         return Saved(weights, weights, nbytes, None)
@@ -222,13 +222,19 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     return Saved(weights.parent, weights, nbytes, weights.parent / CONFIG_NAME)
 
 
+def _sink(adapter: Adapter, weights: Path) -> TensorSink:
+    if adapter.format.container == "gguf":
+        return GGUFSink(weights, q8=adapter.format.quantised)
+    return SafetensorsSink(weights, reserve=header_room(adapter))
+
+
 def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Update]]) -> Declaration:
     written: dict[str, Written] = {}
     for target, update in updates:
         entry = entry_of(update)
-        flip = adapter.format.is_stored_transposed(target)
+        flip = adapter.format.transposed_slots(target)
         for slot, tensor in update.parameters().items():
-            sink.write(adapter.format.spell(target, slot), tensor.T if flip else tensor)
+            sink.write(adapter.format.spell(target, slot), tensor.T if slot in flip else tensor)
         written[target] = Written(entry.rank, entry.scale, adapter.entries[target].alpha)
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")

@@ -6,13 +6,14 @@ from loratools.errors import AdapterError, InputError
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
+from loratools.formats.gguf import Gguf
 from loratools.formats.kohya import Kohya
 from loratools.formats.loralib import Loralib
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.xlabs import XLabs
 
-FORMATS: tuple[type[Format], ...] = (Peft, PeftMethod, Kohya, Diffusers, Comfy, XLabs, Loralib)
+FORMATS: tuple[type[Format], ...] = (Peft, PeftMethod, Kohya, Diffusers, Comfy, XLabs, Gguf, Loralib)
 
 __all__ = [
     "FORMATS",
