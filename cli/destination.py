@@ -32,9 +32,10 @@ def default_destination(adapter: Adapter, tag: str) -> Path:
 
     assert adapter.origin is not None
     weights = adapter.origin.path
-    if is_folder_adapter(adapter):
+    place, stem = weights, next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), "")
+    if stem == "adapter_model" and (is_folder_adapter(adapter) or adapter.format.name != "peft"):
         folder = weights.parent
-        folder = folder if folder.name and folder.name != ".." else folder.resolve()
-        return folder.with_name(f"{folder.name}.{tag}")
-    stem = next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), weights.name)
-    return weights.with_name(f"{stem}.{tag}.safetensors")
+        place = folder if folder.name and folder.name != ".." else folder.resolve()
+        stem = place.name
+    stem = stem or weights.name
+    return place.with_name(f"{stem}.{tag}" if is_folder_adapter(adapter) else f"{stem}.{tag}.safetensors")

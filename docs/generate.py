@@ -46,8 +46,10 @@ REPORTS = {
     "loratools info": "info",
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
+    "loratools convert": "convert",
     "loratools diff": "diff",
     "loratools delta": "delta",
+    "loratools formats, loratools families": "tables",
 }
 INTERNAL = {"Outcome"}  # records that no report holds
 

@@ -85,7 +85,8 @@ def test_damaged_config(tmp_path: Path, config: str | bytes, message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"peft_type": "LOHA"}, AdapterError, "'LOHA' is not supported"),
+        ({"peft_type": "LOHA"}, InputError, "no adapter weights"),
+        ({"peft_type": "OTHER"}, AdapterError, "'OTHER' is not supported"),
         ({"lora_alpha": "8"}, InputError, "not a number"),
         ({"alpha_pattern": {"(": 2}}, InputError, "not a regular expression"),
         ({"rank_pattern": [1]}, InputError, "rank_pattern"),
@@ -124,16 +125,16 @@ def test_files_of_no_known_dialect_show_their_keys(tmp_path: Path) -> None:
 
 def test_kohya_families_not_supported_yet_are_listed_or_refused(tmp_path: Path) -> None:
     pair = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
-    loha = {f"lora_unet_b.hada_{w}": torch.ones(4, 2) for w in ("w1_a", "w1_b", "w2_a", "w2_b")} | {
+    other = {f"lora_unet_b.{w}": torch.ones(1, 2) for w in ("q_layer.weight", "p_layer.weight", "lambda_layer")} | {
         "lora_unet_b.alpha": torch.tensor(1.0)
     }
-    save_file(pair | loha, tmp_path / "mixed.safetensors")
+    save_file(pair | other, tmp_path / "mixed.safetensors")
     mixed = loratools.load(tmp_path / "mixed.safetensors")
     assert set(mixed.unsupported) == {"lora_unet_b"}
-    assert set(mixed.extras) == set(loha)
-    save_file(loha, tmp_path / "loha.safetensors")
+    assert set(mixed.extras) == set(other)
+    save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="no known adapter dialect"):
-        loratools.load(tmp_path / "loha.safetensors")
+        loratools.load(tmp_path / "other.safetensors")
 
 
 def test_alpha_tensors_of_zero_and_nan(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ REFUSED = {
     **{f"lycoris/{name}": "unexpected magnitude" for name in ("loha_dora", "lokr_dora")},
 }
 # Dialects that are not read yet.
-UNREAD = ("diffusers", "gguf", "mlx", "others")
+UNREAD = ("gguf", "mlx", "others")
 
 
 def found() -> list[str]:
@@ -70,17 +70,20 @@ def test_the_lists_name_samples(shared: Path) -> None:
 def open_sample(folder: Path) -> Adapter:
     if (folder / "adapter_config.json").exists():
         return load(folder)
-    (weights,) = (p for p in folder.iterdir() if p.stem in ("lora", "adapter"))
+    (weights,) = (p for p in folder.iterdir() if p.stem in ("lora", "adapter") or p.stem.startswith("pytorch_lora"))
     return load(weights)
 
 
-def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None) -> dict[str, Tensor]:
+def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None, reference: Collection[str]) -> dict[str, Tensor]:
     """Every change of a base parameter that the file states, by parameter name."""
     names = json.loads((folder / "sample.json").read_text()).get("module_map", {})
     deltas: dict[str, Tensor] = {}
     for target, update in adapter.items():
         flat = adapter.format.parameter(target)
         parameter = f"{names[target]}.weight" if target in names else flat
+        if parameter not in reference and (placement := adapter.format.place(target)) is not None:
+            (piece,) = placement.pieces
+            parameter = f"{piece.module}.weight".replace(".text_model.", ".")  # as transformers 5 names them
         weight = None
         if update.needs_base:
             assert base is not None
@@ -107,7 +110,7 @@ def test_deltas_are_those_of_the_library(samples: Samples, name: str) -> None:
     reference = load_file(folder / "reference_dW.safetensors")
     base = load_base(folder / "base.safetensors") if (folder / "base.safetensors").exists() else None
     adapter = open_sample(folder)
-    found = decoded(folder, adapter, base)
+    found = decoded(folder, adapter, base, reference)
     assert set(found) == set(reference) - NOT_DECODED.get(name, set())
     for parameter, delta in found.items():
         truth = reference[parameter].double()

@@ -60,13 +60,13 @@ class TrainableTokens(Update):
     def operator(self, base: Tensor | None = None) -> Operator:
         if base is None:
             raise NeedsBaseError("the delta of trainable tokens depends on the base weight")
-        table = base.T if self.layout.transposed else base
-        if table.ndim != 2 or table.shape[1] != self.rows.shape[1] or max(self.tokens) >= len(table):
+        if base.ndim != 2 or base.shape[1] != self.rows.shape[1] or max(self.tokens) >= len(base):
             raise AdapterError(
-                f"the base weight is {tuple(table.shape)} where rows up to {max(self.tokens)} of {self.rows.shape[1]} "
+                f"the base weight is {tuple(base.shape)} where rows up to {max(self.tokens)} of {self.rows.shape[1]} "
                 "numbers are replaced; is it the right base?"
             )
         tokens = torch.tensor(self.tokens)
-        places = torch.zeros(len(table), len(tokens), dtype=torch.float64)
+        places = torch.zeros(len(base), len(tokens), dtype=torch.float64)
         places[tokens, torch.arange(len(tokens))] = 1.0
-        return LowRank(places, self.rows.double() - table[tokens].double(), self.scale)
+        change = LowRank(places, self.rows.double() - base[tokens].double(), self.scale)
+        return change.T if self.layout.transposed else change

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
     from typing_extensions import Self
 
     from loratools.families.base import Layout
+    from loratools.formats.layouts import Model
+    from loratools.formats.modules import Module, Placement
     from loratools.storage.base import TensorSpec
 
 ScaleMode = Literal["fold", "keep"]
@@ -63,6 +65,18 @@ class Declaration:
 
 
 @dataclass(frozen=True)
+class Order:
+    """What is asked of a file that is to be written, beside its targets.
+
+    `config`: fields to keep, of the dialect's own config; `metadata`: whether the file may carry any.
+    """
+
+    model: Model | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: bool = True
+
+
+@dataclass(frozen=True)
 class Part:
     """One target of an adapter that is to be written in a dialect."""
 
@@ -75,11 +89,17 @@ class Format(ABC):
     """A dialect bound to one file: it has sorted that file's keys and remembers how the scale was spelt."""
 
     name: ClassVar[str]
+    holds: ClassVar[frozenset[str]] = frozenset()  # families that it can be asked to write; none for one that is read
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes
     keys: Mapping[str, Mapping[str, str]]  # target -> slot -> key
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
     warnings: tuple[str, ...]
+
+    def place(self, target: str) -> Placement | None:
+        """The modules that the target changes; None where its name does not tell."""
+        return None
 
     def references(self, target: str) -> Mapping[str, str]:
         """Slot -> extra key, for tensors that the target shares with others."""
@@ -88,6 +108,45 @@ class Format(ABC):
     def settings(self, target: str) -> Mapping[str, Any]:
         """The numbers that the target's family keeps in a config."""
         return {}
+
+    @classmethod
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        """The targets of a new file for these modules with the shapes of their weights.
+
+        UnmappedModuleError names a module that the dialect has no name for.
+        """
+        raise NotImplementedError(f"{cls.name} is not written")
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
+        """The dialect bound to a file that is yet to be written."""
+        raise NotImplementedError(f"{cls.name} is not written")
+
+    @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        """What about a LoRA or DoRA of this layout the dialect has no place for, or None."""
+        for wrong, what in (
+            (layout.embedding, "an embedding"),
+            (layout.experts > 1, "a stack of experts"),
+            (layout.transposed and not layout.embedding, "a transposed weight"),
+        ):
+            if wrong:
+                return what
+        return None
+
+    @classmethod
+    def fresh_metadata(cls, order: Order) -> dict[str, str]:
+        """Fields of a new file, beside those that `declare` makes true."""
+        return {}
+
+    def carried_config(self) -> Mapping[str, Any]:
+        """What a file in another dialect has to keep of the config, so that a conversion back restores it."""
+        return {}
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        """The shape in which a DoRA magnitude of `count` numbers is stored."""
+        return (count,)
 
     @classmethod
     @abstractmethod

@@ -7,15 +7,21 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools.errors import UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.suffixes import ALPHA, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.kohya_names import arrange, place
+from loratools.formats.modules import Module, Placement
+from loratools.formats.suffixes import ALPHA, LYCORIS, SLOTS, SUFFIXES, unsupported_family
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from loratools.formats.layouts import Model
+
 _ALPHA = TensorSpec("F32", ())
+_VERSIONS: Mapping[Model, str] = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3m"}
 
 
 @final
@@ -24,6 +30,8 @@ class Kohya(Format):
     """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
 
     name: ClassVar[str] = "kohya"
+    holds: ClassVar[frozenset[str]] = LYCORIS
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
     keys: Mapping[str, Mapping[str, str]]
@@ -61,8 +69,39 @@ class Kohya(Format):
                 warnings.append(f"{target}: an alpha without factors, carried over unchanged")
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect states one for each module")
-        per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and _is_per_input(header, slots))
+        per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and is_per_input(header, slots))
         return cls(groups, alphas, per_input, tuple(extras), unsupported, tuple(warnings))
+
+    @classmethod
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        try:
+            return arrange(list(modules), order.model)
+        except KeyError as error:
+            raise UnmappedModuleError(f"sd-scripts has no name for {error.args[0]}") from error
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Kohya:
+        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
+        return cls(keys, {}, per_input, (), {}, ())
+
+    @classmethod
+    def fresh_metadata(cls, order: Order) -> dict[str, str]:
+        known = {"ss_network_module": "networks.lora", "ss_network_dim": "", "ss_network_alpha": ""}
+        version = _VERSIONS.get(order.model) if order.model else None
+        return known | ({"ss_base_model_version": version} if version else {})
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        return magnitude_shape(part, count)
+
+    def place(self, target: str) -> Placement | None:
+        return place(target, is_flux=self.is_flux)
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether modules of FLUX are among the targets, which tells its text encoders from those of SD3."""
+        return any("_double_blocks_" in t or "_single_blocks_" in t for t in self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target].get(slot) or f"{target}.{SUFFIXES[slot]}"
@@ -79,18 +118,11 @@ class Kohya(Format):
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         if mode == "fold":
             return 1.0
-        value, _ = _stored(scale * rank, self.alphas.get(target, _ALPHA))
+        value, _ = stored_alpha(scale * rank, self.alphas.get(target))
         return value / rank
 
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
-        scalars = {}
-        for target, w in written.items():
-            spec = self.alphas.get(target, _ALPHA)
-            if w.rank == 0 and w.alpha is not None:  # a number of the method's own, or one that nobody reads
-                scalars[f"{target}.alpha"] = (w.alpha, spec)
-            elif w.rank and (target in self.alphas or w.scale != 1.0):
-                scalars[f"{target}.alpha"] = _stored(w.scale * w.rank, spec)
-        return Declaration(None, _true_metadata(metadata, written), scalars)
+        return Declaration(None, _true_metadata(metadata, written), declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
         return f"{target}.weight"
@@ -109,14 +141,35 @@ class Kohya(Format):
         return {}
 
 
-def _is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
+def magnitude_shape(part: Part, count: int) -> tuple[int, ...]:
+    """(m, 1) or (1, n), with ones for the kernel: as LyCORIS keeps what its norm does not sum over."""
+    kernel = 0 if part.shape is None else len(part.shape) - 2
+    ends = (1, count) if part.layout.magnitude_axis == 1 else (count, 1)
+    return (*ends, *(1 for _ in range(kernel)))
+
+
+def is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
     shape = header.specs[slots["magnitude"]].shape
     outputs = header.specs[slots["up"]].shape[0] if "up" in slots else 0
     return len(shape) > 1 and shape[0] == 1 and outputs != 1
 
 
-def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
+def declared_alphas(
+    written: Mapping[str, Written], stored: Mapping[str, TensorSpec]
+) -> dict[str, tuple[float, TensorSpec]]:
+    """The alpha tensors of a file whose dialect has them, by key; `stored` are the specs of those that were read."""
+    scalars = {}
+    for target, w in written.items():
+        if w.rank == 0 and w.alpha is not None:  # a number of the method's own, or one that nobody reads
+            scalars[f"{target}.{ALPHA}"] = (w.alpha, stored.get(target, _ALPHA))
+        elif w.rank and (target in stored or w.scale != 1.0):
+            scalars[f"{target}.{ALPHA}"] = stored_alpha(w.scale * w.rank, stored.get(target))
+    return scalars
+
+
+def stored_alpha(alpha: float, spec: TensorSpec | None = None) -> tuple[float, TensorSpec]:
     """The value and spec that hold alpha: the file's own dtype, or float32 where that would round it."""
+    spec = spec or _ALPHA
     single: float = struct.unpack("<f", struct.pack("<f", alpha))[0]
     wide = TensorSpec("F32", spec.shape)
     if spec.dtype == "F64":
@@ -131,11 +184,23 @@ def _stored(alpha: float, spec: TensorSpec) -> tuple[float, TensorSpec]:
 
 
 def _true_metadata(metadata: Mapping[str, str], written: Mapping[str, Written]) -> dict[str, str]:
-    """Rank and alpha fields restated as sd-scripts spells them, `Dynamic` where modules differ."""
+    """Rank and alpha fields restated, `Dynamic` where modules differ; kept while some module has the number stated.
+
+    For sd-scripts they are what training began with, and convolutions and single blocks may have numbers of their own.
+    """
     true = dict(metadata)
-    ranks, alphas = {w.rank for w in written.values()}, {w.rank * w.scale for w in written.values()}
-    if "ss_network_dim" in true and ranks:
-        true["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    if "ss_network_alpha" in true and alphas:
-        true["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    ranked = [w for w in written.values() if w.rank]
+    for name, numbers in (
+        ("ss_network_dim", {float(w.rank) for w in ranked}),
+        ("ss_network_alpha", {w.rank * w.scale for w in ranked}),
+    ):
+        if name in true and numbers and _number(true[name]) not in numbers:
+            true[name] = f"{numbers.pop():g}" if len(numbers) == 1 else "Dynamic"
     return true
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

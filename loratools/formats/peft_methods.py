@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
+from loratools.formats.lora_config import pattern_value
 from loratools.formats.method_settings import (
     adalora_scale,
     hra_settings,
@@ -18,7 +19,7 @@ from loratools.formats.method_settings import (
     token_settings,
     vera_settings,
 )
-from loratools.formats.peft import PREFIX, pattern_value, whole_parameter
+from loratools.formats.peft import PREFIX, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,6 +83,8 @@ METHODS: Mapping[str, Method] = {
     "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
     "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
+
+_OF_TABLES = frozenset({"oft_embedding_R", "token_rows"})  # slots of embedding tables
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
 NOT_WEIGHTS: Mapping[str, str] = {
@@ -173,7 +176,8 @@ class PeftMethod(Format):
         return self.keys[target][slot]
 
     def layout(self, target: str) -> Layout:
-        return Layout(transposed=bool(self.config.get("fan_in_fan_out")))
+        table = not _OF_TABLES.isdisjoint(self.keys[target])
+        return Layout(transposed=table or bool(self.config.get("fan_in_fan_out")), embedding=table)
 
     def scale_key(self, target: str) -> str | None:
         return None
@@ -207,7 +211,12 @@ class PeftMethod(Format):
         return self
 
     def replacements(self) -> Mapping[str, str]:
-        whole = (k for k in self.extras if k.startswith(PREFIX) and k.endswith((".weight", ".bias")))
+        """Modules and biases saved whole, as far as the method or the config says that there are any."""
+        whole = [key for key in self.extras if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))]
+        if self.method.slots:
+            saved = [f".{name}." for name in self.config.get("modules_to_save") or ()] + [".base_layer."]
+            ends = ".bias" if self.config.get("bias", "none") != "none" else "\0"
+            whole = [key for key in whole if key.endswith(ends) or any(name in key for name in saved)]
         return {key: whole_parameter(key) for key in whole}
 
 

@@ -27,6 +27,9 @@ SLOTS: Mapping[str, str] = {
 }
 SUFFIXES: Mapping[str, str] = {slot: suffix for suffix, slot in SLOTS.items()}
 
+# Families that files with these suffixes may hold.
+LYCORIS = frozenset({"lora", "dora", "loha", "lokr"})
+
 # Suffixes of what is not supported, by their beginning where that ends in an underscore, and what it is.
 OTHER: Mapping[str, str] = {
     "oft_blocks": "OFT",

@@ -26,7 +26,17 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 
 
 def test_the_commands_are_the_files() -> None:
-    assert list(COMMANDS) == ["info", "inspect", "squeeze", "truncate", "diff", "delta"]
+    assert list(COMMANDS) == [
+        "info",
+        "inspect",
+        "squeeze",
+        "truncate",
+        "convert",
+        "diff",
+        "delta",
+        "formats",
+        "families",
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -137,7 +137,13 @@ def oft() -> dict[str, Example]:
         "oft_of_conv1d": Example(
             OFT, {"oft_R": triangles}, turn @ f64(base).T - f64(base).T, layout=CONV1D, base=base.T.contiguous()
         ),
-        "oft_embedding": Example(OFT, {"oft_embedding_R": triangles}, f64(base) @ turn - f64(base), base=base),
+        "oft_embedding": Example(
+            OFT,
+            {"oft_embedding_R": triangles},
+            f64(base) @ turn - f64(base),
+            layout=Layout(transposed=True, embedding=True),
+            base=base,
+        ),
     }
 
 
@@ -225,7 +231,12 @@ def tokens() -> dict[str, Example]:
     delta[7], delta[2] = f64(rows)[0] - f64(table)[7], f64(rows)[1] - f64(table)[2]
     return {
         "trainable_tokens": Example(
-            TrainableTokens, {"token_rows": rows}, delta, base=table, settings={"tokens": (7, 2)}
+            TrainableTokens,
+            {"token_rows": rows},
+            delta,
+            layout=Layout(transposed=True, embedding=True),
+            base=table,
+            settings={"tokens": (7, 2)},
         )
     }
 

@@ -16,6 +16,7 @@ from loratools.adapter import Adapter
 from loratools.errors import AdapterError, InputError
 from loratools.files import is_folder_adapter, load, locate, save
 from loratools.formats import FORMATS, Format, Header, Hints, recognise
+from loratools.formats.peft_methods import METHODS
 from loratools.storage import open_source
 from loratools.storage.base import TensorSpec
 
@@ -28,15 +29,30 @@ SAMPLES: dict[str, list[str]] = {
         "peft/layers_pattern", "peft/lora_all_linear", "peft/lora_bias_true", "peft/lora_conv2d",
         "peft/lora_conv_grouped", "peft/lora_embedding", "peft/lora_embedding_saved", "peft/lora_f16",
         "peft/lora_plain", "peft/modules_to_save", "peft/moe_target_parameters", "peft/old_bin",
+        "peft/loha", "peft/loha_conv", "peft/lokr", "peft/lokr_big_r", "peft/lokr_conv_effective",
         "peft/rank_alpha_pattern", "peft/rslora", "peft/two_adapters_subfolder", "peft/two_adapters_subfolder/other",
+        "peft/adalora", "peft/ia3", "peft/ln_tuning", "peft/oft", "peft/oft_cayley_neumann", "peft/pvera", "peft/shira",
+        "peft/trainable_tokens", "peft/vera",
     ],
     "kohya": [
         "kohya/flux_bfl/lora.safetensors", "kohya/sd15_linear_only/lora.safetensors", "kohya/sd15_pt_pickle/lora.pt",
         "kohya/sd15_unet_te/lora.safetensors", "lycoris/locon/adapter.safetensors",
         "lycoris/locon_dora/adapter.safetensors", "lycoris/locon_f16/adapter.safetensors",
         "lycoris/locon_norm/adapter.safetensors", "lycoris/locon_scalar/adapter.safetensors",
-        "lycoris/locon_tucker/adapter.safetensors",
+        "lycoris/locon_tucker/adapter.safetensors", "lycoris/loha/adapter.safetensors",
+        "lycoris/lokr/adapter.safetensors", "lycoris/lokr_decompose_both/adapter.safetensors",
+        "lycoris/lokr_full_matrix/adapter.safetensors", "lycoris/lokr_scaled/adapter.safetensors",
+        "lycoris/lokr_tucker/adapter.safetensors",
+        "diffusers/sd_to_kohya/pytorch_lora_weights_kohya.safetensors",
     ],
+    "diffusers": [
+        *(f"diffusers/{name}/pytorch_lora_weights.safetensors" for name in (
+            "flux_lora", "qwen_image_tiny", "sd3_tiny", "sd_conv", "sd_unet_te", "sd_unet_te_nometa",
+        )),
+        "diffusers/sd_bin/pytorch_lora_weights.bin", "oldest",
+    ],
+    "comfy": ["comfy", "bfl"],
+    "xlabs": ["xlabs"],
     "loralib": ["loralib", "matryoshka"],
 }  # fmt: skip
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
@@ -53,9 +69,33 @@ def bare(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def image_model(folder: Path, name: str) -> Path:
+    """Files that no library at hand writes, by the rules of their readers."""
+
+    def pair(stem: str, a: str, b: str) -> dict[str, Tensor]:
+        return {f"{stem}.{a}": torch.randn(3, 7), f"{stem}.{b}": torch.randn(6, 3)}
+
+    kohya, block = ("lora_down.weight", "lora_up.weight"), "double_blocks.0"
+    tensors = {
+        "oldest": pair("unet.mid_block.attn1.processor.to_q_lora", "down.weight", "up.weight")
+        | pair("unet.mid_block.attn1.processor.to_out_lora", "down.weight", "up.weight"),
+        "comfy": pair(f"diffusion_model.{block}.img_attn.qkv", *kohya)
+        | {f"diffusion_model.{block}.img_attn.qkv.alpha": torch.tensor(2.0)}
+        | pair("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", *kohya),
+        "bfl": pair(f"{block}.img_attn.qkv", "lora_A.weight", "lora_B.weight")
+        | {f"{block}.img_attn.qkv.lora_B.bias": torch.randn(6)}
+        | {f"{block}.img_attn.norm.query_norm.scale": torch.randn(4)},
+        "xlabs": pair(f"{block}.processor.qkv_lora1", "down.weight", "up.weight")
+        | pair("single_blocks.1.processor.proj_lora", "down.weight", "up.weight"),
+    }[name]
+    save_file(tensors, folder / f"{name}.safetensors", {"note": "kept"})
+    return folder / f"{name}.safetensors"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
-    return lambda name: samples(name) if "/" in name else bare(tmp_path, name)
+    made = {"loralib": bare, "matryoshka": bare}
+    return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
 def header_of(path: Path) -> Header:
@@ -90,9 +130,9 @@ def test_every_dialect_has_samples() -> None:
 def test_no_loadable_sample_is_forgotten(shared: Path) -> None:
     known = {name for names in SAMPLES.values() for name in names}
     for config in (shared / "samples" / "peft").rglob("adapter_config.json"):
-        if json.loads(config.read_text())["peft_type"] == "LORA":
+        if json.loads(config.read_text())["peft_type"] in ("LORA", *METHODS):
             assert str(config.parent.relative_to(shared / "samples")) in known
-    for pattern in ("kohya/*/lora.*", "lycoris/locon*/adapter.*"):
+    for pattern in ("kohya/*/lora.*", "lycoris/lo[ck][or][nr]*/adapter.*", "diffusers/*/pytorch_lora*"):
         for path in (shared / "samples").glob(pattern):
             assert str(path.relative_to(shared / "samples")) in known
 
@@ -115,7 +155,7 @@ def test_every_key_is_accounted_for_once(source: Callable[[str], Path], dialect:
     spelt = [key for slots in bound.keys.values() for key in slots.values()]
     scales = [key for target in bound.keys if (key := bound.scale_key(target)) is not None]
     assert sorted([*spelt, *scales, *bound.extras]) == sorted(header.specs)
-    assert len(bound.keys) > 0
+    assert len(bound.keys) + len(bound.replacements()) > 0
     assert not set(bound.unsupported) & set(bound.keys)
 
 
@@ -207,7 +247,7 @@ def test_keys_of_none_are_listed() -> None:
             "two tensors for down",
         ),
         (["base_model.model.q.lora_C.weight"], {"peft_type": "LORA"}, "variant of LoRA"),
-        (["base_model.model.q.lora_A.weight"], {"peft_type": "VERA"}, "PEFT type 'VERA'"),
+        (["base_model.model.q.lora_A.weight"], {"peft_type": "XVERA"}, "PEFT type 'XVERA'"),
         (["base_model.model.q.lora_A.weight"], {"peft_type": "LORA", "use_qalora": True}, "variant use_qalora"),
     ],
 )
