@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import AdapterError, InputError
@@ -19,10 +20,12 @@ from loratools.formats.method_settings import (
     token_settings,
     vera_settings,
 )
-from loratools.formats.peft import PREFIX, whole_parameter
+from loratools.formats.peft import PREFIX, component_of, placed, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from loratools.formats.modules import Placement
 
 Config = Mapping[str, Any]
 SHARED_PREFIX = "base_model."
@@ -171,6 +174,13 @@ class PeftMethod(Format):
     def settings(self, target: str) -> Mapping[str, Any]:
         found = self.method.settings(self.config, target)
         return found if self.largest is None else {**found, "largest": self.largest}
+
+    def place(self, target: str) -> Placement | None:
+        return placed(target, self._component)
+
+    @cached_property
+    def _component(self) -> str:
+        return component_of(self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
