@@ -92,7 +92,7 @@ def convert(
         component=component,
         base=open_base(base),
     )
-    adapter = open_adapter(path, alpha=alpha)
+    adapter = open_adapter(path, alpha=alpha, base=how.base)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

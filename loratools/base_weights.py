@@ -42,9 +42,11 @@ class BaseWeights:
         if parameter in names:
             return parameter
         near = [n for n in names if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
-        if not near and "." not in parameter.removesuffix(".weight"):
-            flat = _FLAT_PREFIX.sub("", parameter.removesuffix(".weight"))
-            near = [n for n in names if f"_{n.removesuffix('.weight').replace('.', '_')}".endswith(f"_{flat}")]
+        leaf = ".bias" if parameter.endswith(".bias") else ".weight"
+        if not near and "." not in (module := parameter.removesuffix(leaf)):
+            flat = _FLAT_PREFIX.sub("", module)
+            stems = {n: n.removesuffix(leaf).replace(".", "_") for n in names if leaf == ".weight" or n.endswith(leaf)}
+            near = [n for n in stems if stems[n] == flat] or [n for n in stems if f"_{stems[n]}".endswith(f"_{flat}")]
         return near[0] if len(near) == 1 else None
 
     def shape_of(self, parameter: str) -> tuple[int, ...] | None:

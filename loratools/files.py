@@ -72,7 +72,7 @@ def load(
                 entries[target] = _entry(source, bound, target, keys, alpha_stored)
             except AdapterError as error:
                 raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if alpha_stored == 0.0:
+            if alpha_stored == 0.0 and entries[target].rank:
                 zeros.append(target)
     except BaseException:
         source.close()

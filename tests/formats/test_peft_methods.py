@@ -17,6 +17,7 @@ from loratools.adapter import Adapter
 from loratools.errors import AdapterError, InputError, NeedsBaseError
 from loratools.files import load, save
 from loratools.ops.convert import Convert, convert_file
+from loratools.ops.lowering import Lowering
 
 PREFIX = "base_model.model."
 
@@ -258,7 +259,7 @@ def test_whole_norm_layers_replace_those_of_the_base(tmp_path: Path) -> None:
 def test_what_is_low_rank_converts_to_lora_exactly(samples: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = samples(f"peft/{name}")
     base = loratools.load_base(folder / "base.safetensors")
-    saved, _ = convert_file(load(folder), tmp_path / "lora", "peft", Convert(exact=True, base=base))
+    saved, _ = convert_file(load(folder), tmp_path / "lora", "peft", Convert(lowering=Lowering(exact=True), base=base))
     made = load(saved.path)
     assert {entry.family.family for entry in made.entries.values()} == {"lora"}
     found, wanted = dict(loratools.delta(made, base=base)), dict(loratools.delta(load(folder), base=base))
