@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update
-from loratools.operators import LowRank, Operator
+from loratools.operators import MAX_DENSE_ELEMENTS, Dense, LowRank, Operator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,16 @@ class TrainableTokens(Update):
                 "numbers are replaced; is it the right base?"
             )
         tokens = torch.tensor(self.tokens)
-        places = torch.zeros(len(base), len(tokens), dtype=torch.float64)
-        places[tokens, torch.arange(len(tokens))] = 1.0
-        change = LowRank(places, self.rows.double() - base[tokens].double(), self.scale)
+        rows = self.rows.double() - base[tokens].double()
+        change: Operator
+        if len(tokens) < min(base.shape):
+            places = torch.zeros(len(base), len(tokens), dtype=torch.float64)
+            places[tokens, torch.arange(len(tokens))] = 1.0
+            change = LowRank(places, rows, self.scale)
+        elif base.numel() <= MAX_DENSE_ELEMENTS:
+            change = Dense(torch.zeros_like(base, dtype=torch.float64).index_copy_(0, tokens, rows) * self.scale)
+        else:
+            raise AdapterError(
+                f"the change of a table of {base.numel():,} numbers is larger than {MAX_DENSE_ELEMENTS:,}"
+            )
         return change.T if self.layout.transposed else change

@@ -228,6 +228,9 @@ def shira() -> dict[str, Example]:
 def tokens() -> dict[str, Example]:
     table, rows = rand(70, 9, 4), rand(71, 2, 4)
     delta = np.zeros((9, 4))
+    many, all_new = rand(72, 5, 4), np.zeros((9, 4))
+    for row, token in zip(f64(many), (8, 0, 3, 1, 6), strict=True):
+        all_new[token] = row - f64(table)[token]
     delta[7], delta[2] = f64(rows)[0] - f64(table)[7], f64(rows)[1] - f64(table)[2]
     return {
         "trainable_tokens": Example(
@@ -237,7 +240,15 @@ def tokens() -> dict[str, Example]:
             layout=Layout(transposed=True, embedding=True),
             base=table,
             settings={"tokens": (7, 2)},
-        )
+        ),
+        "trainable_tokens_as_many_as_columns": Example(
+            TrainableTokens,
+            {"token_rows": many},
+            all_new,
+            layout=Layout(transposed=True, embedding=True),
+            base=table,
+            settings={"tokens": (8, 0, 3, 1, 6)},
+        ),
     }
 
 
