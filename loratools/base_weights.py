@@ -83,7 +83,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def load_base(path: str | os.PathLike[str]) -> BaseWeights:
-    """Open a base model: a weights file, a folder with one (sharded or not), or its config alone; reads headers only."""
+    """Open a base model by its headers: a weights file, a folder with one (sharded or not), or its config alone."""
     place = Path(path)
     named = place.suffix == ".json" and not place.name.endswith(".index.json")
     config = place if named else (place if place.is_dir() else place.parent) / CONFIG_NAME

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.errors import AdapterError, InputError, NeedsBaseError
 from loratools.files import load, save
+from loratools.ops.convert import Convert, convert_file
+from loratools.ops.lowering import Lowering
 
 PREFIX = "base_model.model."
 
@@ -251,3 +253,16 @@ def test_whole_norm_layers_replace_those_of_the_base(tmp_path: Path) -> None:
     assert found.keys() == {"n.weight", "n.bias"}
     torch.testing.assert_close(found["n.weight"], weight - rand(2, 4))
     torch.testing.assert_close(found["n.bias"], bias - rand(3, 4))
+
+
+@pytest.mark.parametrize("name", ["adalora", "vera", "pvera", "trainable_tokens"])
+def test_what_is_low_rank_converts_to_lora_exactly(samples: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    folder = samples(f"peft/{name}")
+    base = loratools.load_base(folder / "base.safetensors")
+    saved, _ = convert_file(load(folder), tmp_path / "lora", "peft", Convert(lowering=Lowering(exact=True), base=base))
+    made = load(saved.path)
+    assert {entry.family.family for entry in made.entries.values()} == {"lora"}
+    found, wanted = dict(loratools.delta(made, base=base)), dict(loratools.delta(load(folder), base=base))
+    assert found.keys() == wanted.keys()
+    for key, delta in wanted.items():
+        assert float((found[key] - delta).norm()) <= 1e-6 * float(delta.norm()), key
