@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError, OutputError, naming
-from loratools.ops.spectra import nonfinite_error
+from loratools.ops.spectra import is_finite_update, nonfinite_error
 from loratools.reports.delta import DeltaReport
 from loratools.storage.atomic import printable
 from loratools.storage.safetensors import SafetensorsSink
@@ -48,7 +47,7 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     elif entry.family.needs_base:
         raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
     update = entry.read()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+    if not is_finite_update(update):
         raise nonfinite_error(name)
     with naming(name):
         dense = update.delta(weight if entry.family.needs_base else None)

@@ -99,10 +99,11 @@ def measure(
     """
 
     def work(batch: list[str]) -> list[Measured]:
-        parts = []
+        parts, rest = [], []
         for target in batch:
             entry = adapter.entries[target]
             update = entry.read()
+            rest.append(is_finite_beside_factors(update))
             if directions and base is None and isinstance(update, LowRankUpdate):
                 parts.append(update.direction_operator())
             else:
@@ -111,9 +112,12 @@ def measure(
                     parts.append(low_rank_part(update, weight))
         stacked = stack_blocks(parts, device)
         if stacked is None:
-            return [_measured_alone(t, p, device, allow_nonfinite) for t, p in zip(batch, parts, strict=True)]
+            return [
+                _measured_alone(t, p, device, allow_nonfinite, is_finite_beside=sound)
+                for t, p, sound in zip(batch, parts, rest, strict=True)
+            ]
         f, per_part = stacked
-        finite = is_finite(f).reshape(-1, per_part).all(1).tolist()
+        finite = [a and b for a, b in zip(is_finite(f).reshape(-1, per_part).all(1).tolist(), rest, strict=True)]
         if not all(finite) and not allow_nonfinite:
             raise nonfinite_error(batch[finite.index(False)])
         sound = torch.tensor(finite, device=f.left.device).repeat_interleave(per_part)
@@ -138,13 +142,31 @@ def low_rank_part(update: Update, base: Tensor | None = None) -> Operator:
     return update.low_rank_part(base) if isinstance(update, LowRankUpdate) else update.operator(base)
 
 
-def _measured_alone(target: str, part: Operator, device: str, allow_nonfinite: bool) -> Measured:
+def _measured_alone(
+    target: str, part: Operator, device: str, allow_nonfinite: bool, *, is_finite_beside: bool
+) -> Measured:
     part = part.to(torch.float64, device)
-    if not bool(torch.isfinite(part.dense()).all()):
+    if not is_finite_beside or not bool(torch.isfinite(part.dense()).all()):
         if not allow_nonfinite:
             raise nonfinite_error(target)
         return Measured(target, ())
     return Measured(target, tuple(tuple(spectrum(block).tolist()) for block in blocks_of(part)))
+
+
+def is_finite_update(update: Update) -> bool:
+    """Whether every stored number of `update` is finite."""
+    return all(_is_finite(tensor) for tensor in update.parameters().values())
+
+
+def is_finite_beside_factors(update: Update) -> bool:
+    """As `is_finite_update`, of what the Gram matrices of factors do not show: biases and magnitudes."""
+    stored = update.parameters()
+    return all(_is_finite(stored[slot]) for slot in ("up_bias", "magnitude") if slot in stored)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # torch cannot ask this of float8_e4m3fn
+    return bool(torch.isfinite(wide).all())
 
 
 def nonfinite_error(target: str) -> AdapterError:
