@@ -15,7 +15,18 @@ from loratools.formats.kohya import declared_alphas, is_per_input, magnitude_sha
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import Model, from_native, native_placements
 from loratools.formats.modules import Module, Piece, Placement, lone
-from loratools.formats.suffixes import ALPHA, BIAS_SLOTS, LYCORIS, SLOTS, SUFFIXES, UNSUPPORTED, is_slot, place
+from loratools.formats.suffixes import (
+    ALPHA,
+    BIAS_SLOTS,
+    LYCORIS,
+    SLOTS,
+    SUFFIXES,
+    UNSUPPORTED,
+    changes_bias,
+    is_slot,
+    place,
+    spelling,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,11 +118,16 @@ class Comfy(Format):
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new file, in the suffixes that every version of ComfyUI reads."""
-        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        keys = {
+            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
+            for target, part in parts.items()
+        }
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
     def place(self, target: str) -> Placement | None:
+        if changes_bias(self.keys[target]):
+            return None
         if (text := _TEXT.match(target)) is not None:
             last = "text_encoder_2" if any(".double_blocks." in t for t in self.keys) else "text_encoder_3"
             component = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": last}[text[1]]
@@ -151,7 +167,7 @@ class Comfy(Format):
         return Declaration(None, metadata, declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
-        return target if target.endswith(".bias") else f"{target}.weight"
+        return target if changes_bias(self.keys[target]) else f"{target}.weight"
 
     @property
     def nested_scaling(self) -> NestedScaling | None:

@@ -13,7 +13,7 @@ from loratools.families.base import Layout
 from loratools.formats import kohya_names
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.modules import Module, Placement
-from loratools.formats.suffixes import ALPHA, LYCORIS, SUFFIXES, UNSUPPORTED, is_slot, place
+from loratools.formats.suffixes import ALPHA, LYCORIS, SUFFIXES, UNSUPPORTED, changes_bias, is_slot, place, spelling
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ class Kohya(Format):
 
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Kohya:
-        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        keys = {
+            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
+            for target, part in parts.items()
+        }
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
@@ -106,7 +109,7 @@ class Kohya(Format):
         return magnitude_shape(part, count)
 
     def place(self, target: str) -> Placement | None:
-        return kohya_names.place(target, is_flux=self.is_flux)
+        return None if changes_bias(self.keys[target]) else kohya_names.place(target, is_flux=self.is_flux)
 
     @property
     def is_flux(self) -> bool:
@@ -128,7 +131,7 @@ class Kohya(Format):
         return stored_alpha / rank if stored_alpha and rank else 1.0
 
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
-        if mode == "fold":
+        if mode == "fold" or not rank:
             return 1.0
         value, _ = stored_alpha(scale * rank, self.alphas.get(target))
         return value / rank
@@ -137,7 +140,7 @@ class Kohya(Format):
         return Declaration(None, _true_metadata(metadata, written), declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
-        return target if "." in target else f"{target}.weight"
+        return target if changes_bias(self.keys[target]) else f"{target}.weight"
 
     @property
     def nested_scaling(self) -> NestedScaling | None:

@@ -74,3 +74,13 @@ def place(module: str, suffix: str, shape: tuple[int, ...]) -> tuple[str, str]:
     if suffix in BIAS_SLOTS:
         return f"{module}.bias", BIAS_SLOTS[suffix]
     return module, "boft_blocks" if suffix == "oft_blocks" and len(shape) == 4 else SLOTS[suffix]
+
+
+def changes_bias(slots: Mapping[str, str]) -> bool:
+    """Whether the keys of a target, by slot, are those of a change of a bias."""
+    return slots.get("diff", "").endswith(tuple(f".{suffix}" for suffix in BIAS_SLOTS))
+
+
+def spelling(slot: str, shape: tuple[int, ...] | None) -> str:
+    """The suffix of a slot in a new file, for a base parameter of `shape`; only norms have weights of one axis."""
+    return "w_norm" if slot == "diff" and shape is not None and len(shape) == 1 else SUFFIXES[slot]

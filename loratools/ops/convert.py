@@ -151,7 +151,7 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
             found[module] = (target, piece.rows)
     if lost and "unmapped" not in options.drop:
         raise UnmappedModuleError(
-            f"{len(lost)} targets have names that no model is known to have, such as {', '.join(lost[:3])}; "
+            f"{len(lost)} targets are biases, or have names that no model is known to have: {', '.join(lost[:3])}; "
             "pass --drop unmapped to leave them out"
         )
     notes.dropped |= dict.fromkeys(lost, "its name tells no module")
