@@ -211,3 +211,19 @@ def test_an_exception_between_the_renames_restores_the_old_folder(
         loratools.squeeze_file(loratools.load(folder), out, 2, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_metadata_of_changed_updates_is_true_without_a_record(tmp_path: Path) -> None:
+    stem = "lora_unet_a.lora_"
+    pair = {f"{stem}down.weight": torch.ones(4, 9), f"{stem}up.weight": torch.ones(7, 4)}
+    stated = {"ss_network_dim": "4", "ss_network_alpha": "2", "sshs_model_hash": "0x12", "ss_note": "mine"}
+    save_file(pair | {"lora_unet_a.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors", stated)
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert adapter.with_updates({}) is adapter
+    cut = adapter.map(lambda _, update: update.prefix(1, delta_scale=0.5, scale=0.5))  # type: ignore[attr-defined]
+    saved = loratools.save(cut, tmp_path / "b.safetensors")
+    wanted = {"ss_network_dim": "1", "ss_network_alpha": "0.5", "ss_note": "mine"}
+    assert loratools.load(saved.path).metadata == wanted
+    doubled = loratools.subtract_initial(adapter, loratools.load(tmp_path / "a.safetensors"))
+    saved = loratools.save(doubled, tmp_path / "c.safetensors")
+    assert loratools.load(saved.path).metadata == {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_note": "mine"}
