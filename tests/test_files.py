@@ -227,3 +227,13 @@ def test_metadata_of_changed_updates_is_true_without_a_record(tmp_path: Path) ->
     doubled = loratools.subtract_initial(adapter, loratools.load(tmp_path / "a.safetensors"))
     saved = loratools.save(doubled, tmp_path / "c.safetensors")
     assert loratools.load(saved.path).metadata == {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_note": "mine"}
+
+
+def test_a_link_to_a_folder_is_replaced_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder, real = peft(tmp_path / "a"), peft(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    before = (real / "adapter_model.safetensors").read_bytes()
+    loratools.squeeze_file(loratools.load(folder), tmp_path / "link", 2, force=True)
+    assert (real / "adapter_model.safetensors").read_bytes() == before
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link", "real"]
