@@ -237,3 +237,25 @@ def test_a_link_to_a_folder_is_replaced_and_leaves_no_trace(tmp_path: Path) -> N
     assert (real / "adapter_model.safetensors").read_bytes() == before
     assert not (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "dtype"),
+    [
+        (torch.tensor(1e60, dtype=torch.float64), 150, torch.float64),
+        (torch.tensor(100, dtype=torch.int8), 150, torch.float32),
+        (torch.tensor(100, dtype=torch.int8), 100, torch.int8),
+        (torch.tensor(100, dtype=torch.uint8), 150, torch.uint8),
+    ],
+)
+def test_alphas_at_the_ends_of_their_dtypes(tmp_path: Path, alpha: torch.Tensor, rank: int, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+    down, up = torch.randn(160, 170, generator=gen), torch.randn(180, 160, generator=gen)
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": down, f"{stem}lora_up.weight": up, f"{stem}alpha": alpha}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_alpha": "1"})
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert loratools.info(adapter).to_dict()
+    saved, _ = loratools.squeeze_file(adapter, tmp_path / "b.safetensors", rank)
+    stored = load_file(saved.weights)[f"{stem}alpha"]
+    assert (stored.dtype, float(stored)) == (dtype, rank)
