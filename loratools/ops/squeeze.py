@@ -34,9 +34,13 @@ from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
 if TYPE_CHECKING:
+    from loratools.adapter import Entry
     from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
     from loratools.formats import ScaleMode
+
+
+_FACTORS = ("down", "up", "mid")
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     for target, entry in adapter.entries.items():
         if target in unchanged:
             continue
-        if wanted[target] >= entry.rank:
+        if wanted[target] >= entry.rank and not (isinstance(policy, Budget) and _shrinks_when_fitted(entry)):
             unchanged[target] = f"rank {entry.rank} is not above the chosen {wanted[target]}"
         else:
             ranks[target] = min(wanted[target], entry.largest_rank)
@@ -183,6 +187,12 @@ def unsqueezable(adapter: Adapter) -> dict[str, str]:
     """Targets without ranks to lower, with the reason and the remedy."""
     reason = "has no ranks to lower; `loratools convert` makes a LoRA of it"
     return {t: f"{e.family.family} {reason}" for t, e in adapter.entries.items() if not e.is_factored}
+
+
+def _shrinks_when_fitted(entry: Entry) -> bool:
+    """Whether fitted factors of the same rank take fewer bytes: a budget counts those, a Tucker core may take more."""
+    stored = sum(spec.nbytes for slot, spec in entry.specs.items() if slot in _FACTORS)
+    return entry.rank <= entry.largest_rank and stored > entry.rank * entry.bytes_per_rank
 
 
 def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy) -> int:
@@ -245,7 +255,7 @@ def _overhead(adapter: Adapter, squeezable: set[str]) -> int:
     fixed += sum(max(spec.nbytes, 4) for _, spec in declared.scalars.values())  # float32 where a new alpha needs it
     for target, entry in adapter.entries.items():
         if target in squeezable:
-            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in ("down", "up", "mid"))
+            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in _FACTORS)
         else:
             fixed += entry.nbytes
     return fixed

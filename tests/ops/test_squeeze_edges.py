@@ -335,3 +335,16 @@ def test_overflowing_float16_is_refused(tmp_path: Path) -> None:
     scaled = kohya(tmp_path / "in.safetensors", pairs, torch.tensor(8e3))
     with pytest.raises(AdapterError, match=r"lora_unet_layers_0_q: .*overflows float16"):
         squeeze(load(scaled), 2)
+
+
+def test_a_tucker_core_that_keeps_its_rank_stays_within_the_budget(tmp_path: Path) -> None:
+    r, stem = 40, "lora_unet_a."
+    shapes = {"lora_down": (r, 40, 1, 1), "lora_mid": (r, r, 3, 3), "lora_up": (40, r, 1, 1)}
+    tensors = {f"{stem}{name}.weight": rand(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors | {f"{stem}alpha": torch.tensor(40.0)}, tmp_path / "in.safetensors")
+    adapter = load(tmp_path / "in.safetensors")
+    assert adapter.nbytes > 70_000
+    saved, report = squeeze_file(adapter, tmp_path / "out.safetensors", Budget(66_000))
+    assert report.targets["lora_unet_a"].rank_after == r
+    assert saved.weights.stat().st_size <= 66_000
+    assert error(adapter["lora_unet_a"].delta(), load(saved.path)["lora_unet_a"].delta()) < 1e-6
