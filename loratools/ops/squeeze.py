@@ -195,11 +195,12 @@ def _shrinks_when_fitted(entry: Entry) -> bool:
     return entry.rank <= entry.largest_rank and stored > entry.rank * entry.bytes_per_rank
 
 
-def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy) -> int:
-    """`rank` as whole steps of the target: never above a rank or a budget that was asked for, never below an energy."""
+def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy, maximum: int | None = None) -> int:
+    """`rank` as whole steps of the target: down for a rank, a budget or a maximum, else up; at least one."""
     entry = adapter.entries[target]
     step = entry.rank_step
     steps = rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step)
+    steps = steps if maximum is None else min(steps, maximum // step)
     return min(max(1, steps) * step, max(rank, entry.rank))
 
 
@@ -245,7 +246,7 @@ def _allocate(
     notes = []
     if allocation.optimality_gap > 1e-9 * max(allocation.squared_error, 1e-300):
         notes.append(f"the budget's squared error is within {allocation.optimality_gap:.3g} of the least possible")
-    return {t: _whole_steps(adapter, t, k, policy) for t, k in allocation.ranks.items()}, bad, notes
+    return {t: _whole_steps(adapter, t, k, policy, limits.maximum) for t, k in allocation.ranks.items()}, bad, notes
 
 
 def _overhead(adapter: Adapter, squeezable: set[str]) -> int:

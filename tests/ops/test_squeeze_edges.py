@@ -348,3 +348,12 @@ def test_a_tucker_core_that_keeps_its_rank_stays_within_the_budget(tmp_path: Pat
     assert report.targets["lora_unet_a"].rank_after == r
     assert saved.weights.stat().st_size <= 66_000
     assert error(adapter["lora_unet_a"].delta(), load(saved.path)["lora_unet_a"].delta()) < 1e-6
+
+
+@pytest.mark.parametrize(("maximum", "rank"), [(11, 8), (6, 4), (3, 4)])
+def test_groups_round_up_but_not_above_the_maximum(tmp_path: Path, maximum: int, rank: int) -> None:
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": rand(0, 20, 8, 3, 3), f"{stem}lora_up.weight": rand(1, 40, 5, 1, 1)}
+    save_file(tensors, tmp_path / "in.safetensors")  # 4 groups, so steps of 4
+    report = squeeze(load(tmp_path / "in.safetensors"), Energy(0.9), limits=Limits(maximum=maximum))[1]
+    assert report.targets["lora_unet_a"].rank_after == rank
