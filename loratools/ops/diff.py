@@ -83,7 +83,7 @@ def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str)
     entry = adapter.entries[target]
     update = entry.read()
     if not is_finite_update(update):
-        raise nonfinite_error(target)
+        raise nonfinite_error(target, "see the others with inspect --allow-nonfinite")
     return update, update.operator(base_tensor(adapter, target, entry, base)).to(torch.float64, device)
 
 

@@ -111,7 +111,7 @@ def _apply(
         update = entry.read()
         assert isinstance(update, LowRankUpdate)
         if not is_finite_update(update):
-            raise nonfinite_error(target)
+            raise nonfinite_error(target, "squeeze with --allow-nonfinite")
         try:
             new = update.prefix(rank, delta_scale=delta_scale, scale=scale)
         except AdapterError as error:
