@@ -357,3 +357,13 @@ def test_groups_round_up_but_not_above_the_maximum(tmp_path: Path, maximum: int,
     save_file(tensors, tmp_path / "in.safetensors")  # 4 groups, so steps of 4
     report = squeeze(load(tmp_path / "in.safetensors"), Energy(0.9), limits=Limits(maximum=maximum))[1]
     assert report.targets["lora_unet_a"].rank_after == rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_factors_that_overflow_when_a_scale_is_folded_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    pairs = {t: ((a * 20).to(dtype), (b * 20).to(dtype)) for t, (a, b) in factors(SHAPES).items()}
+    adapter = load(peft(tmp_path / "in", pairs, {"lora_alpha": 8e10}))
+    with pytest.raises(AdapterError, match=r"^layers\.0\.q: a factor overflows float"):
+        squeeze_file(adapter, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+    squeeze(adapter, 4, options=Squeeze(scale="keep"))
