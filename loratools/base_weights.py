@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools._lazy import torch
 from loratools.errors import AdapterError, InputError
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
@@ -66,6 +67,8 @@ class BaseWeights:
             raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
         tensor = self.source.read(name)
         if shape is None or _fits(tuple(tensor.shape), shape):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise AdapterError(f"{printable(self.source.path)}: {name} holds NaN or infinity; is the base damaged?")
             return tensor
         raise AdapterError(
             f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; "

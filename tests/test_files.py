@@ -295,3 +295,51 @@ def test_an_exception_between_the_renames_restores_the_old_folder(
         loratools.squeeze_file(loratools.load(folder), out, 2, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_metadata_of_changed_updates_is_true_without_a_record(tmp_path: Path) -> None:
+    stem = "lora_unet_a.lora_"
+    pair = {f"{stem}down.weight": torch.ones(4, 9), f"{stem}up.weight": torch.ones(7, 4)}
+    stated = {"ss_network_dim": "4", "ss_network_alpha": "2", "sshs_model_hash": "0x12", "ss_note": "mine"}
+    save_file(pair | {"lora_unet_a.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors", stated)
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert adapter.with_updates({}) is adapter
+    cut = adapter.map(lambda _, update: update.prefix(1, delta_scale=0.5, scale=0.5))  # type: ignore[attr-defined]
+    saved = loratools.save(cut, tmp_path / "b.safetensors")
+    wanted = {"ss_network_dim": "1", "ss_network_alpha": "0.5", "ss_note": "mine"}
+    assert loratools.load(saved.path).metadata == wanted
+    doubled = loratools.subtract_initial(adapter, loratools.load(tmp_path / "a.safetensors"))
+    saved = loratools.save(doubled, tmp_path / "c.safetensors")
+    assert loratools.load(saved.path).metadata == {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_note": "mine"}
+
+
+def test_a_link_to_a_folder_is_replaced_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder, real = peft(tmp_path / "a"), peft(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    before = (real / "adapter_model.safetensors").read_bytes()
+    loratools.squeeze_file(loratools.load(folder), tmp_path / "link", 2, force=True)
+    assert (real / "adapter_model.safetensors").read_bytes() == before
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "dtype"),
+    [
+        (torch.tensor(1e60, dtype=torch.float64), 150, torch.float64),
+        (torch.tensor(100, dtype=torch.int8), 150, torch.float32),
+        (torch.tensor(100, dtype=torch.int8), 100, torch.int8),
+        (torch.tensor(100, dtype=torch.uint8), 150, torch.uint8),
+    ],
+)
+def test_alphas_at_the_ends_of_their_dtypes(tmp_path: Path, alpha: torch.Tensor, rank: int, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+    down, up = torch.randn(160, 170, generator=gen), torch.randn(180, 160, generator=gen)
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": down, f"{stem}lora_up.weight": up, f"{stem}alpha": alpha}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_alpha": "1"})
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert loratools.info(adapter).to_dict()
+    saved, _ = loratools.squeeze_file(adapter, tmp_path / "b.safetensors", rank)
+    stored = load_file(saved.weights)[f"{stem}alpha"]
+    assert (stored.dtype, float(stored)) == (dtype, rank)

@@ -151,7 +151,11 @@ class LoRA(LowRankUpdate):
             raise AdapterError("only plain factors can be subtracted")
         if self.scale != other.scale:
             raise AdapterError(f"scales differ: {self.scale:g} and {other.scale:g}")
-        return replace(self, down=torch.cat([self.down, other.down]), up=torch.cat([self.up, -other.up], dim=1))
+        return replace(
+            self,
+            down=torch.cat([self.down, other.down]),
+            up=torch.cat([self.up, cast_to(-other.up.double(), other.up.dtype)], dim=1),
+        )
 
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
         if self.mid is not None or self.groups > 1:
@@ -191,6 +195,9 @@ def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:
 def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous, on the CPU, in `dtype`; AdapterError where a finite number would overflow."""
     cast = tensor.to(dtype).cpu().contiguous()
-    if dtype == torch.float16 and bool(torch.isinf(cast).any()):
-        raise AdapterError("a factor overflows float16; write with a wider dtype")
+    saturates = dtype.itemsize == 1  # casts to float8 may give the largest number instead of infinity
+    if (dtype == torch.float16 and bool(torch.isinf(cast).any())) or (
+        saturates and bool((tensor.abs() > torch.finfo(dtype).max).any())
+    ):
+        raise AdapterError(f"a factor overflows {str(dtype).removeprefix('torch.')}; write with a wider dtype")
     return cast

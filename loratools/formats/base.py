@@ -210,6 +210,11 @@ class Format(ABC):
         """The slots that the file keeps transposed: all of them, or none, unless a dialect says otherwise."""
         return frozenset(self.keys[target]) if self.is_stored_transposed(target) else frozenset()
 
+    @property
+    def mutated_init(self) -> str | None:
+        """The initialisation that took the first factors out of the base weight, where the file says so."""
+        return None
+
     @abstractmethod
     def without_mutation(self) -> Self:
         """The same dialect for factors that are relative to the original base weight again."""

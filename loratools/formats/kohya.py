@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loratools.formats.layouts import Model
 
 _ALPHA = TensorSpec("F32", ())
+_LARGEST_SINGLE = (2 - 2**-23) * 2.0**127
 _VERSIONS: Mapping[Model, str] = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd3": "sd3m"}
 
 
@@ -199,14 +200,17 @@ def declared_alphas(
 
 
 def stored_alpha(alpha: float, spec: TensorSpec | None = None) -> tuple[float, TensorSpec]:
-    """The value and spec that hold alpha: the file's own dtype, or float32 where that would round it."""
+    """The value and spec that hold alpha: the file's own dtype, or a wider one where that would not hold it."""
     spec = spec or _ALPHA
+    if spec.dtype == "F64" or abs(alpha) > _LARGEST_SINGLE:
+        return alpha, TensorSpec("F64", spec.shape)
     single: float = struct.unpack("<f", struct.pack("<f", alpha))[0]
     wide = TensorSpec("F32", spec.shape)
-    if spec.dtype == "F64":
-        return alpha, spec
     if spec.dtype.startswith(("I", "U")):
-        return (float(round(alpha)), spec) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else (single, wide)
+        bits = 8 * spec.nbytes // max(spec.numel, 1)
+        low, high = (0, 2**bits - 1) if spec.dtype.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        whole = math.isclose(alpha, round(alpha), rel_tol=1e-12) and low <= round(alpha) <= high
+        return (float(round(alpha)), spec) if whole else (single, wide)
     if spec.dtype == "BF16" and struct.pack("<f", single)[:2] == b"\0\0":
         return single, spec
     if spec.dtype == "F16" and abs(single) <= 65504 and struct.unpack("<e", struct.pack("<e", single))[0] == single:

@@ -131,6 +131,11 @@ class Peft(Format):
                 embeddings.add(module)
         names = _parameter_names(groups, config, header.specs)
         keys = {names[module]: slots for module, slots in groups.items()}
+        if config is None and (lost := [m for m in groups if re.search(r"\.experts(\.base_layer)*$", m)]):
+            raise AdapterError(
+                f"{header.path}: {lost[0]} holds a stack of experts, whose number only adapter_config.json tells; put "
+                "it beside the file"
+            )
         transposed = bool(config and config.get("fan_in_fan_out"))
         layouts = {}
         for module, slots in groups.items():
@@ -266,6 +271,10 @@ class Peft(Format):
 
     def is_stored_transposed(self, target: str) -> bool:
         return False
+
+    @property
+    def mutated_init(self) -> str | None:
+        return None if self.config is None else mutated_base(self.config)
 
     def without_mutation(self) -> Peft:
         if self.config is None:

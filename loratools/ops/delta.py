@@ -48,7 +48,7 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
         raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
     update = entry.read()
     if not is_finite_update(update):
-        raise nonfinite_error(name)
+        raise nonfinite_error(name, "choose others with --target")
     with naming(name):
         dense = update.delta(weight if entry.family.needs_base else None)
     if weight is not None and dense.shape != weight.shape:

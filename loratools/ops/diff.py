@@ -83,7 +83,7 @@ def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str)
     entry = adapter.entries[target]
     update = entry.read()
     if not is_finite_update(update):
-        raise nonfinite_error(target)
+        raise nonfinite_error(target, "see the others with inspect --allow-nonfinite")
     weight = base_tensor(adapter, target, entry, base)
     with naming(target):
         return update, update.operator(weight).to(torch.float64, device)

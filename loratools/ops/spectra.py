@@ -169,10 +169,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(wide).all())
 
 
-def nonfinite_error(target: str) -> AdapterError:
-    return AdapterError(
-        f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged"
-    )
+def nonfinite_error(target: str, alternative: str = "pass --allow-nonfinite to go on without it") -> AdapterError:
+    """For a target with NaN or infinity; `alternative` is what helps beside training it again."""
+    return AdapterError(f"{target}: holds NaN or infinity; retrain it, or {alternative}")
 
 
 def fit_update(update: Update, part: Operator, *, target: str, scale: float, base: Tensor | None) -> Update:

@@ -13,7 +13,7 @@ from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import squared_distance
 from loratools.ops.spectra import is_finite_update, low_rank_part, nonfinite_error, stack_blocks
-from loratools.ops.squeeze import Plan, stream, unsqueezable, with_record
+from loratools.ops.squeeze import Plan, refuse_mutated, stream, unsqueezable, with_record
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -72,6 +72,7 @@ def truncate_file(
 def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
     if rank < 1:
         raise UsageError(f"rank {rank} is below 1")
+    refuse_mutated(adapter)
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     ranks = {}
     for target, entry in adapter.entries.items():
@@ -111,7 +112,7 @@ def _apply(
         update = entry.read()
         assert isinstance(update, LowRankUpdate)
         if not is_finite_update(update):
-            raise nonfinite_error(target)
+            raise nonfinite_error(target, "squeeze with --allow-nonfinite")
         try:
             new = update.prefix(rank, delta_scale=delta_scale, scale=scale)
         except AdapterError as error:

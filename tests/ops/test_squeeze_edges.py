@@ -335,3 +335,35 @@ def test_overflowing_float16_is_refused(tmp_path: Path) -> None:
     scaled = kohya(tmp_path / "in.safetensors", pairs, torch.tensor(8e3))
     with pytest.raises(AdapterError, match=r"lora_unet_layers_0_q: .*overflows float16"):
         squeeze(load(scaled), 2)
+
+
+def test_a_tucker_core_that_keeps_its_rank_stays_within_the_budget(tmp_path: Path) -> None:
+    r, stem = 40, "lora_unet_a."
+    shapes = {"lora_down": (r, 40, 1, 1), "lora_mid": (r, r, 3, 3), "lora_up": (40, r, 1, 1)}
+    tensors = {f"{stem}{name}.weight": rand(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors | {f"{stem}alpha": torch.tensor(40.0)}, tmp_path / "in.safetensors")
+    adapter = load(tmp_path / "in.safetensors")
+    assert adapter.nbytes > 70_000
+    saved, report = squeeze_file(adapter, tmp_path / "out.safetensors", Budget(66_000))
+    assert report.targets["lora_unet_a"].rank_after == r
+    assert saved.weights.stat().st_size <= 66_000
+    assert error(adapter["lora_unet_a"].delta(), load(saved.path)["lora_unet_a"].delta()) < 1e-6
+
+
+@pytest.mark.parametrize(("maximum", "rank"), [(11, 8), (6, 4), (3, 4)])
+def test_groups_round_up_but_not_above_the_maximum(tmp_path: Path, maximum: int, rank: int) -> None:
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": rand(0, 20, 8, 3, 3), f"{stem}lora_up.weight": rand(1, 40, 5, 1, 1)}
+    save_file(tensors, tmp_path / "in.safetensors")  # 4 groups, so steps of 4
+    report = squeeze(load(tmp_path / "in.safetensors"), Energy(0.9), limits=Limits(maximum=maximum))[1]
+    assert report.targets["lora_unet_a"].rank_after == rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_factors_that_overflow_when_a_scale_is_folded_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    pairs = {t: ((a * 20).to(dtype), (b * 20).to(dtype)) for t, (a, b) in factors(SHAPES).items()}
+    adapter = load(peft(tmp_path / "in", pairs, {"lora_alpha": 8e10}))
+    with pytest.raises(AdapterError, match=r"^layers\.0\.q: a factor overflows float"):
+        squeeze_file(adapter, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+    squeeze(adapter, 4, options=Squeeze(scale="keep"))
