@@ -43,6 +43,7 @@ def convert(
     ] = None,
     base: options.Base = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
     output: options.OutputPath = None,
     dry_run: options.DryRun = False,
@@ -82,6 +83,7 @@ def convert(
         raise UsageError(f"--rank {rank} is below 1")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy {energy} is not a share between 0 and 1")
+    weights = open_base(base)
     how = Convert(
         lowering=Lowering(exact, rank, energy, seed),
         portable=portable,
@@ -90,9 +92,9 @@ def convert(
         drop=frozenset(drop or ()),
         model=model,
         component=component,
-        base=open_base(base),
+        base=weights,
     )
-    adapter = open_adapter(path, alpha=alpha)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=weights)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

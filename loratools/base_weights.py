@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loratools.configs import config_beside
 from loratools.errors import AdapterError
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
@@ -51,6 +53,10 @@ class BaseWeights:
         """The shape of `parameter`, from the header; None where there is no or no single match."""
         name = self.name_of(parameter)
         return None if name is None else self.source.specs[name].shape
+
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's config.json beside its weights, if there is one."""
+        return config_beside(self.source.path.parent, "config.json")
 
     def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
         """The weight of `parameter`, in the base's own layout.

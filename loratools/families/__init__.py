@@ -14,6 +14,7 @@ from loratools.families.ia3 import IA3
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
+from loratools.families.merged import MergedLoRA
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
 from loratools.families.shira import SHiRA
@@ -37,6 +38,7 @@ FAMILIES: tuple[type[Update], ...] = (
     HRA,
     SHiRA,
     TrainableTokens,
+    MergedLoRA,
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MergedLoRA",
     "PVeRA",
     "SHiRA",
     "TrainableTokens",
