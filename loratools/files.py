@@ -67,8 +67,8 @@ def load(
 
     `alpha`, `scaling` for MatryoshkaLoRA, and `enable_lora` for fused projections of loralib (one flag for each) stand
     in for what the file does not state; the shapes and the config of `base` do too, for random projections that were
-    not saved, transposed weights and the number of heads. Raises InputError for what cannot be read or recognised and AdapterError
-    for incomplete or mismatched updates, naming file and target.
+    not saved, transposed weights and the number of heads. Raises InputError for what cannot be read or recognised and
+    AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
     config = read_config(config_path) if config_path else None
@@ -182,8 +182,8 @@ def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
     """OutputError where the dialect is only read, or saving to `path` would overwrite something without `force`."""
     if not adapter.format.writable:
         raise OutputError(
-            f"{printable(path)}: {adapter.format.name} files are read only; write the adapter in another dialect first: "
-            "loratools convert --to peft"
+            f"{printable(path)}: {adapter.format.name} files are read, not written; write the adapter in another "
+            "dialect first: loratools convert --to peft"
         )
     weights = destination_weights(adapter, path)
     taken = [

@@ -1,4 +1,4 @@
-"""LoRA of fused projections, each with factors of its own: loralib's MergedLinear, LitGPT's qkv, AdapterHub's c_attn."""
+"""LoRA of fused projections, each with its own factors: loralib's MergedLinear, LitGPT's qkv, AdapterHub's c_attn."""
 
 from __future__ import annotations
 

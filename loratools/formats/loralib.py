@@ -28,8 +28,8 @@ _OTHERS = re.compile(r"\.loras\.")  # AdapterHub's
 class Loralib(Format):
     """Neither alpha nor, for MatryoshkaLoRA, the scaling of ranks is in the file: they come from the user or stay open.
 
-    loralib and DyLoRA: A (r, n), B (m, r), scale alpha / r. loralib's MergedLinear: A (g * r, n), B (g blocks of rows, r),
-    of the g fused projections that `enable_lora` names. MatryoshkaLoRA: A (n, r), B (r, m), scale 1, 1 / r or
+    loralib and DyLoRA: A (r, n), B (m, r), scale alpha / r. loralib's MergedLinear: A (g * r, n), B (g blocks of rows,
+    r), of the g fused projections that `enable_lora` names. MatryoshkaLoRA: A (n, r), B (r, m), scale 1, 1 / r or
     1 / sqrt(r). A base of the transposed shape says that a weight is transposed (fan_in_fan_out, embeddings).
     """
 

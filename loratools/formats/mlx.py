@@ -106,8 +106,6 @@ class Mlx(Format):
             )
         parameters = (self.config or {}).get("lora_parameters")
         if self.config is None or not ranks:
-            if ranks and not math.isclose(*scales, self.scale("", *ranks, None), rel_tol=1e-12):
-                raise OutputError(f"without an adapter_config.json there is no place for the scale {scales.pop():g}")
             return Declaration(self.config, metadata)
         rank, scale = ranks.pop(), scales.pop()
         before = parameters if isinstance(parameters, dict) else {}

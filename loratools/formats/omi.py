@@ -1,4 +1,4 @@
-"""OMI, a draft that OneTrainer wrote: `transformer.` or `unet.`, the authors' names, `lora_down`, `lora_up`, `alpha`."""
+"""OMI, a draft that OneTrainer wrote: a component, the authors' names, then `lora_down`, `lora_up` and `alpha`."""
 
 from __future__ import annotations
 
