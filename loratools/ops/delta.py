@@ -46,7 +46,7 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     weight = None
     pieces = {} if base is None else _pieces(adapter, name, base)
     if base is not None and pieces:
-        weight = _fused(pieces, base)
+        weight = _fused(pieces, base, entry.base_shape or ())
     elif base is not None:
         parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
     elif entry.family.needs_base:
@@ -80,30 +80,29 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
 def _pieces(adapter: Adapter, name: str, base: BaseWeights) -> dict[str, Tensor]:
     """The base's parameters that a target's rows belong to, where the base has those and not the target's own."""
     entry = adapter.entries[name]
-    if base.name_of(adapter.format.parameter(name)) is not None or not entry.base_shape or entry.layout.transposed:
+    if base.name_of(adapter.format.parameter(name)) is not None or not entry.base_shape:
+        return {}
+    if entry.layout.transposed or entry.layout.experts > 1:
         return {}
     placement = adapter.format.place(name)
     found: dict[str, Tensor] = {}
     for piece in placement.pieces if placement else ():
         parameter = base.name_of(f"{piece.module.path}.weight")
-        if parameter is None or piece.rows.is_whole:
+        if parameter is None:
             return {}
         found[parameter] = piece.rows.indices(entry.base_shape[0])
     return found
 
 
-def _fused(pieces: Mapping[str, Tensor], base: BaseWeights) -> Tensor | None:
+def _fused(pieces: Mapping[str, Tensor], base: BaseWeights, shape: tuple[int, ...]) -> Tensor | None:
     """The base weight of the whole target, None where its pieces do not make all of it."""
-    weights = {parameter: base.source.read(parameter) for parameter in pieces}
-    for parameter, rows in pieces.items():
-        if len(weights[parameter]) != len(rows):
-            raise AdapterError(f"{parameter}: has {len(weights[parameter])} rows where the adapter has {len(rows)}")
-    first = next(iter(weights.values()))
-    whole = first.new_empty((sum(len(rows) for rows in pieces.values()), *first.shape[1:]))
+    weights = [base.find(parameter, (len(rows), *shape[1:])) for parameter, rows in pieces.items()]
     order = torch.cat(list(pieces.values()))
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
+    if not torch.equal(order.sort().values, torch.arange(shape[0])):
         return None
-    whole[order] = torch.cat(list(weights.values()))
+    stacked = torch.cat(weights)
+    whole = torch.empty_like(stacked)
+    whole[order] = stacked
     return whole
 
 
