@@ -30,6 +30,9 @@ def convert(
     no_metadata: Annotated[
         bool, Option("--no-metadata", help="Write tensors alone; the way back may then lose names and config.")
     ] = False,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Of the factors; their own by default. q8_0: GGUF.")
+    ] = None,
     drop: Annotated[
         list[str] | None,
         Option(metavar="KIND", help="Leave out what has no place: bias, extras, unsupported or unmapped."),
@@ -62,6 +65,7 @@ def convert(
       loratools convert my_lora.safetensors --to diffusers
       loratools convert my_peft_folder --to peft --portable -o portable
       loratools convert my_loha.safetensors --to peft --rank 32
+      loratools convert my_peft_folder --to gguf --base llama/config.json
     """
     from loratools.errors import UsageError
     from loratools.ops.convert import DROPPABLE, Convert, convert_file, writable_formats
@@ -93,6 +97,7 @@ def convert(
         model=model,
         component=component,
         base=weights,
+        dtype=dtype,
     )
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=weights)
     with Progress() as progress:

@@ -38,4 +38,7 @@ def default_destination(adapter: Adapter, tag: str) -> Path:
         place = folder if folder.name and folder.name != ".." else folder.resolve()
         stem = place.name
     stem = stem or weights.name
-    return place.with_name(f"{stem}.{tag}" if is_folder_adapter(adapter) else f"{stem}.{tag}.safetensors")
+    container = adapter.format.container
+    return place.with_name(
+        f"{stem}.{tag}" if is_folder_adapter(adapter) else f"{stem}.{tag}.{container}".replace(".gguf.gguf", ".gguf")
+    )

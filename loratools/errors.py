@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -67,3 +69,12 @@ class NotAWeightDeltaError(AdapterError):
 
 class TiedEmbeddingError(UnsupportedInTargetError):
     """An update of one of two tied embeddings, which the target cannot tell apart."""
+
+
+@contextmanager
+def naming(target: str) -> Iterator[None]:
+    """Put `target` in front of what an AdapterError says."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{target}: {error}") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
 from loratools.configs import CONFIG_NAME, config_beside, read_config
-from loratools.errors import AdapterError, InputError, OutputError
+from loratools.errors import AdapterError, InputError, OutputError, naming
 from loratools.families import family_of
 from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
 from loratools.formats.packing import packed, unpacked, unpacked_spec
@@ -22,6 +22,7 @@ from loratools.storage import open_source
 from loratools.storage.atomic import printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource
 from loratools.storage.folder import AtomicFolder
+from loratools.storage.gguf import GGUFSink
 from loratools.storage.header import header_bytes, quoted
 from loratools.storage.safetensors import SafetensorsSink
 
@@ -40,7 +41,7 @@ _WEIGHTS = (
     "pytorch_adapter.bin",
     "lit_model.pth.lora",  # LitGPT
 )
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # By which rank and alpha fields of the metadata may grow: "4" to "Dynamic", or to six digits.
 _METADATA_SLACK = 32
 
@@ -86,7 +87,7 @@ def load(
                 entries[target] = _entry(source, bound, target, keys, alpha_stored)
             except AdapterError as error:
                 raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if alpha_stored == 0.0:
+            if alpha_stored == 0.0 and entries[target].rank:
                 zeros.append(target)
     except BaseException:
         source.close()
@@ -118,8 +119,7 @@ def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | N
 def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
-    packing = bound.packing(target)
-    specs = {slot: unpacked_spec(source.specs[key], slot, packing) for slot, key in keys.items()}
+    specs = {slot: unpacked_spec(source.specs[key], slot, bound.packing(target, slot)) for slot, key in keys.items()}
     if problem := family.check(specs, layout):
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
@@ -132,9 +132,10 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         raise AdapterError(f"the tensors that its targets share are not in the file: {', '.join(missing)}")
 
     def read() -> Update:
-        tensors = {slot: unpacked(source.read(key), slot, packing) for slot, key in keys.items()}
+        tensors = {s: unpacked(source.read(key), s, bound.packing(target, s)) for s, key in keys.items()}
         shared = {slot: source.read(key) for slot, key in references.items()}
-        return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
+        with naming(target):
+            return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
 
     return Entry(family, specs, layout, rank, scale, read, alpha)
 
@@ -166,7 +167,8 @@ def is_folder_adapter(adapter: Adapter) -> bool:
 def destination_weights(adapter: Adapter, path: Path) -> Path:
     """The weights file that saving to `path` would write; OutputError for a name that does not suit the dialect."""
     if not is_folder_adapter(adapter):
-        return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+        suffix = f".{adapter.format.container}"
+        return path if path.suffix == suffix else path.with_name(path.name + suffix)
     name = adapter.format.weights_name
     if path.name == name:
         return path
@@ -212,7 +214,7 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     check_destination(adapter, path, force=force)
     weights = destination_weights(adapter, path)
     if not is_folder_adapter(adapter):
-        with SafetensorsSink(weights, reserve=header_room(adapter)) as sink:
+        with _sink(adapter, weights) as sink:
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         return Saved(weights, weights, nbytes, None)
@@ -225,13 +227,20 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     return Saved(weights.parent, weights, nbytes, weights.parent / CONFIG_NAME)
 
 
+def _sink(adapter: Adapter, weights: Path) -> TensorSink:
+    if adapter.format.container == "gguf":
+        return GGUFSink(weights, q8=adapter.format.quantised)
+    return SafetensorsSink(weights, reserve=header_room(adapter))
+
+
 def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Update]]) -> Declaration:
     written: dict[str, Written] = {}
     for target, update in updates:
         entry = entry_of(update)
-        packing = adapter.format.packing(target)
+        experts = update.layout.experts
         for slot, tensor in update.parameters().items():
-            sink.write(adapter.format.spell(target, slot), packed(tensor, slot, packing, update.layout.experts))
+            stored = packed(tensor, slot, adapter.format.packing(target, slot), experts)
+            sink.write(adapter.format.spell(target, slot), stored)
         written[target] = Written(entry.rank, entry.scale, adapter.entries[target].alpha)
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")

@@ -35,6 +35,7 @@ WITHOUT_REFERENCE = {
 # What is not an update of a weight: `info` names it, and no target comes of it.
 NOT_WEIGHTS = {
     "peft/prompt_tuning": "PROMPT_TUNING is a prompt",
+    "lycoris/tlora": "T-LoRA: its delta is relative to initial factors",
     "others/adapters_pfeiffer": "a bottleneck adapter, which is not an update of a weight",
     "others/adapters_prefix": "a prefix tuning: trained keys and values, which is not an update of a weight",
 }
@@ -52,9 +53,6 @@ UNSUPPORTED_PEFT = {
 }  # fmt: skip
 REFUSED = {
     **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},
-    **{f"lycoris/{name}": "no known adapter dialect" for name in ("boft", "full", "glora", "oft", "oft_constraint")},
-    "lycoris/tlora": "no known adapter dialect",
-    **{f"lycoris/{name}": "unexpected magnitude" for name in ("loha_dora", "lokr_dora")},
 }
 # Dialects that are not read yet.
 UNREAD = ("gguf",)
@@ -68,14 +66,10 @@ def found() -> list[str]:
 
 
 DECODED = [name for name in found() if name not in {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED}]
-# Norm layers are stored as plain differences, which are carried along and reported, not decoded.
-NOT_DECODED = {
-    "lycoris/locon_norm": {"norm.weight", "norm.bias", "gn.weight", "gn.bias"},
-}
 
 
 def test_the_lists_name_samples(shared: Path) -> None:
-    assert {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED, *NOT_DECODED} <= set(found())
+    assert {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED} <= set(found())
     assert len(DECODED) > 30
 
 
@@ -94,7 +88,8 @@ def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None, reference:
     deltas: dict[str, Tensor] = {}
     for target, update in adapter.items():
         flat = adapter.format.parameter(target)
-        parameter = f"{names[target]}.weight" if target in names else flat
+        module, _, leaf = flat.rpartition(".")
+        parameter = f"{names[module]}.{leaf}" if module in names else flat
         if parameter not in reference and (placement := adapter.format.place(target)) is not None:
             (piece,) = placement.pieces
             parameter = f"{piece.module}.weight".replace(".text_model.", ".")  # as transformers 5 names them
@@ -131,7 +126,7 @@ def test_deltas_are_those_of_the_library(samples: Samples, name: str) -> None:
     found = decoded(folder, adapter, base, reference)
     for parameter, factor in RESCALED.get(name, {}).items():
         found[parameter] = found[parameter] * factor
-    assert set(found) == set(reference) - NOT_DECODED.get(name, set())
+    assert set(found) == set(reference)
     for parameter, delta in found.items():
         truth = reference[parameter].double()
         assert delta.dtype == torch.float32
@@ -190,9 +185,20 @@ class TestWithoutReference:
 
 
 def test_unsupported_modules_are_reported_and_carried(samples: Samples) -> None:
+    adapter = open_sample(samples("lycoris/tlora"))
+    assert set(adapter.unsupported) == {"lycoris_lin0", "lycoris_blk_fc_out"}
+    assert {k.partition(".")[0] for k in adapter.extras} == set(adapter.unsupported)
+    assert sum(k.endswith(".alpha") for k in adapter.extras) == 2
+    assert not adapter.warnings
+
+
+def test_norms_and_biases_are_targets_of_their_own(samples: Samples) -> None:
     adapter = open_sample(samples("lycoris/locon_norm"))
-    assert set(adapter.unsupported) == {"lycoris_norm", "lycoris_gn"}
-    assert {k.partition(".")[0] for k in adapter.extras} == {"lycoris_norm", "lycoris_gn"}
+    changed = {t for t, e in adapter.entries.items() if e.family.family == "full"}
+    assert changed == {"lycoris_norm", "lycoris_norm.bias", "lycoris_gn", "lycoris_gn.bias"}
+    assert adapter.format.parameter("lycoris_gn") == "lycoris_gn.weight"
+    assert adapter.format.parameter("lycoris_gn.bias") == "lycoris_gn.bias"
+    assert not adapter.extras
 
 
 def test_dora_without_its_base_says_so(samples: Samples) -> None:

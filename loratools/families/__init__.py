@@ -8,12 +8,19 @@ from loratools.errors import AdapterError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.boft import BOFT
+from loratools.families.doha import DoHa
+from loratools.families.dokr import DoKr
 from loratools.families.dora import DoRA
+from loratools.families.full import Full
+from loratools.families.glora import GLoRA
 from loratools.families.hra import HRA
 from loratools.families.ia3 import IA3
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
+from loratools.families.lycoris_boft import LycorisBOFT
+from loratools.families.lycoris_ia3 import LycorisIA3
+from loratools.families.lycoris_oft import LycorisOFT
 from loratools.families.merged import MergedLoRA
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
@@ -30,14 +37,21 @@ FAMILIES: tuple[type[Update], ...] = (
     LoHa,
     LoKr,
     AdaLoRA,
-    VeRA,
-    PVeRA,
-    IA3,
-    OFT,
     BOFT,
     HRA,
+    IA3,
+    OFT,
+    PVeRA,
     SHiRA,
     TrainableTokens,
+    VeRA,
+    DoHa,
+    DoKr,
+    Full,
+    GLoRA,
+    LycorisBOFT,
+    LycorisIA3,
+    LycorisOFT,
     MergedLoRA,
 )
 
@@ -48,11 +62,18 @@ __all__ = [
     "IA3",
     "OFT",
     "AdaLoRA",
+    "DoHa",
+    "DoKr",
     "DoRA",
+    "Full",
+    "GLoRA",
     "Layout",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LycorisBOFT",
+    "LycorisIA3",
+    "LycorisOFT",
     "MergedLoRA",
     "PVeRA",
     "SHiRA",
@@ -69,7 +90,7 @@ def family_of(slots: Collection[str]) -> type[Update]:
     fits = [f for f in FAMILIES if f.required <= found <= f.required | f.optional]
     if len(fits) == 1:
         return fits[0]
-    closest = min(FAMILIES, key=lambda f: len(found ^ f.required))
+    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ f.required)))
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")

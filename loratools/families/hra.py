@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from loratools.storage.base import TensorSpec
 
 
+_ROUNDING = 1e-6
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class HRA(Update):
@@ -76,9 +79,7 @@ class HRA(Update):
                 for earlier in columns:
                     column = column - (earlier @ column) * earlier
             norm = column.norm()
-            if not norm > 0:
-                raise AdapterError(
-                    f"column {k} of hra_u has no direction of its own, so that nothing reflects along it"
-                )
+            if norm <= _ROUNDING * self.vectors[:, k].double().norm():  # what is left is noise of the stored dtype
+                raise AdapterError(f"column {k} of hra_u has no direction of its own to reflect along")
             columns.append(column / norm)
         return torch.stack(columns, dim=1)

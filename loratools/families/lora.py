@@ -156,7 +156,8 @@ class LoRA(LowRankUpdate):
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
         if self.mid is not None or self.groups > 1:
             raise AdapterError("only plain factors have a prefix, not a Tucker core or a grouped convolution")
-        experts, fold = self.layout.experts, delta_scale / scale
+        experts = self.layout.experts
+        fold = delta_scale / scale if scale else 1.0  # a scale of 0 makes zero of any factors
         if experts > 1:
             down = self.down.reshape(experts, -1, self.down.shape[1])[:, :rank].flatten(0, 1)
             up = self.up.reshape(self.up.shape[0], -1, experts)[:, :rank].flatten(1)
@@ -168,7 +169,7 @@ class LoRA(LowRankUpdate):
 
     def _rescaled_bias(self, scale: float) -> Tensor | None:
         """The bias that keeps scale * bias, for it is no part of the low-rank approximation."""
-        if self.up_bias is None or scale == self.scale:
+        if self.up_bias is None or scale in (self.scale, 0.0):
             return self.up_bias
         return cast_to(self.up_bias.double() * (self.scale / scale), self.up_bias.dtype)
 

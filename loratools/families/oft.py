@@ -73,7 +73,8 @@ class OFT(Update):
         return {self.slot: self.triangles}
 
     def operator(self, base: Tensor | None = None) -> Operator:
-        matrix = base_matrix("OFT", base, self.layout)
+        of_table = self.slot == "oft_embedding_R"  # its inputs are the columns, however the operator lies in it
+        matrix = base_matrix("OFT", base, Layout() if of_table else self.layout)
         size = skew_size(self.triangles.shape[1])
         assert size is not None  # checked from the header
         blocks, rest = divmod(matrix.shape[1], size)
@@ -89,5 +90,6 @@ class OFT(Update):
             q = q * torch.where(norms > radius, radius / norms, 1.0)[:, None, None]
         turn = cayley(q) if self.terms is None else cayley_neumann(q, self.terms)
         change = turn - torch.eye(size, dtype=turn.dtype)
-        change = change if self.slot == "oft_embedding_R" else change.mT
-        return Dense(times_blocks(matrix, change.expand(blocks, size, size)) * self.scale)
+        change = (change if of_table else change.mT).expand(blocks, size, size)
+        delta = Dense(times_blocks(matrix, change) * self.scale)
+        return delta.T if of_table and self.layout.transposed else delta

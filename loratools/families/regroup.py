@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,21 @@ from loratools.operators import LowRank, Operator
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+STORED: Mapping[str, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def recast(update: Update, dtype: str) -> Update:
+    """The factors in another dtype, by torch's name; a magnitude keeps its own. AdapterError where one overflows."""
+    if isinstance(update, DoRA):
+        direction = recast(update.direction, dtype)
+        assert isinstance(direction, LoRA)
+        return DoRA(direction, update.magnitude)
+    if not isinstance(update, LoRA):
+        raise AdapterError(f"the dtype of {update.family} is not changed; leave it as it is")
+    cast = {slot: cast_to(tensor, getattr(torch, dtype)) for slot, tensor in update.parameters().items()}
+    return LoRA.from_parameters(cast, scale=update.scale, layout=update.layout)
 
 
 def from_low_rank(

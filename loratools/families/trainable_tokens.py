@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update
-from loratools.operators import LowRank, Operator
+from loratools.operators import MAX_DENSE_ELEMENTS, Dense, LowRank, Operator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, eq=False)
 class TrainableTokens(Update):
-    """token_rows (count, n): the new rows themselves, not their differences; the setting `tokens` says whose they are."""
+    """token_rows (count, n): the new rows themselves, not their differences; the setting `tokens` says which rows."""
 
     family: ClassVar[str] = "trainable_tokens"
     required: ClassVar[frozenset[str]] = frozenset({"token_rows"})
@@ -60,13 +60,22 @@ class TrainableTokens(Update):
     def operator(self, base: Tensor | None = None) -> Operator:
         if base is None:
             raise NeedsBaseError("the delta of trainable tokens depends on the base weight")
-        table = base.T if self.layout.transposed else base
-        if table.ndim != 2 or table.shape[1] != self.rows.shape[1] or max(self.tokens) >= len(table):
+        if base.ndim != 2 or base.shape[1] != self.rows.shape[1] or max(self.tokens) >= len(base):
             raise AdapterError(
-                f"the base weight is {tuple(table.shape)} where rows up to {max(self.tokens)} of {self.rows.shape[1]} "
+                f"the base weight is {tuple(base.shape)} where rows up to {max(self.tokens)} of {self.rows.shape[1]} "
                 "numbers are replaced; is it the right base?"
             )
         tokens = torch.tensor(self.tokens)
-        places = torch.zeros(len(table), len(tokens), dtype=torch.float64)
-        places[tokens, torch.arange(len(tokens))] = 1.0
-        return LowRank(places, self.rows.double() - table[tokens].double(), self.scale)
+        rows = self.rows.double() - base[tokens].double()
+        change: Operator
+        if len(tokens) < min(base.shape):
+            places = torch.zeros(len(base), len(tokens), dtype=torch.float64)
+            places[tokens, torch.arange(len(tokens))] = 1.0
+            change = LowRank(places, rows, self.scale)
+        elif base.numel() <= MAX_DENSE_ELEMENTS:
+            change = Dense(torch.zeros_like(base, dtype=torch.float64).index_copy_(0, tokens, rows) * self.scale)
+        else:
+            raise AdapterError(
+                f"the change of a table of {base.numel():,} numbers is larger than {MAX_DENSE_ELEMENTS:,}"
+            )
+        return change.T if self.layout.transposed else change

@@ -7,6 +7,7 @@ from loratools.formats.adapterhub import AdapterHub
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
+from loratools.formats.gguf import Gguf
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
 from loratools.formats.loralib import Loralib
@@ -24,6 +25,7 @@ FORMATS: tuple[type[Format], ...] = (
     Diffusers,
     Comfy,
     XLabs,
+    Gguf,
     Omi,
     Mlx,
     AdapterHub,

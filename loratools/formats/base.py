@@ -54,8 +54,8 @@ class Hints:
     alpha: float | None = None
     scaling: NestedScaling | None = None
     base_shape: Callable[[str], tuple[int, ...] | None] | None = None
+    base_config: Mapping[str, Any] | None = None
     enable_lora: tuple[bool, ...] | None = None
-    base_config: Callable[[], Mapping[str, Any] | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,15 @@ class Declaration:
 class Order:
     """What is asked of a file that is to be written, beside its targets.
 
-    `config`: fields to keep, of the dialect's own config; `metadata`: whether the file may carry any.
+    `config`: fields to keep, of the dialect's own config; `metadata`: whether the file may carry any; `model_config`:
+    the base model's own; `quantised`: blocks of 8 bits, where the container has them.
     """
 
     model: Model | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: bool = True
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Part:
     slots: tuple[str, ...]
     layout: Layout
     shape: tuple[int, ...] | None  # of the base parameter
+    rank: int = 0
+    scale: float = 1.0
 
 
 class Format(ABC):
@@ -109,6 +114,8 @@ class Format(ABC):
     framework: ClassVar[str] = "pt"  # `format` in the metadata of a file beside a config, for readers that ask for it
     holds: ClassVar[frozenset[str]] = frozenset()  # families that it can be asked to write; none for one that is read
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
+    container: ClassVar[str] = "safetensors"  # in which it is written
+    quantised: bool = False  # whether a container that can is to pack its tensors in blocks of 8 bits
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes
     keys: Mapping[str, Mapping[str, str]]  # target -> slot -> key
     extras: tuple[str, ...]
@@ -119,9 +126,9 @@ class Format(ABC):
         """The modules that the target changes; None where its name does not tell."""
         return None
 
-    def packing(self, target: str) -> Packing:
-        """How the stored tensors lie against the factors that they are."""
-        return "transposed" if self.is_stored_transposed(target) else "plain"
+    def packing(self, target: str, slot: str) -> Packing:
+        """How a stored tensor lies against the factor that it is."""
+        return "transposed" if slot in self.transposed_slots(target) else "plain"
 
     def references(self, target: str) -> Mapping[str, str]:
         """Slot -> extra key, for tensors that the target shares with others."""
@@ -219,6 +226,10 @@ class Format(ABC):
     @abstractmethod
     def is_stored_transposed(self, target: str) -> bool:
         """Whether the file keeps the factors as (n, r) and (r, m), to be transposed on the way in and out."""
+
+    def transposed_slots(self, target: str) -> frozenset[str]:
+        """The slots that the file keeps transposed: all of them, or none, unless a dialect says otherwise."""
+        return frozenset(self.keys[target]) if self.is_stored_transposed(target) else frozenset()
 
     @abstractmethod
     def without_mutation(self) -> Self:

@@ -15,7 +15,18 @@ from loratools.formats.kohya import declared_alphas, is_per_input, magnitude_sha
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import Model, from_native, native_placements
 from loratools.formats.modules import Module, Piece, Placement, lone
-from loratools.formats.suffixes import ALPHA, LYCORIS, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.suffixes import (
+    ALPHA,
+    BIAS_SLOTS,
+    LYCORIS,
+    SLOTS,
+    SUFFIXES,
+    UNSUPPORTED,
+    changes_bias,
+    is_slot,
+    place,
+    spelling,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,8 +41,8 @@ _PEFT = {
     "lora_A": "down",
     "lora_B": "up",
 }
-_KNOWN = {**SLOTS, **_PEFT}
-_SUFFIX = re.compile(rf"\.({'|'.join(re.escape(s) for s in sorted([*_KNOWN, ALPHA], key=len, reverse=True))})$")
+_SUFFIXES = sorted([*SLOTS, *BIAS_SLOTS, *UNSUPPORTED, *_PEFT, ALPHA], key=len, reverse=True)
+_SUFFIX = re.compile(rf"\.({'|'.join(map(re.escape, _SUFFIXES))})$")
 _NATIVE = re.compile(
     r"(diffusion_model\.|text_encoders\.|double_blocks\.\d|single_blocks\.\d|joint_blocks\.\d|blocks\.\d|"
     r"transformer_blocks\.\d|single_transformer_blocks\.\d|input_blocks\.\d|output_blocks\.\d|middle_block\.\d)"
@@ -58,8 +69,8 @@ class Comfy(Format):
     @classmethod
     def recognises(cls, header: Header) -> bool:
         return header.config is None and any(
-            _NATIVE.match(key) and ".processor." not in key and (m := _SUFFIX.search(key)) and m[1] != ALPHA
-            for key in header.specs
+            _NATIVE.match(module) and ".processor" not in module and any(_is_update(s, siblings) for s in siblings)
+            for module, siblings in _by_module(header).items()
         )
 
     @classmethod
@@ -68,26 +79,26 @@ class Comfy(Format):
         alphas: dict[str, TensorSpec] = {}
         unsupported: dict[str, str] = {}
         extras: list[str] = []
-        for key, spec in header.specs.items():
-            match = _SUFFIX.search(key)
-            target = key[: match.start()] if match else key.rpartition(".")[0]
-            if match is not None and match[1] == ALPHA:
-                alphas[target] = spec
-            elif match is not None:
-                slot = _KNOWN[match[1]]
-                if slot in keys.setdefault(target, {}):
-                    raise InputError(f"{header.path}: {target} has two tensors for {slot}")
-                keys[target][slot] = key
-            else:
-                extras.append(key)
-                if family := unsupported_family(key.rpartition(".")[2]):
-                    unsupported[target] = f"{family} is not supported yet; carried over unchanged"
+        for module, siblings in _by_module(header).items():
+            reason = next((UNSUPPORTED[s] for s in siblings if s in UNSUPPORTED), None)
+            for suffix, key in siblings.items():
+                if reason is not None:
+                    unsupported[module] = reason
+                    extras.append(key)
+                elif suffix == ALPHA:
+                    alphas[module] = header.specs[key]
+                elif _is_update(suffix, siblings):
+                    spec = header.specs[key]
+                    target, slot = (module, _PEFT[suffix]) if suffix in _PEFT else place(module, suffix, spec.shape)
+                    if (other := keys.setdefault(target, {}).setdefault(slot, key)) != key:
+                        raise InputError(f"{header.path}: {target} has two tensors for {slot}: {other} and {key}")
+                else:
+                    extras.append(key)
         warnings = []
         for target in [t for t in alphas if t not in keys]:
             extras.append(f"{target}.{ALPHA}")
             del alphas[target]
-            if target not in unsupported:
-                warnings.append(f"{target}: an alpha without factors, carried over unchanged")
+            warnings.append(f"{target}: an alpha without factors, carried over unchanged")
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in keys.items() if "magnitude" in slots and is_per_input(header, slots))
@@ -107,11 +118,16 @@ class Comfy(Format):
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new file, in the suffixes that every version of ComfyUI reads."""
-        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        keys = {
+            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
+            for target, part in parts.items()
+        }
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
     def place(self, target: str) -> Placement | None:
+        if changes_bias(self.keys[target]):
+            return None
         if (text := _TEXT.match(target)) is not None:
             last = "text_encoder_2" if any(".double_blocks." in t for t in self.keys) else "text_encoder_3"
             component = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": last}[text[1]]
@@ -151,7 +167,7 @@ class Comfy(Format):
         return Declaration(None, metadata, declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
-        return f"{target}.weight"
+        return target if changes_bias(self.keys[target]) else f"{target}.weight"
 
     @property
     def nested_scaling(self) -> NestedScaling | None:
@@ -165,6 +181,20 @@ class Comfy(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {key: key for key in self.extras if key.endswith(".scale") and _NATIVE.match(key)}
+
+
+def _by_module(header: Header) -> dict[str, dict[str, str]]:
+    """Module -> suffix -> key."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in header.specs:
+        match = _SUFFIX.search(key)
+        module, suffix = (key[: match.start()], match[1]) if match else (key, "")
+        modules.setdefault(module, {})[suffix] = key
+    return modules
+
+
+def _is_update(suffix: str, siblings: Mapping[str, str]) -> bool:
+    return suffix in _PEFT or suffix in UNSUPPORTED or is_slot(suffix, siblings)
 
 
 def arrange(modules: Collection[Module], model: Model | None) -> dict[str, Placement]:

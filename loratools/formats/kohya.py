@@ -7,12 +7,13 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
-from loratools.errors import UnmappedModuleError
+from loratools.errors import AdapterError, UnmappedModuleError
+from loratools.families import family_of
 from loratools.families.base import Layout
+from loratools.formats import kohya_names
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
-from loratools.formats.kohya_names import arrange, place
 from loratools.formats.modules import Module, Placement
-from loratools.formats.suffixes import ALPHA, LYCORIS, SLOTS, SUFFIXES, unsupported_family
+from loratools.formats.suffixes import ALPHA, LYCORIS, SUFFIXES, UNSUPPORTED, changes_bias, is_slot, place, spelling
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ _VERSIONS: Mapping[Model, str] = {"sdxl": "sdxl_base_v1-0", "flux": "flux1", "sd
 @final
 @dataclass(frozen=True)
 class Kohya(Format):
-    """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts."""
+    """kohya and LyCORIS files; alpha missing or zero means alpha = rank, as in sd-scripts.
+
+    A module may be of any family. A change of its bias is a target of its own, `<module>.bias`.
+    """
 
     name: ClassVar[str] = "kohya"
     holds: ClassVar[frozenset[str]] = LYCORIS
@@ -43,7 +47,10 @@ class Kohya(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return any(key.partition(".")[2] in SLOTS for key in header.specs)
+        modules = by_module(header)
+        return any(
+            suffix in UNSUPPORTED or is_slot(suffix, siblings) for siblings in modules.values() for suffix in siblings
+        )
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Kohya:
@@ -51,22 +58,25 @@ class Kohya(Format):
         alphas: dict[str, TensorSpec] = {}
         unsupported: dict[str, str] = {}
         extras: list[str] = []
+        modules = by_module(header)
         for key in header.specs:
-            target, _, suffix = key.partition(".")
-            if suffix in SLOTS:
-                groups.setdefault(target, {})[SLOTS[suffix]] = key
+            module, _, suffix = key.partition(".")
+            if reasons := [UNSUPPORTED[s] for s in modules[module] if s in UNSUPPORTED]:
+                unsupported[module] = reasons[0]
+                extras.append(key)
             elif suffix == ALPHA:
-                alphas[target] = header.specs[key]
+                alphas[module] = header.specs[key]
+            elif is_slot(suffix, modules[module]):
+                target, slot = place(module, suffix, header.specs[key].shape)
+                if (other := groups.setdefault(target, {}).setdefault(slot, key)) != key:
+                    raise AdapterError(f"{header.path}: {target} has two tensors for {slot}: {other} and {key}")
             else:
                 extras.append(key)
-                if family := unsupported_family(suffix):
-                    unsupported[target] = f"{family} is not supported yet; carried over unchanged"
         warnings = []
         for target in [t for t in alphas if t not in groups]:
             extras.append(f"{target}.alpha")
             del alphas[target]
-            if target not in unsupported:
-                warnings.append(f"{target}: an alpha without factors, carried over unchanged")
+            warnings.append(f"{target}: an alpha without factors, carried over unchanged")
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect states one for each module")
         per_input = frozenset(t for t, slots in groups.items() if "magnitude" in slots and is_per_input(header, slots))
@@ -75,13 +85,16 @@ class Kohya(Format):
     @classmethod
     def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
         try:
-            return arrange(list(modules), order.model)
+            return kohya_names.arrange(list(modules), order.model)
         except KeyError as error:
             raise UnmappedModuleError(f"sd-scripts has no name for {error.args[0]}") from error
 
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Kohya:
-        keys = {target: {slot: f"{target}.{SUFFIXES[slot]}" for slot in part.slots} for target, part in parts.items()}
+        keys = {
+            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
+            for target, part in parts.items()
+        }
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
@@ -96,7 +109,7 @@ class Kohya(Format):
         return magnitude_shape(part, count)
 
     def place(self, target: str) -> Placement | None:
-        return place(target, is_flux=self.is_flux)
+        return None if changes_bias(self.keys[target]) else kohya_names.place(target, is_flux=self.is_flux)
 
     @property
     def is_flux(self) -> bool:
@@ -113,10 +126,12 @@ class Kohya(Format):
         return f"{target}.alpha" if target in self.alphas else None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if stored_alpha is not None and not math.isfinite(stored_alpha):
+            return stored_alpha  # which is refused, also where alpha is no scale
         return stored_alpha / rank if stored_alpha and rank else 1.0
 
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
-        if mode == "fold":
+        if mode == "fold" or not rank:
             return 1.0
         value, _ = stored_alpha(scale * rank, self.alphas.get(target))
         return value / rank
@@ -125,7 +140,7 @@ class Kohya(Format):
         return Declaration(None, _true_metadata(metadata, written), declared_alphas(written, self.alphas))
 
     def parameter(self, target: str) -> str:
-        return f"{target}.weight"
+        return target if changes_bias(self.keys[target]) else f"{target}.weight"
 
     @property
     def nested_scaling(self) -> NestedScaling | None:
@@ -148,10 +163,26 @@ def magnitude_shape(part: Part, count: int) -> tuple[int, ...]:
     return (*ends, *(1 for _ in range(kernel)))
 
 
+def by_module(header: Header) -> dict[str, dict[str, str]]:
+    """Module -> suffix -> key."""
+    modules: dict[str, dict[str, str]] = {}
+    for key in header.specs:
+        module, _, suffix = key.partition(".")
+        modules.setdefault(module, {})[suffix] = key
+    return modules
+
+
 def is_per_input(header: Header, slots: Mapping[str, str]) -> bool:
-    shape = header.specs[slots["magnitude"]].shape
-    outputs = header.specs[slots["up"]].shape[0] if "up" in slots else 0
-    return len(shape) > 1 and shape[0] == 1 and outputs != 1
+    """A magnitude (1, inputs, ...) runs along the inputs, one of a single number where that is not the only output."""
+    magnitude = header.specs[slots["magnitude"]]
+    if len(magnitude.shape) < 2 or magnitude.shape[0] != 1:
+        return False
+    try:
+        family = family_of(slots)
+    except AdapterError:
+        return False  # which is reported where the update is read
+    specs = {slot: header.specs[key] for slot, key in slots.items()}
+    return magnitude.numel != 1 or family.check(specs, Layout()) is not None
 
 
 def declared_alphas(

@@ -32,9 +32,7 @@ def flag(config: Config, field: str, default: bool | None = False) -> bool:
     """A flag of the config; InputError for another value, or where it is missing and has no default."""
     value = default if config.get(field) is None else config[field]
     if value is None:
-        raise InputError(
-            f"adapter_config.json states no {field}, which changes the delta; add it as it was in training"
-        )
+        raise InputError(f"adapter_config.json states no {field}, which changes the delta; add it as it was trained")
     if not isinstance(value, bool):
         raise _problem(field, value, "true or false")
     return value
@@ -106,7 +104,7 @@ def token_settings(config: Config, target: str) -> Mapping[str, Any]:
         if len(fits) != 1:
             raise InputError(f"adapter_config.json: {field} does not tell the tokens of {target} in a single entry")
         listed = listed[fits[0]]
-    good = isinstance(listed, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in listed)
-    if not good or min(listed, default=0) < 0 or max(listed, default=0) >= 2**63 or len(set(listed)) != len(listed):
+    tokens = [t for t in listed if type(t) is int and 0 <= t < 2**63] if isinstance(listed, list) else []
+    if listed != tokens or len(set(tokens)) != len(tokens):
         raise _problem(field, listed, "a list of different token numbers")
-    return {"tokens": tuple(listed)}
+    return {"tokens": tuple(tokens)}

@@ -76,7 +76,7 @@ class Mlx(Format):
     def place(self, target: str) -> Placement | None:
         return lone("MLX names", "", target)
 
-    def packing(self, target: str) -> Packing:
+    def packing(self, target: str, slot: str) -> Packing:
         return "stacked" if self.layouts[target].experts > 1 else "transposed"
 
     def spell(self, target: str, slot: str) -> str:
@@ -122,7 +122,7 @@ class Mlx(Format):
         return None
 
     def is_stored_transposed(self, target: str) -> bool:
-        return self.packing(target) == "transposed"
+        return self.layouts[target].experts == 1
 
     def without_mutation(self) -> Self:
         return self

@@ -150,7 +150,7 @@ class Peft(Format):
                 extras.append(key)
                 warnings.append(f"{module} has trained rows beside its factors; they are carried along, not applied")
             else:
-                keys[module], layouts[module] = {"token_rows": key}, Layout()
+                keys[module], layouts[module] = {"token_rows": key}, Layout(transposed=True, embedding=True)
         if config is None and hints.alpha is None:
             warnings.append(
                 "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
@@ -218,15 +218,12 @@ class Peft(Format):
         return cls(fields | dict(order.config), None, keys, layouts, (), {}, ())
 
     def place(self, target: str) -> Placement | None:
-        component = self._component
-        if not component and (path := whisper.to_transformers(target)) is not None:
-            return lone("Whisper names", "", path)
-        return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
+        return placed(target, self._component)
 
     @cached_property
     def _component(self) -> str:
         """The component of an image model that the adapter is for, "" for any other model: one for all its targets."""
-        return next((name for name, begins in _COMPONENTS.items() if any(map(begins.match, self.keys))), "")
+        return component_of(self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         known = self.keys[target]
@@ -289,6 +286,19 @@ def path_of(key: str) -> str:
     while key.startswith(PREFIX):
         key = key.removeprefix(PREFIX)
     return key
+
+
+def component_of(targets: Iterable[str]) -> str:
+    """The component of an image model that names of PEFT tell, "" for any other model."""
+    names = tuple(targets)
+    return next((component for component, begins in _COMPONENTS.items() if any(map(begins.match, names))), "")
+
+
+def placed(target: str, component: str) -> Placement:
+    """Where a target of PEFT lies in its model."""
+    if not component and (path := whisper.to_transformers(target)) is not None:
+        return lone("Whisper names", "", path)
+    return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
 
 
 def whole_parameter(key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools.errors import AdapterError, InputError
@@ -19,10 +20,12 @@ from loratools.formats.method_settings import (
     token_settings,
     vera_settings,
 )
-from loratools.formats.peft import PREFIX, whole_parameter
+from loratools.formats.peft import PREFIX, component_of, placed, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from loratools.formats.modules import Placement
 
 Config = Mapping[str, Any]
 SHARED_PREFIX = "base_model."
@@ -83,6 +86,8 @@ METHODS: Mapping[str, Method] = {
     "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
     "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
+
+_OF_TABLES = frozenset({"oft_embedding_R", "token_rows"})  # slots of embedding tables
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
 NOT_WEIGHTS: Mapping[str, str] = {
@@ -170,11 +175,19 @@ class PeftMethod(Format):
         found = self.method.settings(self.config, target)
         return found if self.largest is None else {**found, "largest": self.largest}
 
+    def place(self, target: str) -> Placement | None:
+        return placed(target, self._component)
+
+    @cached_property
+    def _component(self) -> str:
+        return component_of(self.keys)
+
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
 
     def layout(self, target: str) -> Layout:
-        return Layout(transposed=bool(self.config.get("fan_in_fan_out")))
+        table = not _OF_TABLES.isdisjoint(self.keys[target])
+        return Layout(transposed=table or bool(self.config.get("fan_in_fan_out")), embedding=table)
 
     def scale_key(self, target: str) -> str | None:
         return None

@@ -64,7 +64,7 @@ class Torchtune(ReadOnly):
         if alpha is None:
             alpha = hints.alpha
             warnings += [f"no lora_alpha in an adapter_config.json: {UNKNOWN_ALPHA}"] if alpha is None else []
-        model = header.beside("config.json") or hints.base_config() or {}
+        model = header.beside("config.json") or hints.base_config or {}
         embedding = Layout(transposed=True, embedding=True)
         layouts = {target: embedding for target in keys if target == "tok_embeddings"}
         return cls(header.config, alpha, keys, layouts, tuple(extras), {}, tuple(warnings), model)

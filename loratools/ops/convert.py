@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
 from loratools.errors import AdapterError, UnmappedModuleError, UnsupportedInTargetError, UsageError
 from loratools.families import DoRA, Update
-from loratools.families.regroup import padded, rescaled
+from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
 from loratools.formats.layouts import NATIVE_RULES, Model, model_of
@@ -27,6 +27,7 @@ from loratools.reports.convert import ConvertedTarget, ConvertReport
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
 
+Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 CARRIED_KEY = "loratools_source"
 _SAME = 1e-6  # scales that differ by less were one number before a dialect rounded its alpha to float32
 DROPPABLE = ("bias", "extras", "unsupported", "unmapped")
@@ -38,8 +39,8 @@ class Convert:
 
     `lowering` says what to do with families that the dialect has no place for. `portable`: one rank for all targets,
     by zero padding, scale 1 and no patterns. `fold_alpha` writes scale 1 everywhere, `metadata` False nothing but
-    tensors. `drop` names kinds of content (`DROPPABLE`) that may be left out. `model` and `component` state what names
-    do not tell.
+    tensors. `dtype`: of the factors, their own by default; q8_0 is for GGUF alone. `drop` names kinds of content
+    (`DROPPABLE`) that may be left out. `model` and `component` state what names do not tell.
     """
 
     lowering: Lowering = field(default_factory=Lowering)
@@ -50,6 +51,7 @@ class Convert:
     model: Model | None = None
     component: str | None = None
     base: BaseWeights | None = None
+    dtype: Dtype | None = None
 
 
 @dataclass
@@ -76,13 +78,21 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
     destination = formats[to]
+    if options.dtype == "q8_0" and destination.container != "gguf":
+        raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
     notes = _Notes()
     carried = _carried(adapter)
     modules = _modules(adapter, options, notes)
     shapes = {m: _module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
     model = options.model or _model_named(adapter) or model_of(shapes, adapter.metadata)
     back = carried if carried is not None and carried.get("format") == to else None
-    order = Order(model, (back or {}).get("config") or {}, options.metadata)
+    order = Order(
+        model,
+        (back or {}).get("config") or {},
+        options.metadata,
+        options.base.config if options.base else {},
+        options.dtype == "q8_0",
+    )
     placements = _named(destination.arrange(shapes, order), (back or {}).get("names") or {})
     jobs = jobs_for(placements, modules)
     builds = {job.target: _build(adapter, job, destination, options) for job in jobs}
@@ -141,7 +151,7 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
             found[module] = (target, piece.rows)
     if lost and "unmapped" not in options.drop:
         raise UnmappedModuleError(
-            f"{len(lost)} targets have names that no model is known to have, such as {', '.join(lost[:3])}; "
+            f"{len(lost)} targets are biases, or have names that no model is known to have: {', '.join(lost[:3])}; "
             "pass --drop unmapped to leave them out"
         )
     notes.dropped |= dict.fromkeys(lost, "its name tells no module")
@@ -251,6 +261,7 @@ def _bind(
     stated = _stated_scales(bound, builds) if not options.fold_alpha and not options.portable else None
     done = {}
     folded = 0
+    stored = STORED.get(options.dtype or "")
     for target, build in builds.items():
         entry, part = build.entry, parts[target]
         scale = bound.writable_scale(target, entry.rank, entry.scale, "fold" if options.fold_alpha else "keep")
@@ -266,9 +277,11 @@ def _bind(
             update = _without(entry.read(), drop)
             if entry.rank and not math.isclose(scale, update.scale, rel_tol=_SAME):
                 update = rescaled(update, scale)
+            if stored is not None:
+                update = recast(update, stored)
             return _laid_out(update, part, destination)
 
-        rewritten = bool(drop) or "scale folded" in actions or "magnitude" in part.slots
+        rewritten = stored is not None or bool(drop) or "scale folded" in actions or "magnitude" in part.slots
         specs = {slot: spec for slot, spec in entry.specs.items() if slot not in drop}
         if rewritten:
             fresh = entry_of(read())
@@ -303,7 +316,7 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
             )
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
-    return Part(slots, entry.layout, entry.base_shape)
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, NeedsBaseError, OutputError
-from loratools.ops.spectra import nonfinite_error
+from loratools.errors import AdapterError, NeedsBaseError, OutputError, naming
+from loratools.ops.spectra import is_finite_update, nonfinite_error
 from loratools.reports.delta import DeltaReport
 from loratools.storage.atomic import printable
 from loratools.storage.safetensors import SafetensorsSink
@@ -52,12 +52,10 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     elif entry.family.needs_base:
         raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
     update = entry.read()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+    if not is_finite_update(update):
         raise nonfinite_error(name)
-    try:
+    with naming(name):
         dense = update.delta(weight if entry.family.needs_base else None)
-    except AdapterError as error:
-        raise type(error)(f"{name}: {error}") from error
     if weight is not None and dense.shape != weight.shape:
         if dense.ndim == 3 and dense.mT.shape == weight.shape:
             dense = dense.mT.contiguous()  # experts stored as (experts, in, out)
@@ -73,7 +71,9 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     yield parameter, dense
     name_of_bias = f"{parameter.removesuffix('.weight')}.bias"
     bias = base.source.read(name_of_bias) if base is not None and name_of_bias in base.source.specs else None
-    if (change := update.bias_delta(bias)) is not None:
+    with naming(name):
+        change = update.bias_delta(bias)
+    if change is not None:
         yield name_of_bias, change
 
 

@@ -71,6 +71,8 @@ def lowered(
         raise UnsupportedInTargetError(f"{destination.name} has no place for an update of {lack}")
     op = update.operator(base).to(torch.float64)
     shape = tuple(base.shape) if base is not None else _shape(update)
+    if len(shape) == 1:
+        raise UnsupportedInTargetError(f"{destination.name} has no place for a change of a norm")
     rank = _rank(op, lowering)
     if rank is None:
         remedy = (

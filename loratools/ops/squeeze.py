@@ -21,6 +21,8 @@ from loratools.ops.spectra import (
     base_tensor,
     fit_update,
     group_targets,
+    is_finite_beside_factors,
+    is_finite_update,
     low_rank_part,
     measure,
     nonfinite_error,
@@ -283,6 +285,8 @@ def _squeeze_batch(
     f, per_part = stacked
     if not bool((finite := is_finite(f)).all()):
         raise nonfinite_error(batch[int(finite.logical_not().nonzero()[0]) // per_part])
+    if bad := [t for t, u in zip(batch, updates, strict=True) if not is_finite_beside_factors(u)]:
+        raise nonfinite_error(bad[0])
     best = balanced_factors(f, block_rank)
     fitted = []
     for i, (target, update) in enumerate(zip(batch, updates, strict=True)):
@@ -305,7 +309,7 @@ def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> 
     """Any family and structure, one target at a time."""
     entry, update = adapter.entries[target], adapter[target]
     base = base_tensor(adapter, target, entry, options.base)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+    if not is_finite_update(update):
         raise nonfinite_error(target)
     part = low_rank_part(update, base).to(torch.float64, options.device)
     step = entry.rank_step

@@ -137,7 +137,13 @@ def oft() -> dict[str, Example]:
         "oft_of_conv1d": Example(
             OFT, {"oft_R": triangles}, turn @ f64(base).T - f64(base).T, layout=CONV1D, base=base.T.contiguous()
         ),
-        "oft_embedding": Example(OFT, {"oft_embedding_R": triangles}, f64(base) @ turn - f64(base), base=base),
+        "oft_embedding": Example(
+            OFT,
+            {"oft_embedding_R": triangles},
+            f64(base) @ turn - f64(base),
+            layout=Layout(transposed=True, embedding=True),
+            base=base,
+        ),
     }
 
 
@@ -222,11 +228,27 @@ def shira() -> dict[str, Example]:
 def tokens() -> dict[str, Example]:
     table, rows = rand(70, 9, 4), rand(71, 2, 4)
     delta = np.zeros((9, 4))
+    many, all_new = rand(72, 5, 4), np.zeros((9, 4))
+    for row, token in zip(f64(many), (8, 0, 3, 1, 6), strict=True):
+        all_new[token] = row - f64(table)[token]
     delta[7], delta[2] = f64(rows)[0] - f64(table)[7], f64(rows)[1] - f64(table)[2]
     return {
         "trainable_tokens": Example(
-            TrainableTokens, {"token_rows": rows}, delta, base=table, settings={"tokens": (7, 2)}
-        )
+            TrainableTokens,
+            {"token_rows": rows},
+            delta,
+            layout=Layout(transposed=True, embedding=True),
+            base=table,
+            settings={"tokens": (7, 2)},
+        ),
+        "trainable_tokens_as_many_as_columns": Example(
+            TrainableTokens,
+            {"token_rows": many},
+            all_new,
+            layout=Layout(transposed=True, embedding=True),
+            base=table,
+            settings={"tokens": (8, 0, 3, 1, 6)},
+        ),
     }
 
 

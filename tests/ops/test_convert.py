@@ -415,3 +415,36 @@ def test_the_record_says_what_was_done(samples: Samples, tmp_path: Path) -> None
 def test_writable_dialects_are_formats() -> None:
     assert set(writable_formats()) <= {f.name for f in FORMATS}
     assert {"peft", "kohya", "diffusers", "comfy"} <= set(writable_formats())
+
+
+class TestLycoris:
+    @pytest.mark.parametrize("name", ["boft", "glora", "loha_dora", "lokr_dora", "lokr_full_matrix", "oft_constraint"])
+    def test_families_keep_their_tensors_and_numbers(self, samples: Samples, tmp_path: Path, name: str) -> None:
+        """Scales, and an alpha that is no scale: the constraint of an OFT."""
+        before = load(samples(f"lycoris/{name}") / "adapter.safetensors")
+        convert_file(before, tmp_path / "there", "comfy", Convert(component="unet"))
+        after = load(tmp_path / "there.safetensors")
+
+        def numbers(adapter: Adapter) -> list[tuple[int, float, float | None]]:
+            return sorted((e.rank, e.scale, None if e.rank else e.alpha) for e in adapter.entries.values())
+
+        def tensors(adapter: Adapter) -> set[tuple[str, bytes]]:
+            return {(slot, t.numpy().tobytes()) for u in adapter.values() for slot, t in u.parameters().items()}
+
+        assert numbers(after) == numbers(before)
+        assert tensors(after) == tensors(before)
+
+    def test_biases_are_refused_and_norms_keep_their_suffix(self, samples: Samples, tmp_path: Path) -> None:
+        adapter = load(samples("lycoris/locon_norm") / "adapter.safetensors")
+        options = Convert(component="unet")
+        with pytest.raises(UnmappedModuleError, match="2 targets are biases"):
+            convert(adapter, "comfy", options)
+        options = replace(options, drop=frozenset({"unmapped"}))
+        convert_file(adapter, tmp_path / "there", "comfy", options)
+        there = load_file(tmp_path / "there.safetensors")
+        assert {key for key in there if ".lora_" not in key and ".alpha" not in key} == {
+            "diffusion_model.norm.w_norm",
+            "diffusion_model.gn.w_norm",
+        }
+        with pytest.raises(UnsupportedInTargetError, match="a change of a norm"):
+            convert(adapter, "peft", replace(options, lowering=Lowering(rank=1)))

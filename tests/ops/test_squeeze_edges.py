@@ -21,7 +21,10 @@ from loratools._version import __version__
 from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import load, save
+from loratools.ops.delta import delta
+from loratools.ops.diff import diff
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
+from loratools.ops.truncate import truncate_file
 from loratools.ranks import Budget, Energy, Limits, Policy
 
 PREFIX = "base_model.model."
@@ -96,6 +99,47 @@ class TestNonFinite:
         assert len(report.targets) >= 4
         assert len(report.targets) + len(report.unchanged) == 6
         assert math.isfinite(report.total["relative_error"])
+
+
+class TestNonFiniteBias:
+    @pytest.fixture
+    def broken(self, tmp_path: Path) -> Adapter:
+        folder = peft(tmp_path / "in", factors(SHAPES), {"lora_bias": True})
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for target, (m, _, _) in SHAPES.items():
+            tensors[f"{PREFIX}{target}.lora_B.bias"] = rand(90, m)
+        tensors[f"{PREFIX}layers.1.v.lora_B.bias"][3] = float("nan")
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        return load(folder)
+
+    @pytest.mark.parametrize("policy", [2, Energy(0.5), Budget(9000)], ids=repr)
+    @pytest.mark.parametrize("method", ["auto", "rsvd"])
+    def test_the_target_is_named(self, broken: Adapter, tmp_path: Path, policy: int | Policy, method: str) -> None:
+        with pytest.raises(AdapterError, match=r"^layers\.1\.v: holds NaN or infinity"):
+            squeeze_file(broken, tmp_path / "out", policy, options=Squeeze(method=method))
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("policy", [2, Energy(0.5), Budget(9000)], ids=repr)
+    @pytest.mark.parametrize("method", ["auto", "rsvd"])
+    def test_or_carried_over(self, broken: Adapter, tmp_path: Path, policy: int | Policy, method: str) -> None:
+        options = Squeeze(method=method, allow_nonfinite=True)
+        report = squeeze_file(broken, tmp_path / "out", policy, options=options)[1]
+        assert report.unchanged["layers.1.v"] == "holds NaN or infinity"
+
+    def test_truncate_names_it_too(self, broken: Adapter, tmp_path: Path) -> None:
+        with pytest.raises(AdapterError, match=r"^layers\.1\.v: holds NaN or infinity"):
+            truncate_file(broken, tmp_path / "out", 2)
+        assert not (tmp_path / "out").exists()
+
+
+def test_float8_factors_are_compared_and_written_out(tmp_path: Path) -> None:
+    pairs = factors(SHAPES, torch.float8_e4m3fn)
+    adapter = load(peft(tmp_path / "in", pairs))
+    squeezed = squeeze(adapter, 4, options=Squeeze(method="rsvd"))[0]
+    report = diff(adapter, squeezed)
+    assert all(row.relative_error is not None and 0 < row.relative_error < 1 for row in report.targets.values())
+    a, b = pairs["layers.0.q"]
+    assert error(2 * b.double() @ a.double(), dict(delta(adapter))["layers.0.q.weight"]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["fold", "keep"])
