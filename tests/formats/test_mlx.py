@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,12 @@ def test_experts_come_back(tmp_path: Path) -> None:
     after = load_file(tmp_path / "out" / "adapters.safetensors")
     assert set(after) == set(tensors)
     assert all(torch.equal(tensors[key], after[key]) for key in after)
+
+
+def test_the_command_line_squeezes_into_a_folder_beside(samples: Samples, tmp_path: Path) -> None:
+    from loratools_cli.app import main
+
+    shutil.copytree(samples("mlx/llama_lora"), tmp_path / "mine")
+    assert main(["squeeze", str(tmp_path / "mine"), "--rank", "2", "-q"]) == 0
+    assert {p.name for p in (tmp_path / "mine.r2").iterdir()} == {"adapter_config.json", "adapters.safetensors"}
+    assert {e.rank for e in load(tmp_path / "mine.r2").entries.values()} == {2}
