@@ -46,6 +46,7 @@ def convert(
     ] = None,
     base: options.Base = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
     output: options.OutputPath = None,
     dry_run: options.DryRun = False,
@@ -98,7 +99,7 @@ def convert(
         base=weights,
         dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha, base=weights)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=weights)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

@@ -16,6 +16,7 @@ def delta(
     base: options.Base = None,
     target: options.Target = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     force: Annotated[bool, Option("--force", help="Replace an existing output.")] = False,
     everything: options.Everything = False,
@@ -35,7 +36,7 @@ def delta(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     weights = open_base(base)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling, base=weights)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
     with Progress() as progress:
         report = loratools.delta_file(progress.watch(adapter), output, base=weights, target=target, force=force)
     shown.show(report)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 _SUFFIXES: Final = (".safetensors.index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
+# Names that every adapter of a library with a config has: its folder has the telling one.
+_ANONYMOUS: Final = ("adapter_model", "adapters", "adapter", "pytorch_adapter")
+
 
 def destination(adapter: Adapter, output: Path | None, tag: str, *, force: bool) -> Path:
     """`output`, or in it where that is a folder and the adapter a lone file, or else the default.
@@ -33,7 +36,8 @@ def default_destination(adapter: Adapter, tag: str) -> Path:
     assert adapter.origin is not None
     weights = adapter.origin.path
     place, stem = weights, next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), "")
-    if stem == "adapter_model" and (is_folder_adapter(adapter) or adapter.format.name != "peft"):
+    converted = stem == "adapter_model" and adapter.format.name != "peft"
+    if converted or (stem in _ANONYMOUS and is_folder_adapter(adapter)):
         folder = weights.parent
         place = folder if folder.name and folder.name != ".." else folder.resolve()
         stem = place.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, InputError
+from loratools.configs import read_config
+from loratools.errors import AdapterError
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
 from loratools.storage.base import NoTensors
@@ -90,17 +90,7 @@ def load_base(path: str | os.PathLike[str]) -> BaseWeights:
     place = Path(path)
     named = place.suffix == ".json" and not place.name.endswith(".index.json")
     config = place if named else (place if place.is_dir() else place.parent) / CONFIG_NAME
-    fields = _read_config(config) if named or config.is_file() else {}
+    fields = read_config(config) if named or config.is_file() else {}
     if named or (fields and place.is_dir() and not any(p.suffix in _WEIGHTS for p in place.iterdir())):
         return BaseWeights(NoTensors(config), fields)
     return BaseWeights(open_source(path), fields)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{printable(path)}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{printable(path)}: holds no JSON object")
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,16 @@ WITHOUT_REFERENCE = {
 NOT_WEIGHTS = {
     "peft/prompt_tuning": "PROMPT_TUNING is a prompt",
     "lycoris/tlora": "T-LoRA: its delta is relative to initial factors",
+    "others/adapters_pfeiffer": "a bottleneck adapter, which is not an update of a weight",
+    "others/adapters_prefix": "a prefix tuning: trained keys and values, which is not an update of a weight",
 }
+# What the user must say of files that do not state it.
+HINTS: dict[str, dict[str, Any]] = {"others/loralib_linear": {"alpha": 6, "enable_lora": (True, False, True)}}
+# Those files in which a library writes other names, or another orientation, than its weights have.
+OWN_NAMES = {"others/litgpt_mha": (".linear.weight", ".weight")}
+TRANSPOSED = {"others/loralib_linear": {"fc_t.weight", "qkv_t.weight"}}  # fan_in_fan_out, which only a base can tell
+# Files with two ranks, and one alpha for each: with the other's alpha, these are off by the quotient.
+RESCALED = {"others/loralib_linear": {"qkv_t.weight": 4 / 6}}
 # Not decoded yet, and refused by name.
 UNSUPPORTED_PEFT = {
     "c3a", "fourierft", "gralora", "miss",
@@ -45,7 +55,7 @@ REFUSED = {
     **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},
 }
 # Dialects that are not read yet.
-UNREAD = ("gguf", "mlx", "others")
+UNREAD = ("gguf",)
 
 
 def found() -> list[str]:
@@ -64,10 +74,12 @@ def test_the_lists_name_samples(shared: Path) -> None:
 
 
 def open_sample(folder: Path) -> Adapter:
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_model.pt").exists():
+        return load(folder / "adapter_model.pt")
+    if (folder / "adapter_config.json").exists() or (folder / "lit_model.pth.lora").exists():
         return load(folder)
     (weights,) = (p for p in folder.iterdir() if p.stem in ("lora", "adapter") or p.stem.startswith("pytorch_lora"))
-    return load(weights)
+    return load(weights, **HINTS.get(f"{folder.parent.name}/{folder.name}", {}))
 
 
 def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None, reference: Collection[str]) -> dict[str, Tensor]:
@@ -107,7 +119,13 @@ def test_deltas_are_those_of_the_library(samples: Samples, name: str) -> None:
     reference = load_file(folder / "reference_dW.safetensors")
     base = load_base(folder / "base.safetensors") if (folder / "base.safetensors").exists() else None
     adapter = open_sample(folder)
+    if name in OWN_NAMES:
+        reference = {key.replace(*OWN_NAMES[name]): tensor for key, tensor in reference.items()}
+    for parameter in TRANSPOSED.get(name, ()):
+        reference[parameter] = reference[parameter].T
     found = decoded(folder, adapter, base, reference)
+    for parameter, factor in RESCALED.get(name, {}).items():
+        found[parameter] = found[parameter] * factor
     assert set(found) == set(reference)
     for parameter, delta in found.items():
         truth = reference[parameter].double()

@@ -21,6 +21,7 @@ from loratools.families.lora import LoRA
 from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
+from loratools.families.merged import MergedLoRA
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
 from loratools.families.shira import SHiRA
@@ -51,6 +52,7 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
+    MergedLoRA,
 )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "LycorisBOFT",
     "LycorisIA3",
     "LycorisOFT",
+    "MergedLoRA",
     "PVeRA",
     "SHiRA",
     "TrainableTokens",

@@ -27,13 +27,15 @@ class Layout:
 
     `transposed`: the base stores the transpose (Conv1D, embeddings). `experts`: the base parameter is a stack of that
     many matrices, and the factors interleave them. `embedding`: the target is an embedding table. `magnitude_axis`: the
-    axis of the operator that a DoRA magnitude runs along, 0 for outputs and 1 for input channels.
+    axis of the operator that a DoRA magnitude runs along, 0 for outputs and 1 for input channels. `blocks`: the rows of
+    consecutive projections that the parameter fuses, and whether each of them is updated; empty where all rows are one.
     """
 
     transposed: bool = False
     experts: int = 1
     embedding: bool = False
     magnitude_axis: int = 0
+    blocks: tuple[tuple[int, bool], ...] = ()
 
 
 Settings = Mapping[str, Any]

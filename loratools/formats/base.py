@@ -15,19 +15,29 @@ if TYPE_CHECKING:
     from loratools.families.base import Layout
     from loratools.formats.layouts import Model
     from loratools.formats.modules import Module, Placement
+    from loratools.formats.packing import Packing
     from loratools.storage.base import TensorSpec
 
 ScaleMode = Literal["fold", "keep"]
 
 
+def _no_file(name: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Header:
-    """All that is known of an adapter before a tensor is read."""
+    """All that is known of an adapter before a tensor is read.
+
+    `config` is the adapter_config.json beside the weights; `beside` reads another JSON or YAML file there by its name,
+    and gives None where there is none.
+    """
 
     path: Path
     specs: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None = None
+    beside: Callable[[str], Mapping[str, Any] | None] = _no_file
 
 
 NestedScaling = Literal["none", "rank", "sqrt"]
@@ -35,13 +45,17 @@ NestedScaling = Literal["none", "rank", "sqrt"]
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user knows and a file may not state: alpha, how MatryoshkaLoRA scaled each rank, the shapes of the
-    base parameters by name, and the base model's config."""
+    """What the user knows and a file may not state.
+
+    alpha; how MatryoshkaLoRA scaled each rank; which of the projections that a parameter fuses are updated; and of the
+    base model the shapes of its parameters by name, and its config.
+    """
 
     alpha: float | None = None
     scaling: NestedScaling | None = None
     base_shape: Callable[[str], tuple[int, ...] | None] | None = None
     base_config: Mapping[str, Any] | None = None
+    enable_lora: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class Format(ABC):
     """A dialect bound to one file: it has sorted that file's keys and remembers how the scale was spelt."""
 
     name: ClassVar[str]
+    writable: ClassVar[bool] = True  # whether a changed file can be written in the dialect of the one that was read
+    weights_name: ClassVar[str] = "adapter_model.safetensors"  # in the folder of an adapter with a config
+    framework: ClassVar[str] = "pt"  # `format` in the metadata of a file beside a config, for readers that ask for it
     holds: ClassVar[frozenset[str]] = frozenset()  # families that it can be asked to write; none for one that is read
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
     container: ClassVar[str] = "safetensors"  # in which it is written
@@ -108,6 +125,10 @@ class Format(ABC):
     def place(self, target: str) -> Placement | None:
         """The modules that the target changes; None where its name does not tell."""
         return None
+
+    def packing(self, target: str, slot: str) -> Packing:
+        """How a stored tensor lies against the factor that it is."""
+        return "transposed" if slot in self.transposed_slots(target) else "plain"
 
     def references(self, target: str) -> Mapping[str, str]:
         """Slot -> extra key, for tensors that the target shares with others."""

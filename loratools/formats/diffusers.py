@@ -63,7 +63,9 @@ class Diffusers(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return header.config is None and any(_COMPONENT.match(key) and _parse(key) for key in header.specs)
+        if header.config is not None or any(key.endswith(".lora_down.weight") for key in header.specs):
+            return False  # the latter are OMI's, under the same prefixes
+        return any(_COMPONENT.match(key) and _parse(key) for key in header.specs)
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:

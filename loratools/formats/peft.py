@@ -11,9 +11,11 @@ from loratools.errors import AdapterError, InputError, UnmappedModuleError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.kohya_names import clip_path
+from loratools.formats.layouts import whisper
 from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
 from loratools.formats.method_settings import token_settings
 from loratools.formats.modules import Module, Piece, Placement, lone
+from loratools.formats.torchtune import Torchtune
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set
@@ -95,7 +97,8 @@ class Peft(Format):
     @classmethod
     def recognises(cls, header: Header) -> bool:
         if header.config is not None and "peft_type" in header.config:
-            return header.config["peft_type"] == "LORA"
+            # torchtune writes a config of PEFT's beside weights under its own names too
+            return header.config["peft_type"] == "LORA" and not Torchtune.recognises(header)
         return any(
             key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS
             for key in header.specs
@@ -111,10 +114,10 @@ class Peft(Format):
         extras: list[str] = []
         tokens: dict[str, str] = {}
         for key in header.specs:
-            if config is not None and (rows := _TOKENS.match(key.removeprefix(PREFIX))):
+            if config is not None and (rows := _TOKENS.match(path_of(key))):
                 tokens[rows["module"]] = key
                 continue
-            match = _KEY.match(key.removeprefix(PREFIX))
+            match = _KEY.match(path_of(key))
             slot = _SLOTS.get((match["part"], match["leaf"])) if match else None
             if match is None or slot is None:
                 if re.search(r"\.lora_[A-Za-z]|lora_latent_mapping", key) and not any(h in key for h in _HARMLESS):
@@ -287,6 +290,13 @@ class Peft(Format):
         return {key: whole_parameter(key) for key in self.extras if key.endswith((".weight", ".bias"))}
 
 
+def path_of(key: str) -> str:
+    """`key` without PEFT's prefix, which a model that was wrapped twice has twice."""
+    while key.startswith(PREFIX):
+        key = key.removeprefix(PREFIX)
+    return key
+
+
 def component_of(targets: Iterable[str]) -> str:
     """The component of an image model that names of PEFT tell, "" for any other model."""
     names = tuple(targets)
@@ -295,12 +305,14 @@ def component_of(targets: Iterable[str]) -> str:
 
 def placed(target: str, component: str) -> Placement:
     """Where a target of PEFT lies in its model."""
+    if not component and (path := whisper.to_transformers(target)) is not None:
+        return lone("Whisper names", "", path)
     return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
 
 
 def whole_parameter(key: str) -> str:
     """The base parameter that a tensor saved whole replaces."""
-    return _INFIX.sub("", key.removeprefix(PREFIX))
+    return _INFIX.sub("", path_of(key))
 
 
 def _check_config(header: Header, config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loratools._lazy import torch
 from loratools.adapter import entry_of
 from loratools.errors import UnsupportedInTargetError
-from loratools.families import DoRA, LoRA, Update
+from loratools.families import DoRA, LoRA, MergedLoRA, Update
 from loratools.families.regroup import composed, from_low_rank
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import spectrum, truncate
@@ -55,6 +55,8 @@ def lowered(
 
     UnsupportedInTargetError says what would be allowed.
     """
+    if isinstance(update, MergedLoRA):  # the same numbers in the shape of a LoRA, whatever is allowed
+        update = update.expanded()
     held = update.family in destination.holds and destination.lacks(update.layout, set(update.parameters())) is None
     if held and not (plain and not isinstance(update, LoRA | DoRA)):
         if "mid" not in update.parameters() or ("mid" in destination.slots and not plain):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools.adapter import Adapter
-from loratools.errors import AdapterError, InputError
+from loratools.configs import config_beside
+from loratools.errors import AdapterError, InputError, OutputError
 from loratools.files import is_folder_adapter, load, locate, save
 from loratools.formats import FORMATS, Format, Header, Hints, recognise
 from loratools.formats.peft_methods import METHODS
@@ -57,9 +59,20 @@ SAMPLES: dict[str, list[str]] = {
     "comfy": ["comfy", "bfl"],
     "xlabs": ["xlabs"],
     "loralib": ["loralib", "matryoshka"],
+    "omi": ["omi"],
+    "mlx": ["mlx/gemma3_text", "mlx/llama_dora", "mlx/llama_lora", "mlx/llama_lora_all"],
+    "adapterhub": [
+        "others/adapters_ia3", "others/adapters_lora_bert", "others/adapters_lora_gpt2",
+        "others/adapters_lora_llama_full",
+    ],
+    "litgpt": ["others/litgpt_mha"],
+    "torchtune": ["others/torchtune_lora/adapter_model.pt"],
 }  # fmt: skip
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
+WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
+each_writable = pytest.mark.parametrize(("dialect", "name"), WRITABLE, ids=[name for _, name in WRITABLE])
 
 
 def bare(folder: Path, name: str) -> Path:
@@ -90,6 +103,10 @@ def image_model(folder: Path, name: str) -> Path:
         | {f"{block}.img_attn.norm.query_norm.scale": torch.randn(4)},
         "xlabs": pair(f"{block}.processor.qkv_lora1", "down.weight", "up.weight")
         | pair("single_blocks.1.processor.proj_lora", "down.weight", "up.weight"),
+        "omi": pair(f"transformer.{block}.img_attn.qkv.1", *kohya)
+        | {f"transformer.{block}.img_attn.qkv.1.alpha": torch.tensor(2.0)}
+        | pair("clip_l.text_model.encoder.layers.0.mlp.fc1", *kohya)
+        | {"bundle_emb.word.clip_l": torch.randn(2, 5)},
     }[name]
     save_file(tensors, folder / f"{name}.safetensors", {"note": "kept"})
     return folder / f"{name}.safetensors"
@@ -105,7 +122,7 @@ def header_of(path: Path) -> Header:
     weights, config = locate(path)
     with open_source(weights) as opened:
         fields = json.loads(config.read_text()) if config else None
-        return Header(weights, opened.specs, opened.metadata, fields)
+        return Header(weights, opened.specs, opened.metadata, fields, partial(config_beside, weights.parent))
 
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,6 +145,7 @@ def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
 
 def test_every_dialect_has_samples() -> None:
     assert set(SAMPLES) == {f.name for f in FORMATS}
+    assert {f.name for f in FORMATS if not f.writable} == READ_ONLY
 
 
 def test_no_loadable_sample_is_forgotten(shared: Path) -> None:
@@ -138,6 +156,8 @@ def test_no_loadable_sample_is_forgotten(shared: Path) -> None:
     for pattern in ("kohya/*/lora.*", "lycoris/*/adapter.*", "diffusers/*/pytorch_lora*"):
         for path in (shared / "samples").glob(pattern):
             assert str(path.relative_to(shared / "samples")) in known
+    for path in (shared / "samples" / "mlx").iterdir():
+        assert f"mlx/{path.name}" in known or "lora_a" not in (path / "sample.json").read_text()
 
 
 @each
@@ -169,7 +189,7 @@ def test_keys_are_spelt_as_they_were_read(source: Callable[[str], Path], dialect
         assert {slot: bound.spell(target, slot) for slot in slots} == dict(slots)
 
 
-@each
+@each_writable
 def test_the_scale_survives_being_stated(source: Callable[[str], Path], dialect: str, name: str) -> None:
     """What `declare` states for another rank is what a reader of it computes."""
     adapter = load(source(name))
@@ -192,7 +212,16 @@ def test_the_scale_survives_being_stated(source: Callable[[str], Path], dialect:
                 assert again.scale(target, rank, alpha) == pytest.approx(scale, rel=1e-6)
 
 
-@each
+@pytest.mark.parametrize(("dialect", "name"), [case for case in CASES if case[0] in READ_ONLY])
+def test_what_is_only_read_says_how_to_write_it(
+    source: Callable[[str], Path], tmp_path: Path, dialect: str, name: str
+) -> None:
+    with pytest.raises(OutputError, match=r"read, not written; .* loratools convert --to peft"):
+        save(load(source(name)), tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists()
+
+
+@each_writable
 def test_load_save_load_is_bit_exact(source: Callable[[str], Path], tmp_path: Path, dialect: str, name: str) -> None:
     """Every tensor, config field and metadata entry; a pickle comes back as safetensors."""
     original = source(name)
