@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
 from loratools_cli.exit_codes import ExitCode, exit_code_lines
@@ -18,6 +19,7 @@ from loratools_cli.interrupts import Interrupts
 from loratools_cli.merge import merge
 from loratools_cli.output import say
 from loratools_cli.squeeze import squeeze
+from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
 
 # rich_markup_mode: help is plain text, which costs no import and reads the same in a pipe.
@@ -26,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (info, inspect, squeeze, truncate, merge, diff, delta):
+for command in (info, inspect, squeeze, truncate, convert, merge, diff, delta, formats, families):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ def delta(
     base: options.Base = None,
     target: options.Target = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     force: Annotated[bool, Option("--force", help="Replace an existing output.")] = False,
     everything: options.Everything = False,
@@ -34,7 +35,8 @@ def delta(
     from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling)
+    weights = open_base(base)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
     with Progress() as progress:
-        report = loratools.delta_file(progress.watch(adapter), output, base=open_base(base), target=target, force=force)
+        report = loratools.delta_file(progress.watch(adapter), output, base=weights, target=target, force=force)
     shown.show(report)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 _SUFFIXES: Final = (".safetensors.index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
+# Names that every adapter of a library with a config has: its folder has the telling one.
+_ANONYMOUS: Final = ("adapter_model", "adapters", "adapter", "pytorch_adapter")
+
 
 def destination(adapter: Adapter, output: Path | None, tag: str, *, force: bool) -> Path:
     """`output`, or in it where that is a folder and the adapter a lone file, or else the default.
@@ -32,9 +35,14 @@ def default_destination(adapter: Adapter, tag: str) -> Path:
 
     assert adapter.origin is not None
     weights = adapter.origin.path
-    if is_folder_adapter(adapter):
+    place, stem = weights, next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), "")
+    converted = stem == "adapter_model" and adapter.format.name != "peft"
+    if converted or (stem in _ANONYMOUS and is_folder_adapter(adapter)):
         folder = weights.parent
-        folder = folder if folder.name and folder.name != ".." else folder.resolve()
-        return folder.with_name(f"{folder.name}.{tag}")
-    stem = next((weights.name.removesuffix(s) for s in _SUFFIXES if weights.name.endswith(s)), weights.name)
-    return weights.with_name(f"{stem}.{tag}.safetensors")
+        place = folder if folder.name and folder.name != ".." else folder.resolve()
+        stem = place.name
+    stem = stem or weights.name
+    container = adapter.format.container
+    return place.with_name(
+        f"{stem}.{tag}" if is_folder_adapter(adapter) else f"{stem}.{tag}.{container}".replace(".gguf.gguf", ".gguf")
+    )

@@ -18,6 +18,7 @@ def diff(
         float, typer.Option(metavar="T", help="Relative error of each target that counts as the same.")
     ] = 1e-6,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     device: options.Device = "cpu",
     everything: options.Everything = False,
@@ -38,10 +39,13 @@ def diff(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
-    first, second = (open_adapter(path, alpha=alpha, scaling=scaling) for path in (a, b))
+    weights = open_base(base)
+    first, second = (
+        open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights) for path in (a, b)
+    )
     with Progress() as progress:
         pair = progress.watch(first), progress.watch(second)
-        report = loratools.diff(*pair, base=open_base(base), tolerance=tolerance, device=device)
+        report = loratools.diff(*pair, base=weights, tolerance=tolerance, device=device)
     shown.show(report)
     if not report.same:
         raise typer.Exit(ExitCode.DIFFERENT)

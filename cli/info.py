@@ -6,7 +6,12 @@ from loratools_cli import options
 from loratools_cli.output import Output
 
 
-def info(path: options.AdapterPath, everything: options.Everything = False, as_json: options.Json = False) -> None:
+def info(
+    path: options.AdapterPath,
+    enable_lora: options.EnableLora = None,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+) -> None:
     """Tell format, base, ranks and sizes of an adapter.
 
     Reads the header alone, whatever the size.
@@ -14,6 +19,7 @@ def info(path: options.AdapterPath, everything: options.Everything = False, as_j
     Example: loratools info my_lora.safetensors
     """
     import loratools
+    from loratools_cli.opening import open_adapter
 
     output = Output(as_json=as_json, everything=everything)
-    output.show(loratools.info(loratools.load(path)))
+    output.show(loratools.info(open_adapter(path, enable_lora=enable_lora)))

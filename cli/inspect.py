@@ -19,6 +19,7 @@ def inspect(
         Path | None, Option(metavar="FILE", help="Draw the spectra, as .png or .svg (needs loratools[plot]).")
     ] = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     device: options.Device = "cpu",
     allow_nonfinite: Annotated[
@@ -39,12 +40,13 @@ def inspect(
 
     shown = Output(as_json=as_json, everything=everything)
     options.check_device(device)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling)
+    weights = open_base(base)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
     with Progress() as progress:
         report = inspect_adapter(
             progress.watch(adapter),
             target=target,
-            base=open_base(base),
+            base=weights,
             nested=nested,
             device=device,
             allow_nonfinite=allow_nonfinite,

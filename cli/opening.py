@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 
 def open_adapter(
-    path: Path, *, alpha: float | None = None, scaling: NestedScaling | None = None, initial: Path | None = None
+    path: Path,
+    *,
+    alpha: float | None = None,
+    scaling: NestedScaling | None = None,
+    enable_lora: str | None = None,
+    initial: Path | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """The adapter at `path`, relative to the original base where its initial factors are given."""
     import loratools
+    from loratools_cli.options import flags
 
-    adapter = loratools.load(path, alpha=alpha, scaling=scaling)
+    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base)
     return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
 
 

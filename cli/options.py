@@ -13,6 +13,14 @@ Scaling = Annotated[
     Literal["none", "rank", "sqrt"] | None,
     typer.Option(help="How MatryoshkaLoRA scaled each rank: not at all, by 1/rank or by 1/sqrt(rank)."),
 ]
+EnableLora = Annotated[
+    str | None,
+    typer.Option(
+        "--enable-lora",
+        metavar="FLAGS",
+        help="Which of the projections that a loralib or LitGPT parameter fuses are updated, such as 1,0,1.",
+    ),
+]
 Base = Annotated[
     Path | None,
     typer.Option(metavar="DIR_OR_FILE", help="Base model: its weights file or folder. DoRA needs it."),
@@ -46,3 +54,16 @@ def check_device(device: str) -> None:
         from loratools.errors import UsageError
 
         raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
+
+
+def flags(text: str | None) -> tuple[bool, ...] | None:
+    """`1,0,1` as booleans; UsageError for anything else."""
+    if text is None:
+        return None
+    words = [word.strip().lower() for word in text.split(",")]
+    known = {"1": True, "true": True, "0": False, "false": False}
+    if not any(known.get(word) for word in words) or not all(word in known for word in words):
+        from loratools.errors import UsageError
+
+        raise UsageError(f"--enable-lora {text}: give one flag for each projection, 1 or 0, such as 1,0,1")
+    return tuple(known[word] for word in words)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
@@ -17,12 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.ops.inspect import places
+from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
+from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
@@ -91,6 +94,14 @@ def _(report: MergeReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
     return f"wrote {plain(report.output)}: {size} of tensors\n"
+
+
+@closing.register
+def _(report: ConvertReport, planned: Path | None = None) -> str:
+    size = sizes(report.bytes_before, report.bytes_after)
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {len(report.targets)} targets, {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {size}\n"
 
 
 @singledispatch
@@ -207,6 +218,51 @@ def _(report: DeltaReport, everything: bool) -> Iterator[RenderableType]:
             grid.add_row(*_texts(name, " x ".join(map(str, shape))))
         yield grid
     yield from _reasons("left out", report.skipped, everything)
+
+
+@blocks.register
+def _(report: ConvertReport, everything: bool) -> Iterator[RenderableType]:
+    model = f" ({report.model})" if report.model else ""
+    yield Text(f"{report.source_format} -> {report.format}{model}", style="bold")
+    if everything:
+        grid = _grid("target", "from", "rule", "family", "rank")
+        for name, t in report.targets.items():
+            grid.add_row(*_texts(name, ", ".join(t.sources), t.rule, t.family, str(t.rank)))
+        yield grid
+    rules = Counter(t.rule for t in report.targets.values())
+    yield Text(f"names: {counted(rules, 4)}")
+    keys = report.keys
+    yield Text(
+        f"keys: {keys['updates']} of updates, {keys['scales']} scales, {keys['carried']} carried over, "
+        f"{keys['dropped']} dropped"
+    )
+    actions = {
+        f"{name}: {action}": "" if t.relative_error is None else f"relative error {number(t.relative_error)}"
+        for name, t in report.targets.items()
+        for action in t.actions
+    }
+    yield from _reasons("rewritten", actions, everything)
+    yield from _reasons("dropped", report.dropped, everything)
+
+
+@blocks.register
+def _(report: FormatsReport, everything: bool) -> Iterator[RenderableType]:
+    for name, dialect in report.formats.items():
+        how = f"read; written with {', '.join(dialect.writes)}" if dialect.writes else "read"
+        yield Text.assemble((name, "bold"), f": {how}")
+        yield Text(f"  {dialect.summary}")
+
+
+@blocks.register
+def _(report: FamiliesReport, everything: bool) -> Iterator[RenderableType]:
+    for name, family in report.families.items():
+        facts = [
+            "ranks can be lowered" if family.squeezable else "",
+            "needs the base weight" if family.needs_base else "",
+            f"written in {', '.join(family.written_by)}" if family.written_by else "read only",
+        ]
+        yield Text.assemble((name, "bold"), f": {'; '.join(f for f in facts if f)}")
+        yield Text(f"  {family.summary}")
 
 
 def _grid(first: str, *others: str) -> Table:

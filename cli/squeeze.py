@@ -42,6 +42,7 @@ def squeeze(
         Option(metavar="PATH", help="For PiSSA and its kin: the adapter before training, which is subtracted."),
     ] = None,
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     device: options.Device = "cpu",
     allow_nonfinite: options.AllowNonfinite = False,
@@ -76,7 +77,7 @@ def squeeze(
     tag = choice.tag  # before anything is read: a wrong choice is known now
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling, initial=initial_adapter)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, initial=initial_adapter)
     policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     how = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)

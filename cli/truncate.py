@@ -17,6 +17,7 @@ def truncate(
         Option(help="How the adapter was trained, which sets the scale of what is kept."),
     ] = "keep",
     alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     allow_unchanged: options.AllowUnchanged = False,
     output: options.OutputPath = None,
@@ -39,7 +40,7 @@ def truncate(
     from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
-    adapter = open_adapter(path, alpha=alpha, scaling=scaling)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling)
     place = destination(adapter, output, f"first{rank}", force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)

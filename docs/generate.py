@@ -46,9 +46,11 @@ REPORTS = {
     "loratools info": "info",
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
+    "loratools convert": "convert",
     "loratools merge": "merge",
     "loratools diff": "diff",
     "loratools delta": "delta",
+    "loratools formats, loratools families": "tables",
 }
 INTERNAL = {"Outcome"}  # records that no report holds
 

@@ -4,6 +4,7 @@ from loratools._version import __version__
 from loratools.base_weights import load_base
 from loratools.files import load, save
 from loratools.ops.aurac import aurac
+from loratools.ops.convert import Convert, convert, convert_file
 from loratools.ops.delta import delta, delta_file
 from loratools.ops.diff import diff
 from loratools.ops.hydra import hydra
@@ -29,6 +30,7 @@ from loratools.ranks import (
 __all__ = [
     "AdapterTuneElbow",
     "Budget",
+    "Convert",
     "Cumulative",
     "Elbow",
     "Energy",
@@ -41,6 +43,8 @@ __all__ = [
     "Threshold",
     "__version__",
     "aurac",
+    "convert",
+    "convert_file",
     "delta",
     "delta_file",
     "diff",

@@ -171,11 +171,18 @@ class Adapter(Mapping[str, "Update"]):
         return {target: Written(e.rank, e.scale, e.alpha) for target, e in self.entries.items()}
 
     def with_updates(self, updates: Mapping[str, Update]) -> Adapter:
-        """The same adapter with some targets replaced; KeyError for a target that it does not have."""
+        """The same adapter with some targets replaced; KeyError for a target that it does not have.
+
+        Metadata that states ranks, alphas or hashes is made true, or dropped.
+        """
         if unknown := sorted(set(updates) - set(self.entries)):
             raise KeyError(unknown[0])
+        if not updates:
+            return self
         entries = {t: entry_of(updates[t]) if t in updates else e for t, e in self.entries.items()}
-        return replace(self, entries=entries)
+        changed = replace(self, entries=entries)
+        stated = self.format.declare(changed.written(), self.metadata).metadata
+        return replace(changed, metadata={key: value for key, value in stated.items() if key not in self.format.stale})
 
     def map(self, fn: Callable[[str, Update], Update]) -> Adapter:
         """Apply `fn` to every update, now."""

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from loratools._lazy import torch
+from loratools.configs import read_config
 from loratools.errors import AdapterError
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
+from loratools.storage.base import NoTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loratools.storage.base import TensorSource
 
-_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "pytorch_model.bin",
-)
+CONFIG_NAME = "config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # What kohya and LyCORIS put before a flattened module path.
 _FLAT_PREFIX = re.compile(r"^(lora_unet|lora_te\d?|lora_prior_unet|lora_transformer|lycoris|lora)_")
 
@@ -32,6 +33,7 @@ class BaseWeights:
     """Looks base parameters up by the names that adapters use for them."""
 
     source: TensorSource
+    config: Mapping[str, Any] = field(default_factory=dict)  # the model's own, where it lies beside the weights
 
     def name_of(self, parameter: str) -> str | None:
         """The stored name of `parameter`: itself, or the only one that ends with it, or that it ends with, at a dot.
@@ -42,10 +44,17 @@ class BaseWeights:
         if parameter in names:
             return parameter
         near = [n for n in names if n.endswith(f".{parameter}") or parameter.endswith(f".{n}")]
-        if not near and "." not in parameter.removesuffix(".weight"):
-            flat = _FLAT_PREFIX.sub("", parameter.removesuffix(".weight"))
-            near = [n for n in names if f"_{n.removesuffix('.weight').replace('.', '_')}".endswith(f"_{flat}")]
+        leaf = ".bias" if parameter.endswith(".bias") else ".weight"
+        if not near and "." not in (module := parameter.removesuffix(leaf)):
+            flat = _FLAT_PREFIX.sub("", module)
+            stems = {n: n.removesuffix(leaf).replace(".", "_") for n in names if leaf == ".weight" or n.endswith(leaf)}
+            near = [n for n in stems if stems[n] == flat] or [n for n in stems if f"_{stems[n]}".endswith(f"_{flat}")]
         return near[0] if len(near) == 1 else None
+
+    def shape_of(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of `parameter`, from the header; None where there is no or no single match."""
+        name = self.name_of(parameter)
+        return None if name is None else self.source.specs[name].shape
 
     def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
         """The weight of `parameter`, in the base's own layout.
@@ -58,6 +67,8 @@ class BaseWeights:
             raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
         tensor = self.source.read(name)
         if shape is None or _fits(tuple(tensor.shape), shape):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise AdapterError(f"{printable(self.source.path)}: {name} holds NaN or infinity; is the base damaged?")
             return tensor
         raise AdapterError(
             f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; "
@@ -75,5 +86,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def load_base(path: str | os.PathLike[str]) -> BaseWeights:
-    """Open a base model: a weights file, or a folder with one (sharded or not); reads headers only."""
-    return BaseWeights(open_source(path))
+    """Open a base model by its headers: a weights file, a folder with one (sharded or not), or its config alone."""
+    place = Path(path)
+    named = place.suffix == ".json" and not place.name.endswith(".index.json")
+    config = place if named else (place if place.is_dir() else place.parent) / CONFIG_NAME
+    fields = read_config(config) if named or config.is_file() else {}
+    if named or (fields and place.is_dir() and not any(p.suffix in _WEIGHTS for p in place.iterdir())):
+        return BaseWeights(NoTensors(config), fields)
+    return BaseWeights(open_source(path), fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -47,3 +49,32 @@ class UnchangedError(LoratoolsError):
 
 class MissingExtraError(LoratoolsError):
     """An optional dependency is not installed; the message holds the install line."""
+
+
+class UnmappedModuleError(AdapterError):
+    """A target whose name does not tell which module of the model it is."""
+
+
+class UnsupportedInTargetError(AdapterError):
+    """Something that the dialect to be written has no place for."""
+
+
+class MutatedBaseError(AdapterError):
+    """Factors that are relative to a base weight which the initialisation changed."""
+
+
+class NotAWeightDeltaError(AdapterError):
+    """An adapter that is no update of weights: prompts, routers, nonlinear bottlenecks."""
+
+
+class TiedEmbeddingError(UnsupportedInTargetError):
+    """An update of one of two tied embeddings, which the target cannot tell apart."""
+
+
+@contextmanager
+def naming(target: str) -> Iterator[None]:
+    """Put `target` in front of what an AdapterError says."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{target}: {error}") from error

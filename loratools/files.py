@@ -5,31 +5,43 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
-from loratools.errors import AdapterError, InputError, OutputError
+from loratools.configs import CONFIG_NAME, config_beside, read_config
+from loratools.errors import AdapterError, InputError, OutputError, naming
 from loratools.families import family_of
 from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
+from loratools.formats.packing import packed, unpacked, unpacked_spec
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
-from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
+from loratools.storage.base import DTYPES, TensorSink, TensorSource
 from loratools.storage.folder import AtomicFolder
+from loratools.storage.gguf import GGUFSink
 from loratools.storage.header import header_bytes, quoted
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
+    from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_WEIGHTS = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", "adapter_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_MAX_CONFIG_BYTES = 64 << 20
+# The names that libraries give an adapter's weights, which go before any other file in the folder.
+_WEIGHTS = (
+    WEIGHTS_NAME,
+    f"{WEIGHTS_NAME}.index.json",
+    "adapter_model.bin",
+    "adapters.safetensors",  # MLX-LM
+    "adapter.safetensors",  # AdapterHub
+    "pytorch_adapter.bin",
+    "lit_model.pth.lora",  # LitGPT
+)
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # By which rank and alpha fields of the metadata may grow: "4" to "Dynamic", or to six digits.
 _METADATA_SLACK = 32
 
@@ -44,18 +56,30 @@ class Saved:
     config: Path | None
 
 
-def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: NestedScaling | None = None) -> Adapter:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    scaling: NestedScaling | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    base: BaseWeights | None = None,
+) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
-    `alpha`, and `scaling` for MatryoshkaLoRA, stand in for what the file does not state. Raises InputError for what
-    cannot be read or recognised and AdapterError for incomplete or mismatched updates, naming file and target.
+    `alpha`, `scaling` for MatryoshkaLoRA, and `enable_lora` for fused projections of loralib (one flag for each) stand
+    in for what the file does not state; the shapes and the config of `base` do too, for random projections that were
+    not saved, transposed weights and the number of heads. Raises InputError for what cannot be read or recognised and
+    AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
-    config = _read_config(config_path) if config_path else None
+    config = read_config(config_path) if config_path else None
     source = open_source(weights)
     try:
-        header = Header(weights, source.specs, source.metadata, config)
-        bound = recognise(header).bind(header, Hints(alpha, scaling))
+        header = Header(weights, source.specs, source.metadata, config, partial(config_beside, weights.parent))
+        hints = Hints(alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora))
+        if base is not None:
+            hints = replace(hints, base_shape=base.shape_of, base_config=base.config)
+        bound = recognise(header).bind(header, hints)
         entries, zeros = {}, []
         for target, keys in bound.keys.items():
             try:
@@ -63,7 +87,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: N
                 entries[target] = _entry(source, bound, target, keys, alpha_stored)
             except AdapterError as error:
                 raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if alpha_stored == 0.0:
+            if alpha_stored == 0.0 and entries[target].rank:
                 zeros.append(target)
     except BaseException:
         source.close()
@@ -95,10 +119,7 @@ def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | N
 def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, str], alpha: float | None) -> Entry:
     family = family_of(keys)
     layout = bound.layout(target)
-    flip = bound.is_stored_transposed(target)
-    specs = {slot: source.specs[key] for slot, key in keys.items()}
-    if flip:
-        specs = {slot: TensorSpec(spec.dtype, spec.shape[::-1]) for slot, spec in specs.items()}
+    specs = {slot: unpacked_spec(source.specs[key], slot, bound.packing(target, slot)) for slot, key in keys.items()}
     if problem := family.check(specs, layout):
         raise AdapterError(problem)
     rank = family.rank_of(specs, layout)
@@ -107,15 +128,14 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
         raise AdapterError(f"its alpha makes the scale {scale}")
     references = bound.references(target)
     settings = {**bound.settings(target), **({} if alpha is None else {"alpha": alpha})}
-    if missing := sorted(family.references - set(references)):
+    if missing := sorted(family.references - set(references) - family.redrawn(settings)):
         raise AdapterError(f"the tensors that its targets share are not in the file: {', '.join(missing)}")
 
     def read() -> Update:
-        tensors = {slot: source.read(key) for slot, key in keys.items()}
-        if flip:
-            tensors = {slot: tensor.T.contiguous() for slot, tensor in tensors.items()}
+        tensors = {s: unpacked(source.read(key), s, bound.packing(target, s)) for s, key in keys.items()}
         shared = {slot: source.read(key) for slot, key in references.items()}
-        return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
+        with naming(target):
+            return family.from_parameters(tensors | shared, scale=scale, layout=layout, settings=settings)
 
     return Entry(family, specs, layout, rank, scale, read, alpha)
 
@@ -139,18 +159,6 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     return weights, config if config.is_file() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise InputError(f"{printable(path)}: too large for a config")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{printable(path)}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{printable(path)}: holds no JSON object")
-    return config
-
-
 def is_folder_adapter(adapter: Adapter) -> bool:
     """Whether the dialect keeps a config beside the weights, so that the adapter is a folder."""
     return adapter.config is not None
@@ -159,19 +167,26 @@ def is_folder_adapter(adapter: Adapter) -> bool:
 def destination_weights(adapter: Adapter, path: Path) -> Path:
     """The weights file that saving to `path` would write; OutputError for a name that does not suit the dialect."""
     if not is_folder_adapter(adapter):
-        return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-    if path.name == WEIGHTS_NAME:
+        suffix = f".{adapter.format.container}"
+        return path if path.suffix == suffix else path.with_name(path.name + suffix)
+    name = adapter.format.weights_name
+    if path.name == name:
         return path
     if path.suffix in _SUFFIXES:
         raise OutputError(
             f"{printable(path)}: this adapter is a folder (weights and {CONFIG_NAME}); name a folder, such as "
             f"{printable(path.with_suffix(''))}"
         )
-    return path / WEIGHTS_NAME
+    return path / name
 
 
 def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
-    """OutputError where saving to `path` would overwrite something without `force`."""
+    """OutputError where the dialect is only read, or saving to `path` would overwrite something without `force`."""
+    if not adapter.format.writable:
+        raise OutputError(
+            f"{printable(path)}: {adapter.format.name} files are read, not written; write the adapter in another "
+            "dialect first: loratools convert --to peft"
+        )
     weights = destination_weights(adapter, path)
     taken = [
         p
@@ -199,7 +214,7 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     check_destination(adapter, path, force=force)
     weights = destination_weights(adapter, path)
     if not is_folder_adapter(adapter):
-        with SafetensorsSink(weights, reserve=header_room(adapter)) as sink:
+        with _sink(adapter, weights) as sink:
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         return Saved(weights, weights, nbytes, None)
@@ -212,13 +227,20 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     return Saved(weights.parent, weights, nbytes, weights.parent / CONFIG_NAME)
 
 
+def _sink(adapter: Adapter, weights: Path) -> TensorSink:
+    if adapter.format.container == "gguf":
+        return GGUFSink(weights, q8=adapter.format.quantised)
+    return SafetensorsSink(weights, reserve=header_room(adapter))
+
+
 def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Update]]) -> Declaration:
     written: dict[str, Written] = {}
     for target, update in updates:
         entry = entry_of(update)
-        flip = adapter.format.is_stored_transposed(target)
+        experts = update.layout.experts
         for slot, tensor in update.parameters().items():
-            sink.write(adapter.format.spell(target, slot), tensor.T if flip else tensor)
+            stored = packed(tensor, slot, adapter.format.packing(target, slot), experts)
+            sink.write(adapter.format.spell(target, slot), stored)
         written[target] = Written(entry.rank, entry.scale, adapter.entries[target].alpha)
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")
@@ -245,5 +267,5 @@ def _metadata(adapter: Adapter, declared: Declaration, *, placeholder: bool) -> 
     if adapter.record is None:
         return dict(adapter.metadata)
     kept = {key: value for key, value in declared.metadata.items() if key not in adapter.format.stale}
-    container = {} if declared.config is None else {"format": "pt"}  # which PEFT wants to see
+    container = {} if declared.config is None else {"format": adapter.format.framework}  # which PEFT wants to see
     return container | kept | {RECORD_KEY: adapter.record.to_json(placeholder=placeholder)}

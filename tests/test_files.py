@@ -85,7 +85,8 @@ def test_damaged_config(tmp_path: Path, config: str | bytes, message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"peft_type": "LOHA"}, AdapterError, "'LOHA' is not supported"),
+        ({"peft_type": "LOHA"}, InputError, "no adapter weights"),
+        ({"peft_type": "OTHER"}, AdapterError, "'OTHER' is not supported"),
         ({"lora_alpha": "8"}, InputError, "not a number"),
         ({"alpha_pattern": {"(": 2}}, InputError, "not a regular expression"),
         ({"rank_pattern": [1]}, InputError, "rank_pattern"),
@@ -122,18 +123,101 @@ def test_files_of_no_known_dialect_show_their_keys(tmp_path: Path) -> None:
         loratools.load(tmp_path / "empty.safetensors")
 
 
-def test_kohya_families_not_supported_yet_are_listed_or_refused(tmp_path: Path) -> None:
+def test_modules_of_kohya_files_may_be_of_any_family(tmp_path: Path) -> None:
     pair = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
-    loha = {f"lora_unet_b.hada_{w}": torch.ones(4, 2) for w in ("w1_a", "w1_b", "w2_a", "w2_b")} | {
-        "lora_unet_b.alpha": torch.tensor(1.0)
+    mixed = pair | {
+        "lora_unet_a.diff_b": torch.ones(4),
+        **{f"lora_unet_b.hada_w{i}_a": torch.ones(4, 2) for i in (1, 2)},
+        **{f"lora_unet_b.hada_w{i}_b": torch.ones(2, 5) for i in (1, 2)},
+        "lora_unet_b.dora_scale": torch.ones(1, 5),
+        "lora_unet_c.oft_blocks": torch.ones(2, 3, 3),
+        "lora_unet_d.oft_blocks": torch.ones(2, 4, 4, 4),
+        "lora_unet_d.rescale": torch.ones(16, 1),
+        "lora_unet_e.weight": torch.ones(4),
+        "lora_unet_e.on_input": torch.tensor(1),
+        "lora_unet_f.w_norm": torch.ones(3),
+        **{f"lora_unet_g.{name}.weight": torch.ones(4, 4) for name in ("a1", "a2", "b1", "b2")},
+        "lora_unet_h.lokr_w1": torch.ones(2, 2),
+        "lora_unet_h.lokr_w2": torch.ones(2, 3),
+        "lora_unet_h.dora_scale": torch.ones(4, 1),
+        "lora_unet_i.q_layer.weight": torch.ones(2, 4),
+        "lora_unet_i.p_layer.weight": torch.ones(4, 2),
+        "lora_unet_i.lambda_layer": torch.ones(1, 2),
+        "lora_unet_i.alpha": torch.tensor(1.0),
+        "head.weight": torch.ones(3),
     }
-    save_file(pair | loha, tmp_path / "mixed.safetensors")
-    mixed = loratools.load(tmp_path / "mixed.safetensors")
-    assert set(mixed.unsupported) == {"lora_unet_b"}
-    assert set(mixed.extras) == set(loha)
-    save_file(loha, tmp_path / "loha.safetensors")
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    adapter = loratools.load(tmp_path / "mixed.safetensors")
+    assert {t.removeprefix("lora_unet_"): e.family.family for t, e in adapter.entries.items()} == {
+        "a": "lora", "a.bias": "full", "b": "doha", "c": "oft_lycoris", "d": "boft_lycoris", "e": "ia3_lycoris",
+        "f": "full", "g": "glora", "h": "dokr",
+    }  # fmt: skip
+    assert [adapter.entries[f"lora_unet_{t}"].layout.magnitude_axis for t in "bh"] == [1, 0]
+    assert set(adapter.unsupported) == {"lora_unet_i"}
+    assert set(adapter.extras) == {key for key in mixed if key.startswith(("lora_unet_i", "head"))}
+    saved = loratools.save(adapter, tmp_path / "again.safetensors")
+    again = load_file(saved.weights)
+    assert set(again) == set(mixed)
+    assert all(torch.equal(again[key], tensor) for key, tensor in mixed.items())
+
+
+def test_plain_weights_make_no_kohya_file(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(3), "b.rescale": torch.ones(2), "c.a1.weight": torch.ones(2, 2)}, tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="no known adapter dialect"):
-        loratools.load(tmp_path / "loha.safetensors")
+        loratools.load(tmp_path / "m.safetensors")
+
+
+def test_numbers_that_are_no_scale(tmp_path: Path) -> None:
+    """An OFT alpha is a constraint and a LoKr of whole factors has none: neither scales, both are written back."""
+    stored = {
+        "lora_unet_a.oft_blocks": torch.ones(2, 3, 3),
+        "lora_unet_a.alpha": torch.tensor(0),
+        "lora_unet_b.lokr_w1": torch.ones(2, 2),
+        "lora_unet_b.lokr_w2": torch.ones(2, 3),
+        "lora_unet_b.alpha": torch.tensor(5.0, dtype=torch.bfloat16),
+        "lora_unet_c.lora_down.weight": torch.ones(2, 4),
+        "lora_unet_c.lora_up.weight": torch.ones(4, 2),
+        "lora_unet_c.alpha": torch.tensor(1.0),
+    }
+    save_file(stored, tmp_path / "a.safetensors", {"ss_network_dim": "2", "ss_network_alpha": "1.0"})
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert not adapter.warnings
+    assert [e.scale for e in adapter.entries.values()] == [1.0, 1.0, 0.5]
+    declared = adapter.format.declare(adapter.written(), adapter.metadata)
+    assert declared.metadata == {"ss_network_dim": "2", "ss_network_alpha": "1.0"}
+    assert {key: value for key, (value, _) in declared.scalars.items()} == {
+        "lora_unet_a.alpha": 0.0, "lora_unet_b.alpha": 5.0, "lora_unet_c.alpha": 1.0
+    }  # fmt: skip
+    assert [declared.scalars[f"lora_unet_{t}.alpha"][1].dtype for t in "ab"] == ["I64", "BF16"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"diff": torch.ones(3), "w_norm": torch.ones(3)}, "two tensors for diff"),
+        ({"oft_blocks": torch.ones(2, 3, 3), "alpha": torch.tensor(float("nan"))}, "its alpha"),
+        ({"oft_blocks": torch.ones(2, 3, 2)}, "no square blocks"),
+        ({"oft_blocks": torch.ones(2, 3, 3), "rescale": torch.ones(5, 1)}, "rescale holds 5 numbers where 6"),
+        ({"oft_blocks": torch.ones(4, 4, 4, 4)}, "make no butterfly"),
+        ({"oft_blocks": torch.ones(1, 4, 3, 3)}, "make no butterfly"),
+        ({"oft_blocks": torch.ones(6, 6)}, "no square blocks"),
+        ({"on_input": torch.tensor(1)}, "ia3_weight missing"),
+        ({"weight": torch.ones(2, 2), "on_input": torch.tensor(1)}, "no gain for each channel"),
+        ({"weight": torch.ones(2), "on_input": torch.ones(2)}, "on_input holds 2"),
+        ({f"{n}.weight": torch.ones(4, 2) for n in ("a1", "a2", "b1", "b2")}, "do not chain"),
+        ({"a1.weight": torch.ones(4, 2), "a2.weight": torch.ones(2, 4)}, "glora_b1, glora_b2 missing"),
+        ({"diff": torch.tensor(1.0)}, "changes nothing"),
+        (
+            {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 3), "dora_scale": torch.ones(5, 1)},
+            "the magnitude holds 5 numbers where 4",
+        ),
+    ],
+)
+def test_modules_that_do_not_fit_together(tmp_path: Path, tensors: dict[str, torch.Tensor], problem: str) -> None:
+    save_file({f"lora_unet_x.{suffix}": t for suffix, t in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match=rf"x\.safetensors: .*{problem}"):
+        loratools.load(tmp_path / "x.safetensors")
 
 
 def test_alpha_tensors_of_zero_and_nan(tmp_path: Path) -> None:
@@ -211,3 +295,51 @@ def test_an_exception_between_the_renames_restores_the_old_folder(
         loratools.squeeze_file(loratools.load(folder), out, 2, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_metadata_of_changed_updates_is_true_without_a_record(tmp_path: Path) -> None:
+    stem = "lora_unet_a.lora_"
+    pair = {f"{stem}down.weight": torch.ones(4, 9), f"{stem}up.weight": torch.ones(7, 4)}
+    stated = {"ss_network_dim": "4", "ss_network_alpha": "2", "sshs_model_hash": "0x12", "ss_note": "mine"}
+    save_file(pair | {"lora_unet_a.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors", stated)
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert adapter.with_updates({}) is adapter
+    cut = adapter.map(lambda _, update: update.prefix(1, delta_scale=0.5, scale=0.5))  # type: ignore[attr-defined]
+    saved = loratools.save(cut, tmp_path / "b.safetensors")
+    wanted = {"ss_network_dim": "1", "ss_network_alpha": "0.5", "ss_note": "mine"}
+    assert loratools.load(saved.path).metadata == wanted
+    doubled = loratools.subtract_initial(adapter, loratools.load(tmp_path / "a.safetensors"))
+    saved = loratools.save(doubled, tmp_path / "c.safetensors")
+    assert loratools.load(saved.path).metadata == {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_note": "mine"}
+
+
+def test_a_link_to_a_folder_is_replaced_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder, real = peft(tmp_path / "a"), peft(tmp_path / "real")
+    (tmp_path / "link").symlink_to(real)
+    before = (real / "adapter_model.safetensors").read_bytes()
+    loratools.squeeze_file(loratools.load(folder), tmp_path / "link", 2, force=True)
+    assert (real / "adapter_model.safetensors").read_bytes() == before
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "dtype"),
+    [
+        (torch.tensor(1e60, dtype=torch.float64), 150, torch.float64),
+        (torch.tensor(100, dtype=torch.int8), 150, torch.float32),
+        (torch.tensor(100, dtype=torch.int8), 100, torch.int8),
+        (torch.tensor(100, dtype=torch.uint8), 150, torch.uint8),
+    ],
+)
+def test_alphas_at_the_ends_of_their_dtypes(tmp_path: Path, alpha: torch.Tensor, rank: int, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(0)
+    down, up = torch.randn(160, 170, generator=gen), torch.randn(180, 160, generator=gen)
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": down, f"{stem}lora_up.weight": up, f"{stem}alpha": alpha}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_alpha": "1"})
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert loratools.info(adapter).to_dict()
+    saved, _ = loratools.squeeze_file(adapter, tmp_path / "b.safetensors", rank)
+    stored = load_file(saved.weights)[f"{stem}alpha"]
+    assert (stored.dtype, float(stored)) == (dtype, rank)

@@ -29,6 +29,7 @@ LAYERS = (
     ("_lazy", "_version"),
     ("quant", "pipeline"),
     ("operators", "storage"),
+    ("configs",),
     ("base_weights",),
     ("linalg",),
     ("families",),

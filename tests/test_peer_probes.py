@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratools.base_weights import load_base
-from loratools.errors import InputError, NeedsBaseError, UnchangedError
+from loratools.errors import NeedsBaseError, UnchangedError
 from loratools.files import load
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
 from loratools.ranks import Frobenius
@@ -126,12 +126,13 @@ class TestSdScripts:
 
     def test_loha_is_not_a_silent_no_op(self, tmp_path: Path) -> None:
         """There the file comes back unchanged with ss_network_dim=4 in its metadata."""
-        loha = {f"lora_unet_c.hada_{w}": rand(i, 8, 4) for i, w in enumerate(("w1_a", "w1_b", "w2_a", "w2_b"))}
+        shapes = {"hada_w1_a": (8, 6), "hada_w1_b": (6, 9), "hada_w2_a": (8, 6), "hada_w2_b": (6, 9)}
+        loha = {f"lora_unet_c.{w}": rand(i, *shape) for i, (w, shape) in enumerate(shapes.items())}
         save_file(loha, tmp_path / "in.safetensors")
-        with pytest.raises(InputError, match="no known adapter dialect"):
+        with pytest.raises(UnchangedError, match="loha has no ranks to lower; `loratools convert` makes a LoRA of it"):
             run(tmp_path / "in.safetensors", 4)
         path, report = run(kohya(tmp_path, LINEAR, **loha), 4)
-        assert "LoHa is not supported" in report.unchanged["lora_unet_c"]
+        assert "loha has no ranks to lower" in report.unchanged["lora_unet_c"]
         assert all(torch.equal(load_file(path)[key], tensor) for key, tensor in loha.items())
         assert_best(kohya_deltas(tmp_path / "in.safetensors"), kohya_deltas(path), 4)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,20 +33,29 @@ WITHOUT_REFERENCE = {
     "peft/two_adapters_subfolder": "two adapters of one model: the library's merge would mix them",
 }
 # What is not an update of a weight: `info` names it, and no target comes of it.
-NOT_WEIGHTS = {"peft/prompt_tuning": "PROMPT_TUNING is a prompt"}
+NOT_WEIGHTS = {
+    "peft/prompt_tuning": "PROMPT_TUNING is a prompt",
+    "lycoris/tlora": "T-LoRA: its delta is relative to initial factors",
+    "others/adapters_pfeiffer": "a bottleneck adapter, which is not an update of a weight",
+    "others/adapters_prefix": "a prefix tuning: trained keys and values, which is not an update of a weight",
+}
+# What the user must say of files that do not state it.
+HINTS: dict[str, dict[str, Any]] = {"others/loralib_linear": {"alpha": 6, "enable_lora": (True, False, True)}}
+# Those files in which a library writes other names, or another orientation, than its weights have.
+OWN_NAMES = {"others/litgpt_mha": (".linear.weight", ".weight")}
+TRANSPOSED = {"others/loralib_linear": {"fc_t.weight", "qkv_t.weight"}}  # fan_in_fan_out, which only a base can tell
+# Files with two ranks, and one alpha for each: with the other's alpha, these are off by the quotient.
+RESCALED = {"others/loralib_linear": {"qkv_t.weight": 4 / 6}}
 # Not decoded yet, and refused by name.
 UNSUPPORTED_PEFT = {
-    "adalora", "c3a", "fourierft", "gralora", "ia3", "ln_tuning", "miss", "oft", "oft_cayley_neumann", "pvera",
-    "randlora", "road", "shira", "tinylora", "trainable_tokens", "unilora", "unilora_indices", "vblora", "vera",
+    "c3a", "fourierft", "gralora", "miss",
+    "randlora", "road", "tinylora", "unilora", "unilora_indices", "vblora",
 }  # fmt: skip
 REFUSED = {
     **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},
-    **{f"lycoris/{name}": "no known adapter dialect" for name in ("boft", "full", "glora", "oft", "oft_constraint")},
-    "lycoris/tlora": "no known adapter dialect",
-    **{f"lycoris/{name}": "unexpected magnitude" for name in ("loha_dora", "lokr_dora")},
 }
 # Dialects that are not read yet.
-UNREAD = ("diffusers", "gguf", "mlx", "others")
+UNREAD = ("gguf",)
 
 
 def found() -> list[str]:
@@ -56,31 +66,33 @@ def found() -> list[str]:
 
 
 DECODED = [name for name in found() if name not in {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED}]
-# Norm layers are stored as plain differences, which are carried along and reported, not decoded.
-NOT_DECODED = {
-    "lycoris/locon_norm": {"norm.weight", "norm.bias", "gn.weight", "gn.bias"},
-}
 
 
 def test_the_lists_name_samples(shared: Path) -> None:
-    assert {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED, *NOT_DECODED} <= set(found())
+    assert {*WITHOUT_REFERENCE, *NOT_WEIGHTS, *REFUSED} <= set(found())
     assert len(DECODED) > 30
 
 
 def open_sample(folder: Path) -> Adapter:
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_model.pt").exists():
+        return load(folder / "adapter_model.pt")
+    if (folder / "adapter_config.json").exists() or (folder / "lit_model.pth.lora").exists():
         return load(folder)
-    (weights,) = (p for p in folder.iterdir() if p.stem in ("lora", "adapter"))
-    return load(weights)
+    (weights,) = (p for p in folder.iterdir() if p.stem in ("lora", "adapter") or p.stem.startswith("pytorch_lora"))
+    return load(weights, **HINTS.get(f"{folder.parent.name}/{folder.name}", {}))
 
 
-def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None) -> dict[str, Tensor]:
+def decoded(folder: Path, adapter: Adapter, base: BaseWeights | None, reference: Collection[str]) -> dict[str, Tensor]:
     """Every change of a base parameter that the file states, by parameter name."""
     names = json.loads((folder / "sample.json").read_text()).get("module_map", {})
     deltas: dict[str, Tensor] = {}
     for target, update in adapter.items():
         flat = adapter.format.parameter(target)
-        parameter = f"{names[target]}.weight" if target in names else flat
+        module, _, leaf = flat.rpartition(".")
+        parameter = f"{names[module]}.{leaf}" if module in names else flat
+        if parameter not in reference and (placement := adapter.format.place(target)) is not None:
+            (piece,) = placement.pieces
+            parameter = f"{piece.module}.weight".replace(".text_model.", ".")  # as transformers 5 names them
         weight = None
         if update.needs_base:
             assert base is not None
@@ -107,8 +119,14 @@ def test_deltas_are_those_of_the_library(samples: Samples, name: str) -> None:
     reference = load_file(folder / "reference_dW.safetensors")
     base = load_base(folder / "base.safetensors") if (folder / "base.safetensors").exists() else None
     adapter = open_sample(folder)
-    found = decoded(folder, adapter, base)
-    assert set(found) == set(reference) - NOT_DECODED.get(name, set())
+    if name in OWN_NAMES:
+        reference = {key.replace(*OWN_NAMES[name]): tensor for key, tensor in reference.items()}
+    for parameter in TRANSPOSED.get(name, ()):
+        reference[parameter] = reference[parameter].T
+    found = decoded(folder, adapter, base, reference)
+    for parameter, factor in RESCALED.get(name, {}).items():
+        found[parameter] = found[parameter] * factor
+    assert set(found) == set(reference)
     for parameter, delta in found.items():
         truth = reference[parameter].double()
         assert delta.dtype == torch.float32
@@ -167,9 +185,20 @@ class TestWithoutReference:
 
 
 def test_unsupported_modules_are_reported_and_carried(samples: Samples) -> None:
+    adapter = open_sample(samples("lycoris/tlora"))
+    assert set(adapter.unsupported) == {"lycoris_lin0", "lycoris_blk_fc_out"}
+    assert {k.partition(".")[0] for k in adapter.extras} == set(adapter.unsupported)
+    assert sum(k.endswith(".alpha") for k in adapter.extras) == 2
+    assert not adapter.warnings
+
+
+def test_norms_and_biases_are_targets_of_their_own(samples: Samples) -> None:
     adapter = open_sample(samples("lycoris/locon_norm"))
-    assert set(adapter.unsupported) == {"lycoris_norm", "lycoris_gn"}
-    assert {k.partition(".")[0] for k in adapter.extras} == {"lycoris_norm", "lycoris_gn"}
+    changed = {t for t, e in adapter.entries.items() if e.family.family == "full"}
+    assert changed == {"lycoris_norm", "lycoris_norm.bias", "lycoris_gn", "lycoris_gn.bias"}
+    assert adapter.format.parameter("lycoris_gn") == "lycoris_gn.weight"
+    assert adapter.format.parameter("lycoris_gn.bias") == "lycoris_gn.bias"
+    assert not adapter.extras
 
 
 def test_dora_without_its_base_says_so(samples: Samples) -> None:

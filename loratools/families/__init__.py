@@ -5,18 +5,83 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import AdapterError
+from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
+from loratools.families.boft import BOFT
+from loratools.families.doha import DoHa
+from loratools.families.dokr import DoKr
 from loratools.families.dora import DoRA
+from loratools.families.full import Full
+from loratools.families.glora import GLoRA
+from loratools.families.hra import HRA
+from loratools.families.ia3 import IA3
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
+from loratools.families.lycoris_boft import LycorisBOFT
+from loratools.families.lycoris_ia3 import LycorisIA3
+from loratools.families.lycoris_oft import LycorisOFT
+from loratools.families.merged import MergedLoRA
+from loratools.families.oft import OFT
+from loratools.families.pvera import PVeRA
+from loratools.families.shira import SHiRA
+from loratools.families.trainable_tokens import TrainableTokens
+from loratools.families.vera import VeRA
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-FAMILIES: tuple[type[Update], ...] = (LoRA, DoRA, LoHa, LoKr)
+FAMILIES: tuple[type[Update], ...] = (
+    LoRA,
+    DoRA,
+    LoHa,
+    LoKr,
+    AdaLoRA,
+    BOFT,
+    HRA,
+    IA3,
+    OFT,
+    PVeRA,
+    SHiRA,
+    TrainableTokens,
+    VeRA,
+    DoHa,
+    DoKr,
+    Full,
+    GLoRA,
+    LycorisBOFT,
+    LycorisIA3,
+    LycorisOFT,
+    MergedLoRA,
+)
 
-__all__ = ["FAMILIES", "DoRA", "Layout", "LoHa", "LoKr", "LoRA", "Update", "family_of"]
+__all__ = [
+    "BOFT",
+    "FAMILIES",
+    "HRA",
+    "IA3",
+    "OFT",
+    "AdaLoRA",
+    "DoHa",
+    "DoKr",
+    "DoRA",
+    "Full",
+    "GLoRA",
+    "Layout",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LycorisBOFT",
+    "LycorisIA3",
+    "LycorisOFT",
+    "MergedLoRA",
+    "PVeRA",
+    "SHiRA",
+    "TrainableTokens",
+    "Update",
+    "VeRA",
+    "family_of",
+]
 
 
 def family_of(slots: Collection[str]) -> type[Update]:
@@ -25,7 +90,7 @@ def family_of(slots: Collection[str]) -> type[Update]:
     fits = [f for f in FAMILIES if f.required <= found <= f.required | f.optional]
     if len(fits) == 1:
         return fits[0]
-    closest = min(FAMILIES, key=lambda f: len(found ^ f.required))
+    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ f.required)))
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")

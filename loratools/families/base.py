@@ -27,13 +27,15 @@ class Layout:
 
     `transposed`: the base stores the transpose (Conv1D, embeddings). `experts`: the base parameter is a stack of that
     many matrices, and the factors interleave them. `embedding`: the target is an embedding table. `magnitude_axis`: the
-    axis of the operator that a DoRA magnitude runs along, 0 for outputs and 1 for input channels.
+    axis of the operator that a DoRA magnitude runs along, 0 for outputs and 1 for input channels. `blocks`: the rows of
+    consecutive projections that the parameter fuses, and whether each of them is updated; empty where all rows are one.
     """
 
     transposed: bool = False
     experts: int = 1
     embedding: bool = False
     magnitude_axis: int = 0
+    blocks: tuple[tuple[int, bool], ...] = ()
 
 
 Settings = Mapping[str, Any]
@@ -62,6 +64,11 @@ class Update(ABC):
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> Self:
         """Build from stored tensors by slot, shared ones included."""
+
+    @classmethod
+    def redrawn(cls, settings: Settings) -> frozenset[str]:
+        """The shared tensors that a file may lack, for these settings say how they were drawn at random."""
+        return frozenset()
 
     @classmethod
     @abstractmethod
@@ -154,3 +161,11 @@ def base_matrix(family: str, base: Tensor | None, layout: Layout) -> Tensor:
         raise NeedsBaseError(f"the delta of {family} depends on the base weight")
     matrix = base.T if layout.transposed else base.flatten(1) if base.ndim > 1 else base.unsqueeze(1)
     return matrix.double()
+
+
+def base_size(family: str, base: Tensor | None, layout: Layout) -> tuple[int, int]:
+    """(m, n) of the base weight, for a delta that its shape alone decides; NeedsBaseError where there is none."""
+    if base is None:
+        raise NeedsBaseError(f"the delta of {family} depends on the base weight, for its shape")
+    outputs, inputs = base.shape[0], base[0].numel() if len(base) else 0
+    return (inputs, outputs) if layout.transposed else (outputs, inputs)

@@ -151,12 +151,17 @@ class LoRA(LowRankUpdate):
             raise AdapterError("only plain factors can be subtracted")
         if self.scale != other.scale:
             raise AdapterError(f"scales differ: {self.scale:g} and {other.scale:g}")
-        return replace(self, down=torch.cat([self.down, other.down]), up=torch.cat([self.up, -other.up], dim=1))
+        return replace(
+            self,
+            down=torch.cat([self.down, other.down]),
+            up=torch.cat([self.up, cast_to(-other.up.double(), other.up.dtype)], dim=1),
+        )
 
     def prefix(self, rank: int, *, delta_scale: float, scale: float) -> LoRA:
         if self.mid is not None or self.groups > 1:
             raise AdapterError("only plain factors have a prefix, not a Tucker core or a grouped convolution")
-        experts, fold = self.layout.experts, delta_scale / scale
+        experts = self.layout.experts
+        fold = delta_scale / scale if scale else 1.0  # a scale of 0 makes zero of any factors
         if experts > 1:
             down = self.down.reshape(experts, -1, self.down.shape[1])[:, :rank].flatten(0, 1)
             up = self.up.reshape(self.up.shape[0], -1, experts)[:, :rank].flatten(1)
@@ -168,7 +173,7 @@ class LoRA(LowRankUpdate):
 
     def _rescaled_bias(self, scale: float) -> Tensor | None:
         """The bias that keeps scale * bias, for it is no part of the low-rank approximation."""
-        if self.up_bias is None or scale == self.scale:
+        if self.up_bias is None or scale in (self.scale, 0.0):
             return self.up_bias
         return cast_to(self.up_bias.double() * (self.scale / scale), self.up_bias.dtype)
 
@@ -190,6 +195,9 @@ def _unscaled(op: Operator, scale: float) -> tuple[Tensor, Tensor]:
 def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous, on the CPU, in `dtype`; AdapterError where a finite number would overflow."""
     cast = tensor.to(dtype).cpu().contiguous()
-    if dtype == torch.float16 and bool(torch.isinf(cast).any()):
-        raise AdapterError("a factor overflows float16; write with a wider dtype")
+    saturates = dtype.itemsize == 1  # casts to float8 may give the largest number instead of infinity
+    if (dtype == torch.float16 and bool(torch.isinf(cast).any())) or (
+        saturates and bool((tensor.abs() > torch.finfo(dtype).max).any())
+    ):
+        raise AdapterError(f"a factor overflows {str(dtype).removeprefix('torch.')}; write with a wider dtype")
     return cast

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from loratools.errors import AdapterError, InputError
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.adapterhub import AdapterHub
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.comfy import Comfy
+from loratools.formats.diffusers import Diffusers
+from loratools.formats.gguf import Gguf
 from loratools.formats.kohya import Kohya
+from loratools.formats.litgpt import LitGPT
 from loratools.formats.loralib import Loralib
+from loratools.formats.mlx import Mlx
+from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
+from loratools.formats.torchtune import Torchtune
+from loratools.formats.xlabs import XLabs
 
-FORMATS: tuple[type[Format], ...] = (Peft, PeftMethod, Kohya, Loralib)
+FORMATS: tuple[type[Format], ...] = (
+    Peft,
+    PeftMethod,
+    Kohya,
+    Diffusers,
+    Comfy,
+    XLabs,
+    Gguf,
+    Omi,
+    Mlx,
+    AdapterHub,
+    LitGPT,
+    Torchtune,
+    Loralib,
+)
 
 __all__ = [
     "FORMATS",
@@ -18,6 +41,7 @@ __all__ = [
     "Header",
     "Hints",
     "NestedScaling",
+    "Order",
     "Part",
     "ScaleMode",
     "Written",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import AdapterError, InputError
+from loratools.errors import AdapterError, InputError, UnmappedModuleError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.kohya_names import clip_path
+from loratools.formats.layouts import whisper
+from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
+from loratools.formats.method_settings import token_settings
+from loratools.formats.modules import Module, Piece, Placement, lone
+from loratools.formats.torchtune import Torchtune
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Set
 
     from loratools.storage.base import TensorSpec
 
 PREFIX = "base_model.model."
-DEFAULT_ALPHA = 8  # what PEFT assumes where a config lacks lora_alpha
 
 # An adapter name may follow the parameter in files that trainers dump themselves.
 _KEY = re.compile(
@@ -27,7 +30,11 @@ _KEY = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?$"
 )
 # What stands between a module and its own parameter where that was saved whole.
-_INFIX = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+_INFIX = re.compile(
+    r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)|\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.)"
+)
+# Rows of an embedding table, beside factors of other targets.
+_TOKENS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
 _SLOTS = {
     ("lora_A", "weight"): "down",
     ("lora_B", "weight"): "up",
@@ -52,23 +59,16 @@ _HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
 _VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config")
 # Fields that say which of the modules that match are meant.
 _SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# PEFT adapters of one component of an image model do not say which: its modules' names do.
+_COMPONENTS = {
+    "unet": re.compile(r"(down_blocks|up_blocks|mid_block)\."),
+    "transformer": re.compile(r"(single_)?transformer_blocks\.\d+\.|blocks\.\d+\.(attn[12]|ffn)\."),
+    "text_encoder": re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"),
+}
 # Initialisations that subtract their factors from the base weight.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Parameters of an expert module in the order in which the models declare them, which is the order of nesting.
 _EXPERT_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
-
-
-def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's own rule: the first key that matches the end of `name` at a dot, as a regular expression, decides."""
-    return next((value for key, value in pattern.items() if _end_matcher(key).match(name)), default)
-
-
-@cache  # a pattern for each of a thousand targets is more than `re` remembers
-def _end_matcher(key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
-        raise InputError(f"the pattern {key!r} in adapter_config.json is not a regular expression: {error}") from error
 
 
 def mutated_base(config: Mapping[str, Any]) -> str | None:
@@ -85,6 +85,8 @@ class Peft(Format):
     """PEFT's LoRA and DoRA; `config` None stands for a weights file alone, whose alpha nobody knows."""
 
     name: ClassVar[str] = "peft"
+    holds: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "up_bias", "magnitude"})
 
     config: Mapping[str, Any] | None
     alpha: float | None  # given by the user where there is no config
@@ -97,7 +99,8 @@ class Peft(Format):
     @classmethod
     def recognises(cls, header: Header) -> bool:
         if header.config is not None and "peft_type" in header.config:
-            return header.config["peft_type"] == "LORA"
+            # torchtune writes a config of PEFT's beside weights under its own names too
+            return header.config["peft_type"] == "LORA" and not Torchtune.recognises(header)
         return any(
             key.startswith(PREFIX) and (m := _KEY.match(key)) and (m["part"], m["leaf"]) in _SLOTS
             for key in header.specs
@@ -111,8 +114,12 @@ class Peft(Format):
         groups: dict[str, dict[str, str]] = {}
         embeddings: set[str] = set()
         extras: list[str] = []
+        tokens: dict[str, str] = {}
         for key in header.specs:
-            match = _KEY.match(key.removeprefix(PREFIX))
+            if config is not None and (rows := _TOKENS.match(path_of(key))):
+                tokens[rows["module"]] = key
+                continue
+            match = _KEY.match(path_of(key))
             slot = _SLOTS.get((match["part"], match["leaf"])) if match else None
             if match is None or slot is None:
                 if re.search(r"\.lora_[A-Za-z]|lora_latent_mapping", key) and not any(h in key for h in _HARMLESS):
@@ -129,6 +136,11 @@ class Peft(Format):
                 embeddings.add(module)
         names = _parameter_names(groups, config, header.specs)
         keys = {names[module]: slots for module, slots in groups.items()}
+        if config is None and (lost := [m for m in groups if re.search(r"\.experts(\.base_layer)*$", m)]):
+            raise AdapterError(
+                f"{header.path}: {lost[0]} holds a stack of experts, whose number only adapter_config.json tells; put "
+                "it beside the file"
+            )
         transposed = bool(config and config.get("fan_in_fan_out"))
         layouts = {}
         for module, slots in groups.items():
@@ -140,6 +152,12 @@ class Peft(Format):
                 down = header.specs[slots["down"]].shape if "down" in slots else ()
                 layouts[module] = Layout(transposed=transposed and len(down) == 2)
         warnings = []
+        for module, key in tokens.items():
+            if module in keys:
+                extras.append(key)
+                warnings.append(f"{module} has trained rows beside its factors; they are carried along, not applied")
+            else:
+                keys[module], layouts[module] = {"token_rows": key}, Layout(transposed=True, embedding=True)
         if config is None and hints.alpha is None:
             warnings.append(
                 "no adapter_config.json: alpha is unknown, so norms are for alpha 1; relative figures are right, and "
@@ -158,8 +176,29 @@ class Peft(Format):
         return cls(config, hints.alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
 
     @classmethod
-    def compose(cls, parts: Mapping[str, Part], config: Mapping[str, Any]) -> Peft:
-        """The dialect of a new LoRA adapter: `config` gives what is not about ranks, `declare` the rest."""
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        components = list(dict.fromkeys(m.component for m in modules))
+        if len(components) > 1:
+            raise UnmappedModuleError(
+                f"a PEFT adapter is for one model, and this has {', '.join(components)}; choose one with --component"
+            )
+        return {m.path: Placement("PEFT names", (Piece(m),)) for m in modules}
+
+    @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        return "a magnitude per input" if layout.magnitude_axis == 1 and "magnitude" in slots else None
+
+    def carried_config(self) -> Mapping[str, Any]:
+        return self.config or {}
+
+    @classmethod
+    def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
+        kernel = 0 if part.shape is None else len(part.shape) - 2
+        return (1, count, *(1 for _ in range(kernel))) if kernel > 0 else (count,)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Peft:
+        """The dialect of a new adapter: `order.config` gives what is not about ranks, `declare` the rest."""
         keys: dict[str, dict[str, str]] = {}
         for target, part in parts.items():
             spellings = _EMBEDDING_SPELLINGS if part.layout.embedding else _SPELLINGS
@@ -183,10 +222,18 @@ class Peft(Format):
             "init_lora_weights": True,
         }
         layouts = {target: part.layout for target, part in parts.items()}
-        return cls(fields | dict(config), None, keys, layouts, (), {}, ())
+        return cls(fields | dict(order.config), None, keys, layouts, (), {}, ())
+
+    def place(self, target: str) -> Placement | None:
+        return placed(target, self._component)
+
+    @cached_property
+    def _component(self) -> str:
+        """The component of an image model that the adapter is for, "" for any other model: one for all its targets."""
+        return component_of(self.keys)
 
     def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Peft:
-        plain = Peft.compose(parts, {})
+        plain = Peft.compose(parts, Order())
         assert plain.config is not None
         keys = {
             t: {slot: self.keys.get(t, {}).get(slot, spelt) for slot, spelt in slots.items()}
@@ -223,18 +270,18 @@ class Peft(Format):
     def layout(self, target: str) -> Layout:
         return self.layouts[target]
 
+    def settings(self, target: str) -> Mapping[str, Any]:
+        return token_settings(self.config or {}, target) if "token_rows" in self.keys[target] else {}
+
     def scale_key(self, target: str) -> str | None:
         return None
 
     def scale(self, target: str, rank: int, stored_alpha: float | None) -> float:
+        if "token_rows" in self.keys[target]:
+            return 1.0
         if self.config is None:
             return (1.0 if self.alpha is None else self.alpha) / rank
-        alpha = pattern_value(
-            self.config.get("alpha_pattern") or {}, target, self.config.get("lora_alpha", DEFAULT_ALPHA)
-        )
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise InputError(f"adapter_config.json: the alpha of {target} is {alpha!r}, not a number")
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return stated_scale(self.config, target, rank)
 
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         if self.config is None:
@@ -242,28 +289,11 @@ class Peft(Format):
         return 1.0 if mode == "fold" else scale
 
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
-        if self.config is None or self._is_true(self.config, written):
-            return Declaration(self.config, metadata)
-        rslora = bool(self.config.get("use_rslora")) and any(w.scale != 1.0 for w in written.values())
-        alphas = {t: _tidy(w.scale * (math.sqrt(w.rank) if rslora else w.rank)) for t, w in written.items()}
-        ranks = {t: w.rank for t, w in written.items()}
-        r, alpha = Counter((ranks[t], alphas[t]) for t in written).most_common(1)[0][0]
-        config = dict(self.config) | {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
-        for spelled in (lambda t: t, lambda t: f"^{re.escape(t)}$"):
-            config["rank_pattern"] = {spelled(t): k for t, k in ranks.items() if k != r}
-            config["alpha_pattern"] = {spelled(t): a for t, a in alphas.items() if a != alpha}
-            if self._is_true(config, written):
-                break
-        return Declaration(config, metadata)
-
-    def _is_true(self, config: Mapping[str, Any], written: Mapping[str, Written]) -> bool:
-        view = Peft(config, None, self.keys, self.layouts, (), {}, ())
-        ranks = config.get("rank_pattern") or {}
-        return all(
-            pattern_value(ranks, t, config.get("r")) == w.rank
-            and math.isclose(view.scale(t, w.rank, None), w.scale, rel_tol=1e-12)
-            for t, w in written.items()
-        )
+        if self.config is None:
+            return Declaration(None, metadata)
+        factored = {target: w for target, w in written.items() if "token_rows" not in self.keys[target]}
+        fields = rank_fields(self.config, factored) if factored else {}
+        return Declaration({**self.config, **fields} if fields else self.config, metadata)
 
     def parameter(self, target: str) -> str:
         return target if self.layouts[target].experts > 1 else f"{target}.weight"
@@ -274,6 +304,10 @@ class Peft(Format):
 
     def is_stored_transposed(self, target: str) -> bool:
         return False
+
+    @property
+    def mutated_init(self) -> str | None:
+        return None if self.config is None else mutated_base(self.config)
 
     def without_mutation(self) -> Peft:
         if self.config is None:
@@ -293,37 +327,29 @@ def _check_transposed(parts: Mapping[str, Part]) -> None:
             raise AdapterError(f"{target}: its base is not transposed, though fan_in_fan_out says so of all others")
 
 
+def path_of(key: str) -> str:
+    """`key` without PEFT's prefix, which a model that was wrapped twice has twice."""
+    while key.startswith(PREFIX):
+        key = key.removeprefix(PREFIX)
+    return key
+
+
+def component_of(targets: Iterable[str]) -> str:
+    """The component of an image model that names of PEFT tell, "" for any other model."""
+    names = tuple(targets)
+    return next((component for component, begins in _COMPONENTS.items() if any(map(begins.match, names))), "")
+
+
+def placed(target: str, component: str) -> Placement:
+    """Where a target of PEFT lies in its model."""
+    if not component and (path := whisper.to_transformers(target)) is not None:
+        return lone("Whisper names", "", path)
+    return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
+
+
 def whole_parameter(key: str) -> str:
     """The base parameter that a tensor saved whole replaces."""
-    return _INFIX.sub("", key.removeprefix(PREFIX))
-
-
-def target_modules(targets: list[str]) -> list[str]:
-    """The last names of the modules where these stand for just these targets: the same in every layer from 0 on.
-
-    Full names otherwise, for a last name that matches more modules than were trained gives those an adapter too.
-    """
-    layers: dict[str, set[str]] = {}
-    for target in targets:
-        match = re.match(r"(.*?\.\d+)\.(.+)$", target)
-        if match is None:
-            return sorted(targets)
-        layers.setdefault(match[1], set()).add(match[2])
-    stems: dict[str, set[int]] = {}
-    for layer in layers:
-        stem, _, number = layer.rpartition(".")
-        stems.setdefault(stem, set()).add(int(number))
-    alike = len({frozenset(paths) for paths in layers.values()}) == 1
-    whole = len(stems) == 1 and all(numbers == set(range(len(numbers))) for numbers in stems.values())
-    leaves = {target.rpartition(".")[2] for target in targets}
-    if alike and whole and not any(leaf.isdecimal() for leaf in leaves):
-        return sorted(leaves)
-    return sorted(targets)
-
-
-def _tidy(alpha: float) -> float | int:
-    """An integer where it is one to rounding, for loaders that declare alpha as int."""
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-14) else alpha
+    return _INFIX.sub("", path_of(key))
 
 
 def _check_config(header: Header, config: Mapping[str, Any]) -> None:

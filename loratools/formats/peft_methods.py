@@ -5,15 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import InputError
+from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Part, ScaleMode, Written
-from loratools.formats.peft import PREFIX, Peft, pattern_value, whole_parameter
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.lora_config import pattern_value
+from loratools.formats.method_settings import (
+    adalora_scale,
+    hra_settings,
+    ia3_settings,
+    oft_settings,
+    token_settings,
+    vera_settings,
+)
+from loratools.formats.peft import PREFIX, Peft, component_of, placed, whole_parameter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from loratools.formats.modules import Placement
 
 Config = Mapping[str, Any]
 SHARED_PREFIX = "base_model."
@@ -63,7 +75,21 @@ METHODS: Mapping[str, Method] = {
         _named("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b") | {"lokr_t2": "lokr_t2"},
         scale=_alpha_over_rank,
     ),
+    "ADALORA": Method({"lora_A": "down", "lora_B": "up", "lora_E": "singular"}, scale=adalora_scale),
+    "VERA": Method(_named("vera_lambda_b", "vera_lambda_d"), shared=_named("vera_A", "vera_B"), settings=vera_settings),
+    "PVERA": Method(
+        _named("pvera_lambda_b", "pvera_lambda_d"), shared=_named("pvera_A", "pvera_B"), settings=vera_settings
+    ),
+    "IA3": Method(_named("ia3_l"), settings=ia3_settings),
+    "OFT": Method(_named("oft_R", "oft_embedding_R"), settings=oft_settings),
+    "BOFT": Method(_named("boft_R", "boft_s")),
+    "HRA": Method(_named("hra_u"), settings=hra_settings),
+    "SHIRA": Method(_named("shira_weight", "shira_indices")),
+    "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
+    "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
+
+_OF_TABLES = frozenset({"oft_embedding_R", "token_rows"})  # slots of embedding tables
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
 NOT_WEIGHTS: Mapping[str, str] = {
@@ -95,6 +121,7 @@ class PeftMethod(Format):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]
     warnings: tuple[str, ...]
+    largest: tuple[int, int] | None = None  # (outputs, inputs) over all targets, where the base was given and counts
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
@@ -125,25 +152,50 @@ class PeftMethod(Format):
         warnings = []
         if hints.alpha is not None:
             warnings.append("the alpha given is ignored: this dialect keeps it in its config")
-        return cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+        if header.config.get("sample_at_inference"):
+            warnings.append("it adds noise at inference (sample_at_inference); the delta is that of the mean")
+        bound = cls(header.config, method, keys, shared, tuple(extras), {}, tuple(warnings))
+        if hints.base_shape is None or len(shared) == len(method.shared):
+            return bound
+        return replace(bound, largest=bound._largest(header, hints.base_shape))
+
+    def _largest(self, header: Header, base_shape: Callable[[str], tuple[int, ...] | None]) -> tuple[int, int] | None:
+        shapes = []
+        for target in self.keys:
+            shape = base_shape(self.parameter(target))
+            if shape is None or len(shape) != 2:
+                raise AdapterError(
+                    f"{header.path}: the base has no matrix {self.parameter(target)}; is it the right base?"
+                )
+            shapes.append(shape[::-1] if self.layout(target).transposed else shape)
+        return (max(m for m, _ in shapes), max(n for _, n in shapes)) if shapes else None
 
     def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Peft:
         kept = {field: self.config[field] for field in _SHARED_FIELDS if field in self.config}
         if not extras:
             kept.pop("modules_to_save", None)
-        return replace(Peft.compose(parts, kept), extras=extras)
+        return replace(Peft.compose(parts, Order(config=kept)), extras=extras)
 
     def references(self, target: str) -> Mapping[str, str]:
         return self.shared
 
     def settings(self, target: str) -> Mapping[str, Any]:
-        return self.method.settings(self.config, target)
+        found = self.method.settings(self.config, target)
+        return found if self.largest is None else {**found, "largest": self.largest}
+
+    def place(self, target: str) -> Placement | None:
+        return placed(target, self._component)
+
+    @cached_property
+    def _component(self) -> str:
+        return component_of(self.keys)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
 
     def layout(self, target: str) -> Layout:
-        return Layout(transposed=bool(self.config.get("fan_in_fan_out")))
+        table = not _OF_TABLES.isdisjoint(self.keys[target])
+        return Layout(transposed=table or bool(self.config.get("fan_in_fan_out")), embedding=table)
 
     def scale_key(self, target: str) -> str | None:
         return None
@@ -177,7 +229,13 @@ class PeftMethod(Format):
         return self
 
     def replacements(self) -> Mapping[str, str]:
-        return {key: whole_parameter(key) for key in self.extras if key.startswith(PREFIX)}
+        """Modules and biases saved whole, as far as the method or the config says that there are any."""
+        whole = [key for key in self.extras if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))]
+        if self.method.slots:
+            saved = [f".{name}." for name in self.config.get("modules_to_save") or ()] + [".base_layer."]
+            ends = ".bias" if self.config.get("bias", "none") != "none" else "\0"
+            whole = [key for key in whole if key.endswith(ends) or any(name in key for name in saved)]
+        return {key: whole_parameter(key) for key in whole}
 
 
 def _kind(config: Config) -> str:

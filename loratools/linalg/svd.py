@@ -65,8 +65,9 @@ def thin_svd(op: Operator) -> tuple[Tensor, Tensor, Tensor]:
 def truncate(op: Operator, rank: int, *, method: Method = "auto", seed: int = 0) -> Truncation:
     """The best approximation of rank `rank` (per block), balanced, in float64.
 
-    `exact` needs the factors or, for other structures, the dense matrix; `rsvd` needs products alone and comes within
-    a few thousandths of the optimum. `auto` is exact for factors, whatever their rank, and for small matrices.
+    `exact` needs the factors or, for other structures, the dense matrix; `rsvd` needs products alone; at
+    ranks up to 64 its error was measured within 1 % of the optimum for spectra that fall as i^-1/4 or faster, within
+    2 % for Gaussian noise. `auto` is exact for factors, whatever their rank, and for small matrices.
     """
     if isinstance(op, BlockDiagonal):
         parts = [truncate(b, rank, method=method, seed=seed) for b in op.blocks]

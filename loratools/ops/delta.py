@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, NeedsBaseError, OutputError
-from loratools.ops.spectra import nonfinite_error
+from loratools.errors import AdapterError, NeedsBaseError, OutputError, naming
+from loratools.ops.spectra import is_finite_update, nonfinite_error
 from loratools.reports.delta import DeltaReport
 from loratools.storage.atomic import printable
 from loratools.storage.safetensors import SafetensorsSink
@@ -28,7 +28,8 @@ def delta(
     """(base parameter, float32 update in its layout) for every target, or those that match `target`, one at a time.
 
     Bias updates follow their weights; tensors that replace a parameter outright give value - base, and only where there
-    is a base. Without one, names are the adapter's own. Raises NeedsBaseError for DoRA without a base.
+    is a base. Without one, names are the adapter's own; an update of fused projections comes apart where the base has
+    them one by one. Raises NeedsBaseError for DoRA without a base.
     """
     replaced = {} if base is None else _replacements(adapter, base)
     for name in adapter.select(target) if target else adapter.entries:
@@ -43,24 +44,66 @@ def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterato
     entry = adapter.entries[name]
     parameter = adapter.format.parameter(name)
     weight = None
-    if base is not None:
+    pieces = {} if base is None else _pieces(adapter, name, base)
+    if base is not None and pieces:
+        weight = _fused(pieces, base, entry.base_shape or ())
+    elif base is not None:
         parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
     elif entry.family.needs_base:
         raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
     update = entry.read()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
-        raise nonfinite_error(name)
-    dense = update.delta(weight if entry.family.needs_base else None)
+    if not is_finite_update(update):
+        raise nonfinite_error(name, "choose others with --target")
+    with naming(name):
+        dense = update.delta(weight if entry.family.needs_base else None)
     if weight is not None and dense.shape != weight.shape:
         if dense.ndim == 3 and dense.mT.shape == weight.shape:
             dense = dense.mT.contiguous()  # experts stored as (experts, in, out)
         else:
             dense = dense.reshape(weight.shape)
+    if pieces:
+        whole_bias = update.bias_delta()
+        for part, rows in pieces.items():
+            yield part, dense[rows].contiguous()
+            if whole_bias is not None:
+                yield f"{part.removesuffix('.weight')}.bias", whole_bias[rows].contiguous()
+        return
     yield parameter, dense
     name_of_bias = f"{parameter.removesuffix('.weight')}.bias"
     bias = base.source.read(name_of_bias) if base is not None and name_of_bias in base.source.specs else None
-    if (change := update.bias_delta(bias)) is not None:
+    with naming(name):
+        change = update.bias_delta(bias)
+    if change is not None:
         yield name_of_bias, change
+
+
+def _pieces(adapter: Adapter, name: str, base: BaseWeights) -> dict[str, Tensor]:
+    """The base's parameters that a target's rows belong to, where the base has those and not the target's own."""
+    entry = adapter.entries[name]
+    if base.name_of(adapter.format.parameter(name)) is not None or not entry.base_shape:
+        return {}
+    if entry.layout.transposed or entry.layout.experts > 1:
+        return {}
+    placement = adapter.format.place(name)
+    found: dict[str, Tensor] = {}
+    for piece in placement.pieces if placement else ():
+        parameter = base.name_of(f"{piece.module.path}.weight")
+        if parameter is None:
+            return {}
+        found[parameter] = piece.rows.indices(entry.base_shape[0])
+    return found
+
+
+def _fused(pieces: Mapping[str, Tensor], base: BaseWeights, shape: tuple[int, ...]) -> Tensor | None:
+    """The base weight of the whole target, None where its pieces do not make all of it."""
+    weights = [base.find(parameter, (len(rows), *shape[1:])) for parameter, rows in pieces.items()]
+    order = torch.cat(list(pieces.values()))
+    if not torch.equal(order.sort().values, torch.arange(shape[0])):
+        return None
+    stacked = torch.cat(weights)
+    whole = torch.empty_like(stacked)
+    whole[order] = stacked
+    return whole
 
 
 def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[], Tensor]]:

@@ -6,19 +6,20 @@ import math
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, naming
 from loratools.linalg.inner import frobenius, inner
 from loratools.linalg.subspace import overlap
 from loratools.linalg.svd import blocks_of, thin_svd
 from loratools.operators import Operator, sum_of
 from loratools.ops.matching import matched
-from loratools.ops.spectra import base_tensor, nonfinite_error
+from loratools.ops.spectra import base_tensor, is_finite_update, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.diff import DiffReport, TargetDiff
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.base_weights import BaseWeights
+    from loratools.families import Update
 
 # Directions below this share of the largest singular value are rounding noise of 16-bit factors' products.
 _NOISE = 1e-7
@@ -29,14 +30,15 @@ def diff(
 ) -> DiffReport:
     """Relative error, cosine and subspace overlap of every target that both have, and what only one has.
 
+    Biases that differ by more than the tolerance are listed with the extras, under the target's name and `.bias`.
     Targets are matched by name, across dialects by the name with dots flattened. Raises NeedsBaseError for DoRA without
     a base, AdapterError for NaN and for shapes that differ.
     """
     pairs = {x: y for x, y in matched([a, b]) if x is not None and y is not None}
 
-    def work(pair: tuple[str, str]) -> tuple[str, TargetDiff, tuple[float, float, float]]:
+    def work(pair: tuple[str, str]) -> tuple[str, TargetDiff, tuple[float, float, float], str | None]:
         name_a, name_b = pair
-        op_a, op_b = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
+        (update_a, op_a), (update_b, op_b) = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
         if op_a.shape != op_b.shape:
             raise AdapterError(
                 f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases"
@@ -47,15 +49,18 @@ def diff(
         error = distance / norm_a if norm_a else (0.0 if norm_b == 0.0 else None)
         cosine = max(-1.0, min(1.0, product / (norm_a * norm_b))) if norm_a and norm_b else None
         ranks = a.entries[name_a].rank, b.entries[name_b].rank
-        return name_a, TargetDiff(*ranks, error, cosine, outputs, inputs), (distance, norm_a, norm_b)
+        row = TargetDiff(*ranks, error, cosine, outputs, inputs)
+        return name_a, row, (distance, norm_a, norm_b), _bias_difference(update_a, update_b, tolerance)
 
-    targets, sums = {}, []
-    for name, row, norms in ordered_map(work, pairs.items(), workers=worker_count(device)):
+    targets, sums, biases = {}, [], {}
+    for name, row, norms, bias in ordered_map(work, pairs.items(), workers=worker_count(device)):
         targets[name] = row
         sums.append(norms)
+        if bias is not None:
+            biases[f"{name}.bias"] = bias
     only_a = tuple(t for t in a.entries if t not in pairs)
     only_b = tuple(t for t in b.entries if t not in set(pairs.values()))
-    extras = _extras(a, b)
+    extras = biases | _extras(a, b)
     distance, norm_a, norm_b = (math.hypot(*column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
     errors = [row.relative_error for row in targets.values()]
     same = not only_a and not only_b and not extras and all(e is not None and e <= tolerance for e in errors)
@@ -68,12 +73,25 @@ def diff(
     return DiffReport(same, tolerance, targets, only_a, only_b, extras, total, (*a.warnings, *b.warnings))
 
 
-def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> Operator:
+def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> tuple[Update, Operator]:
     entry = adapter.entries[target]
     update = entry.read()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
-        raise nonfinite_error(target)
-    return update.operator(base_tensor(adapter, target, entry, base)).to(torch.float64, device)
+    if not is_finite_update(update):
+        raise nonfinite_error(target, "see the others with inspect --allow-nonfinite")
+    weight = base_tensor(adapter, target, entry, base)
+    with naming(target):
+        return update, update.operator(weight).to(torch.float64, device)
+
+
+def _bias_difference(a: Update, b: Update, tolerance: float) -> str | None:
+    """How the changes of the base bias differ, where they do; none at all is a change of zero."""
+    x, y = a.bias_delta(), b.bias_delta()
+    if x is None or y is None:
+        found = x if y is None else y
+        return None if found is None or not bool(found.any()) else f"only in {'b' if x is None else 'a'}"
+    if x.shape != y.shape:
+        return "another shape or dtype"
+    return None if float((x - y).norm()) <= tolerance * float(x.norm()) else "other values"
 
 
 def _overlaps(a: Operator, b: Operator) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter import Adapter, entry_of
+from loratools.adapter import Adapter
 from loratools.errors import AdapterError
 from loratools.families.base import LowRankUpdate
 
@@ -23,15 +23,14 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         raise AdapterError(
             f"{missing[0]}: in one of adapter and initial adapter only; were both saved by one training run?"
         )
-    entries = {}
+    updates = {}
     for target, entry in adapter.entries.items():
         other = initial.entries[target]
         if entry.specs != other.specs or entry.scale != other.scale or entry.layout != other.layout:
             raise AdapterError(f"{target}: rank, shape or scale differ between adapter and initial adapter")
-        update = _difference(target, entry.read(), other.read())
-        entries[target] = entry_of(update)
+        updates[target] = _difference(target, entry.read(), other.read())
     warnings = tuple(w for w in adapter.warnings if "--initial-adapter" not in w)
-    return replace(adapter, entries=entries, format=adapter.format.without_mutation(), warnings=warnings)
+    return replace(adapter.with_updates(updates), format=adapter.format.without_mutation(), warnings=warnings)
 
 
 def _difference(target: str, after: Update, before: Update) -> Update:

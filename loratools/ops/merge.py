@@ -70,8 +70,9 @@ def merge(
     Deltas of one module (matched by name, across dialects by the name with dots flattened) are merged by
     `options.method`; an adapter without the module counts as zero. Without a rank a sum is exact: its rank is the sum
     of ranks, less what is linearly dependent; other methods get at most the sum of ranks. Each target is the
-    Eckart-Young optimum at its rank, for large dense merges within a few thousandths (a randomised SVD). Raises AdapterError for shapes that differ, NaN, activated LoRA and extras that
-    differ, NeedsBaseError for DoRA without a base.
+    Eckart-Young optimum at its rank, for large dense merges within a few thousandths (a randomised SVD). Raises
+    AdapterError for shapes that differ, NaN, activated LoRA and extras that differ, NeedsBaseError for DoRA without a
+    base.
     """
     adapters, weights = [a for a, _ in weighted], tuple(float(w) for _, w in weighted)
     if len(adapters) < 2:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, NeedsBaseError
+from loratools.errors import AdapterError, NeedsBaseError, naming
 from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import Factored, factored, is_finite, singular_values
 from loratools.linalg.svd import blocks_of, spectrum
@@ -58,7 +58,8 @@ def stack_blocks(parts: Sequence[Operator], device: str, *, single: bool = False
     `single` lets factors of 16 bits be multiplied in float32; others are in float64 all the same.
     """
     lows = [block for part in parts for block in blocks_of(part) if isinstance(block, LowRank)]
-    if len(lows) != sum(len(blocks_of(part)) for part in parts):
+    shapes = {(tuple(low.left.shape), tuple(low.right.shape)) for low in lows}  # the base may tell apart equal entries
+    if len(lows) != sum(len(blocks_of(part)) for part in parts) or len(shapes) > 1:
         return None
     single = single and all(low.left.element_size() == low.right.element_size() == 2 for low in lows)
     dtype = torch.float32 if single else torch.float64
@@ -98,19 +99,25 @@ def measure(
     """
 
     def work(batch: list[str]) -> list[Measured]:
-        parts = []
+        parts, rest = [], []
         for target in batch:
             entry = adapter.entries[target]
             update = entry.read()
+            rest.append(is_finite_beside_factors(update))
             if directions and base is None and isinstance(update, LowRankUpdate):
                 parts.append(update.direction_operator())
             else:
-                parts.append(low_rank_part(update, base_tensor(adapter, target, entry, base)))
+                weight = base_tensor(adapter, target, entry, base)
+                with naming(target):
+                    parts.append(low_rank_part(update, weight))
         stacked = stack_blocks(parts, device)
         if stacked is None:
-            return [_measured_alone(t, p, device, allow_nonfinite) for t, p in zip(batch, parts, strict=True)]
+            return [
+                _measured_alone(t, p, device, allow_nonfinite, is_finite_beside=sound)
+                for t, p, sound in zip(batch, parts, rest, strict=True)
+            ]
         f, per_part = stacked
-        finite = is_finite(f).reshape(-1, per_part).all(1).tolist()
+        finite = [a and b for a, b in zip(is_finite(f).reshape(-1, per_part).all(1).tolist(), rest, strict=True)]
         if not all(finite) and not allow_nonfinite:
             raise nonfinite_error(batch[finite.index(False)])
         sound = torch.tensor(finite, device=f.left.device).repeat_interleave(per_part)
@@ -135,19 +142,36 @@ def low_rank_part(update: Update, base: Tensor | None = None) -> Operator:
     return update.low_rank_part(base) if isinstance(update, LowRankUpdate) else update.operator(base)
 
 
-def _measured_alone(target: str, part: Operator, device: str, allow_nonfinite: bool) -> Measured:
+def _measured_alone(
+    target: str, part: Operator, device: str, allow_nonfinite: bool, *, is_finite_beside: bool
+) -> Measured:
     part = part.to(torch.float64, device)
-    if not bool(torch.isfinite(part.dense()).all()):
+    if not is_finite_beside or not bool(torch.isfinite(part.dense()).all()):
         if not allow_nonfinite:
             raise nonfinite_error(target)
         return Measured(target, ())
     return Measured(target, tuple(tuple(spectrum(block).tolist()) for block in blocks_of(part)))
 
 
-def nonfinite_error(target: str) -> AdapterError:
-    return AdapterError(
-        f"{target}: holds NaN or infinity; retrain it, or pass --allow-nonfinite to carry it over unchanged"
-    )
+def is_finite_update(update: Update) -> bool:
+    """Whether every stored number of `update` is finite."""
+    return all(_is_finite(tensor) for tensor in update.parameters().values())
+
+
+def is_finite_beside_factors(update: Update) -> bool:
+    """As `is_finite_update`, of what the Gram matrices of factors do not show: biases and magnitudes."""
+    stored = update.parameters()
+    return all(_is_finite(stored[slot]) for slot in ("up_bias", "magnitude") if slot in stored)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # torch cannot ask this of float8_e4m3fn
+    return bool(torch.isfinite(wide).all())
+
+
+def nonfinite_error(target: str, alternative: str = "pass --allow-nonfinite to go on without it") -> AdapterError:
+    """For a target with NaN or infinity; `alternative` is what helps beside training it again."""
+    return AdapterError(f"{target}: holds NaN or infinity; retrain it, or {alternative}")
 
 
 def fit_update(update: Update, part: Operator, *, target: str, scale: float, base: Tensor | None) -> Update:

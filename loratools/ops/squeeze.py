@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.adapter import Adapter, Record, entry_of
-from loratools.errors import AdapterError, UnchangedError, UsageError
+from loratools.errors import AdapterError, MutatedBaseError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
 from loratools.linalg.factored import balanced_factors, fits_single, is_finite, squared_distance
 from loratools.linalg.inner import frobenius
@@ -21,6 +21,8 @@ from loratools.ops.spectra import (
     base_tensor,
     fit_update,
     group_targets,
+    is_finite_beside_factors,
+    is_finite_update,
     low_rank_part,
     measure,
     nonfinite_error,
@@ -32,9 +34,13 @@ from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
 if TYPE_CHECKING:
+    from loratools.adapter import Entry
     from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
     from loratools.formats import ScaleMode
+
+
+_FACTORS = ("down", "up", "mid")
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,9 @@ def arguments(rank: int | Policy, limits: Limits, options: Squeeze) -> dict[str,
 
 def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), options: Squeeze = Squeeze()) -> Plan:
     """One rank for each target that gets a lower one. Raises UnchangedError where none does."""
+    if isinstance(rank, bool) or not isinstance(rank, int | Policy):
+        raise UsageError(f"a rank is a whole number or a policy such as Energy(0.9), not {rank!r}")
+    refuse_mutated(adapter)
     policy = Fixed(rank) if isinstance(rank, int) else rank
     warnings: list[str] = []
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
@@ -164,7 +173,7 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     for target, entry in adapter.entries.items():
         if target in unchanged:
             continue
-        if wanted[target] >= entry.rank:
+        if wanted[target] >= entry.rank and not (isinstance(policy, Budget) and _shrinks_when_fitted(entry)):
             unchanged[target] = f"rank {entry.rank} is not above the chosen {wanted[target]}"
         else:
             ranks[target] = min(wanted[target], entry.largest_rank)
@@ -177,17 +186,34 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     return Plan(ranks, unchanged, tuple(warnings))
 
 
+def refuse_mutated(adapter: Adapter) -> None:
+    """MutatedBaseError for factors that a loader would take to be relative to another base at another rank."""
+    if (init := adapter.format.mutated_init) is not None:
+        raise MutatedBaseError(
+            f"trained with init_lora_weights={init!r}: at another rank, a loader would take other factors out of the "
+            "base weight; pass --initial-adapter with the saved initial factors, or, if your base model is the changed "
+            "one, set init_lora_weights to true in adapter_config.json"
+        )
+
+
 def unsqueezable(adapter: Adapter) -> dict[str, str]:
     """Targets without ranks to lower, with the reason and the remedy."""
     reason = "has no ranks to lower; `loratools convert` makes a LoRA of it"
     return {t: f"{e.family.family} {reason}" for t, e in adapter.entries.items() if not e.is_factored}
 
 
-def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy) -> int:
-    """`rank` as whole steps of the target: never above a rank or a budget that was asked for, never below an energy."""
+def _shrinks_when_fitted(entry: Entry) -> bool:
+    """Whether fitted factors of the same rank take fewer bytes: a budget counts those, a Tucker core may take more."""
+    stored = sum(spec.nbytes for slot, spec in entry.specs.items() if slot in _FACTORS)
+    return entry.rank <= entry.largest_rank and stored > entry.rank * entry.bytes_per_rank
+
+
+def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy, maximum: int | None = None) -> int:
+    """`rank` as whole steps of the target: down for a rank, a budget or a maximum, else up; at least one."""
     entry = adapter.entries[target]
     step = entry.rank_step
     steps = rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step)
+    steps = steps if maximum is None else min(steps, maximum // step)
     return min(max(1, steps) * step, max(rank, entry.rank))
 
 
@@ -233,7 +259,7 @@ def _allocate(
     notes = []
     if allocation.optimality_gap > 1e-9 * max(allocation.squared_error, 1e-300):
         notes.append(f"the budget's squared error is within {allocation.optimality_gap:.3g} of the least possible")
-    return {t: _whole_steps(adapter, t, k, policy) for t, k in allocation.ranks.items()}, bad, notes
+    return {t: _whole_steps(adapter, t, k, policy, limits.maximum) for t, k in allocation.ranks.items()}, bad, notes
 
 
 def overhead(adapter: Adapter, squeezable: set[str]) -> int:
@@ -243,7 +269,7 @@ def overhead(adapter: Adapter, squeezable: set[str]) -> int:
     fixed += sum(max(spec.nbytes, 4) for _, spec in declared.scalars.values())  # float32 where a new alpha needs it
     for target, entry in adapter.entries.items():
         if target in squeezable:
-            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in ("down", "up", "mid"))
+            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in _FACTORS)
         else:
             fixed += entry.nbytes
     return fixed
@@ -283,6 +309,8 @@ def _squeeze_batch(
     f, per_part = stacked
     if not bool((finite := is_finite(f)).all()):
         raise nonfinite_error(batch[int(finite.logical_not().nonzero()[0]) // per_part])
+    if bad := [t for t, u in zip(batch, updates, strict=True) if not is_finite_beside_factors(u)]:
+        raise nonfinite_error(bad[0])
     best = balanced_factors(f, block_rank)
     fitted = []
     for i, (target, update) in enumerate(zip(batch, updates, strict=True)):
@@ -305,7 +333,7 @@ def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> 
     """Any family and structure, one target at a time."""
     entry, update = adapter.entries[target], adapter[target]
     base = base_tensor(adapter, target, entry, options.base)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in update.parameters().values()):
+    if not is_finite_update(update):
         raise nonfinite_error(target)
     part = low_rank_part(update, base).to(torch.float64, options.device)
     step = entry.rank_step

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.families.base import LowRankUpdate
-from loratools.linalg.factored import is_finite, squared_distance
-from loratools.ops.spectra import low_rank_part, nonfinite_error, stack_blocks
-from loratools.ops.squeeze import Plan, stream, unsqueezable, with_record
+from loratools.linalg.factored import squared_distance
+from loratools.ops.spectra import is_finite_update, low_rank_part, nonfinite_error, stack_blocks
+from loratools.ops.squeeze import Plan, refuse_mutated, stream, unsqueezable, with_record
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -72,6 +72,7 @@ def truncate_file(
 def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
     if rank < 1:
         raise UsageError(f"rank {rank} is below 1")
+    refuse_mutated(adapter)
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     ranks = {}
     for target, entry in adapter.entries.items():
@@ -110,6 +111,8 @@ def _apply(
         scale = adapter.format.writable_scale(target, rank, delta_scale, "keep")
         update = entry.read()
         assert isinstance(update, LowRankUpdate)
+        if not is_finite_update(update):
+            raise nonfinite_error(target, "squeeze with --allow-nonfinite")
         try:
             new = update.prefix(rank, delta_scale=delta_scale, scale=scale)
         except AdapterError as error:
@@ -123,8 +126,6 @@ def _compare(target: str, before: Update, after: Update) -> Outcome:
     old, new = (stack_blocks([low_rank_part(update)], "cpu") for update in (before, after))
     assert old is not None
     assert new is not None
-    if not bool(is_finite(old[0]).all()):
-        raise nonfinite_error(target)
     distances, norms = squared_distance(old[0], new[0].left, new[0].right)
     distance, norm = max(0.0, float(distances.sum())), float(norms.sum())
     kept = float((new[0].left_gram * new[0].right_gram).sum())

@@ -26,7 +26,7 @@ class TargetDiff:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """`same` holds where every target is in both and no relative error exceeds the tolerance, extras included."""
+    """`same`: every target is in both, and no relative error exceeds the tolerance; biases and extras agree too."""
 
     same: bool
     tolerance: float

@@ -11,6 +11,7 @@ from typing import Final
 from loratools.errors import InputError
 from loratools.storage.atomic import AtomicFile, printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
+from loratools.storage.gguf import MAGIC, GGUFSink, GGUFSource
 from loratools.storage.header import MAX_HEADER, file_size, header_bytes, spec_of
 from loratools.storage.pickle import PickleSource
 from loratools.storage.safetensors import SafetensorsSink, SafetensorsSource, open_regular_file
@@ -21,6 +22,8 @@ __all__ = [
     "DTYPES",
     "AtomicFile",
     "Container",
+    "GGUFSink",
+    "GGUFSource",
     "PickleSource",
     "SafetensorsSink",
     "SafetensorsSource",
@@ -48,6 +51,10 @@ def _is_safetensors(head: bytes) -> bool:
     return int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:9] in (b"{", b" ", b"\t", b"\n", b"\r")
 
 
+def _is_gguf(head: bytes) -> bool:
+    return head.startswith(MAGIC)
+
+
 def _is_index(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and b"\0" not in head
 
@@ -59,6 +66,7 @@ def _is_pickle(head: bytes) -> bool:
 
 CONTAINERS: Final = (
     Container(_is_safetensors, (".safetensors",), SafetensorsSource),
+    Container(_is_gguf, (".gguf",), GGUFSource),
     Container(_is_index, (".index.json",), ShardedSource),
     Container(_is_pickle, (".bin", ".pt", ".pth", ".ckpt"), PickleSource),
 )
@@ -91,7 +99,7 @@ def _file_of_folder(folder: Path) -> Path:
         files = sorted(entry for entry in folder.iterdir() if entry.is_file())
     except OSError as error:
         raise InputError(f"{printable(folder)}: cannot be listed: {error.strerror}; make it readable") from None
-    for suffixes in ((".safetensors.index.json",), (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")):
+    for suffixes in ((".safetensors.index.json",), (".safetensors",), (".bin", ".pt", ".pth", ".ckpt"), (".gguf",)):
         found = [file for file in files if file.name.endswith(suffixes)]
         if len(found) == 1:
             return found[0]

@@ -17,7 +17,7 @@ class AtomicFolder:
     """A temporary folder beside `path`; `commit` puts it in place, leaving the block without it removes every trace.
 
     Files of an existing folder at `path` that were not written anew are carried into the new one, so that replacing an
-    adapter keeps the tokenizer and the notes beside it.
+    adapter keeps the tokenizer and the notes beside it. A symbolic link at `path` is replaced, not followed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,6 +64,8 @@ class AtomicFolder:
     def _remove(self) -> None:
         if self._retired.exists() and not self._final.exists():  # interrupted between the two renames
             self._retired.rename(self._final)
+        if self._retired.is_symlink():  # what it points at is not ours
+            self._retired.unlink()
         shutil.rmtree(self._retired, ignore_errors=True)
         shutil.rmtree(self.temporary, ignore_errors=True)
         while self._made:

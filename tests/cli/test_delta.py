@@ -47,3 +47,16 @@ def test_the_output_must_be_named_and_free(run: Run, peft: Make, tmp_path: Path)
     assert run("delta", source, "-o", out, "-q").out == f"{out}\n"
     assert run("delta", source, "-o", out).code == 5
     assert run("delta", source, "-o", out, "--force").code == 0
+
+
+def test_fused_projections_need_their_flags(run: Run, tmp_path: Path) -> None:
+    a, b = torch.randn(4, 6), torch.randn(10, 2)
+    source, out = tmp_path / "lora.safetensors", tmp_path / "d.safetensors"
+    save_file({"qkv.lora_A": a, "qkv.lora_B": b}, source)
+    refused = run("delta", source, "-o", out)
+    assert (refused.code, "--enable-lora" in refused.err) == (4, True)
+    for wrong in ("1,2,1", "0,0,0", "q,v", ""):
+        assert run("delta", source, "-o", out, "--enable-lora", wrong).code == 2
+    assert run("delta", source, "-o", out, "--enable-lora", "1,0,1", "--alpha", 4).code == 0
+    truth = 2 * torch.cat([b[:5] @ a[:2], torch.zeros(5, 6), b[5:] @ a[2:]])
+    torch.testing.assert_close(load_file(out)["qkv.weight"], truth)

@@ -252,3 +252,18 @@ def test_a_terminal_of_another_encoding(spawn: Spawn, kohya: Make) -> None:
     assert (process.returncode, err) == (0, "")
     assert out.isascii()
     assert json.dumps("größer")[1:-1].replace("\\u00", "\\x") in out
+
+
+@pytest.mark.parametrize("command", ["truncate", "diff", "delta", "inspect", "squeeze"])
+def test_the_remedy_for_nan_is_an_option_that_exists(run: Run, tmp_path: Path, command: str) -> None:
+    source = tmp_path / "nan.safetensors"
+    stem = "lora_unet_a.lora_"
+    save_file({f"{stem}down.weight": torch.full((4, 9), torch.nan), f"{stem}up.weight": torch.ones(7, 4)}, source)
+    rest = {"truncate": ["--rank", 2], "diff": [source], "delta": ["-o", tmp_path / "d"], "squeeze": ["--rank", 2]}
+    done = run(command, source, *rest.get(command, []))
+    assert done.code == 4
+    named = {word.strip(";,") for word in done.err.split() if word.startswith("--")}
+    owner = next((c for c in ("squeeze", "inspect") if f" {c} with" in done.err or f" {c} --" in done.err), command)
+    options = run(owner, "--help").out
+    assert named
+    assert all(option in options for option in named)

@@ -26,7 +26,18 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 
 
 def test_the_commands_are_the_files() -> None:
-    assert list(COMMANDS) == ["info", "inspect", "squeeze", "truncate", "merge", "diff", "delta"]
+    assert list(COMMANDS) == [
+        "info",
+        "inspect",
+        "squeeze",
+        "truncate",
+        "convert",
+        "merge",
+        "diff",
+        "delta",
+        "formats",
+        "families",
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

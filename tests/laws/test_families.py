@@ -218,6 +218,65 @@ def test_a_full_fit_reproduces_the_delta(name: str, scale: float) -> None:
         torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if isinstance(case.update, LoRA)])
+def test_minus_is_the_difference_or_refused(name: str) -> None:
+    case = CASES[name]
+    update = case.update
+    assert isinstance(update, LoRA)
+    other = replace(update, up=2 * update.up.flip(0), down=update.down.flip(1))
+    if name in ("linear_biased", "grouped", "tucker", "experts", "experts_transposed"):
+        with pytest.raises(AdapterError, match="only plain factors"):
+            update.minus(other)
+        return
+    difference = update.minus(other)
+    specs = specs_of(difference)
+    assert LoRA.check(specs, update.layout) is None
+    assert LoRA.rank_of(specs, update.layout) == 2 * LoRA.rank_of(specs_of(update), update.layout)
+    assert (difference.scale, difference.layout) == (update.scale, update.layout)
+    assert distance(difference.delta(), case.delta - f64(other.delta())) < 1e-6
+    with pytest.raises(AdapterError, match="scales differ"):
+        update.minus(replace(other, scale=other.scale + 1))
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if isinstance(case.update, LoRA)])
+@pytest.mark.parametrize(("delta_scale", "scale"), [(0.5, 0.5), (1.5, -2.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_prefix_is_the_first_terms_or_refused(name: str, delta_scale: float, scale: float) -> None:
+    update = CASES[name].update
+    assert isinstance(update, LoRA)
+    full = LoRA.rank_of(specs_of(update), update.layout)
+    if name in ("grouped", "tucker"):
+        with pytest.raises(AdapterError, match="have a prefix"):
+            update.prefix(1, delta_scale=delta_scale, scale=scale)
+        return
+    for rank in range(1, full + 1):
+        part = update.prefix(rank, delta_scale=delta_scale, scale=scale)
+        specs = specs_of(part)
+        assert LoRA.check(specs, update.layout) is None
+        assert LoRA.rank_of(specs, update.layout) == rank
+        assert (part.scale, part.layout) == (scale, update.layout)
+        count = update.layout.experts
+        a, b = f64(update.down.flatten(1)), f64(update.up.flatten(1))
+        downs, ups = a.reshape(count, full, -1)[:, :rank], b.reshape(b.shape[0], full, count)[:, :rank]
+        wanted = delta_scale * np.einsum("ore,ern->eon", ups, downs)
+        if update.layout.transposed:
+            wanted = wanted.transpose(0, 2, 1)
+        np.testing.assert_allclose(f64(part.delta()), wanted.reshape(CASES[name].delta.shape), rtol=1e-5, atol=1e-5)
+        before, after = update.bias_delta(), part.bias_delta()
+        assert (before is None) == (after is None)
+        if before is not None and after is not None and scale:
+            torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if isinstance(case.update, DoRA)])
+def test_a_magnitude_has_neither_difference_nor_prefix(name: str) -> None:
+    update = CASES[name].update
+    assert isinstance(update, DoRA)
+    with pytest.raises(AdapterError, match="cannot be subtracted"):
+        update.minus(update)
+    with pytest.raises(AdapterError, match="a prefix is not defined"):
+        update.prefix(1, delta_scale=1.0, scale=1.0)
+
+
 def regauged(op: Operator, seed: int) -> Operator:
     """The same map from other factors: (B Q, Q^-1 A) with cond(Q) = 100."""
     if isinstance(op, BlockDiagonal):

@@ -68,6 +68,31 @@ def test_what_only_one_has_and_other_extras_make_them_differ(tmp_path: Path) -> 
     assert loratools.diff(first, replace(first)).same
 
 
+def test_biases_count(tmp_path: Path) -> None:
+    gen = torch.Generator().manual_seed(3)
+    down, up, bias = (torch.randn(*shape, generator=gen) for shape in ((4, 10), (14, 4), (14,)))
+
+    def adapter(name: str, bias: torch.Tensor | None) -> loratools.adapter.Adapter:
+        folder = tmp_path / name
+        folder.mkdir()
+        stem = "base_model.model.a.q."
+        tensors = {f"{stem}lora_A.weight": down, f"{stem}lora_B.weight": up}
+        save_file(
+            tensors | ({} if bias is None else {f"{stem}lora_B.bias": bias}), folder / "adapter_model.safetensors"
+        )
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+        return loratools.load(folder)
+
+    a, b, none, zero = (adapter(*x) for x in (("a", bias), ("b", bias + 1), ("n", None), ("z", bias * 0)))
+    assert loratools.diff(a, a).same
+    assert loratools.diff(none, zero).same
+    for x, y, how in ((a, b, "other values"), (a, none, "only in a"), (none, a, "only in b")):
+        report = loratools.diff(x, y)
+        assert not report.same
+        assert report.extras == {"a.q.bias": how}
+    assert loratools.diff(a, b, tolerance=10).same
+
+
 def test_zero_updates(tmp_path: Path) -> None:
     a = lora(0)
     zero = a | {"lora_unet_a.lora_up.weight": torch.zeros(14, 4)}

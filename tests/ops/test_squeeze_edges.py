@@ -21,7 +21,10 @@ from loratools._version import __version__
 from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import load, save
+from loratools.ops.delta import delta
+from loratools.ops.diff import diff
 from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
+from loratools.ops.truncate import truncate_file
 from loratools.ranks import Budget, Energy, Limits, Policy
 
 PREFIX = "base_model.model."
@@ -96,6 +99,47 @@ class TestNonFinite:
         assert len(report.targets) >= 4
         assert len(report.targets) + len(report.unchanged) == 6
         assert math.isfinite(report.total["relative_error"])
+
+
+class TestNonFiniteBias:
+    @pytest.fixture
+    def broken(self, tmp_path: Path) -> Adapter:
+        folder = peft(tmp_path / "in", factors(SHAPES), {"lora_bias": True})
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for target, (m, _, _) in SHAPES.items():
+            tensors[f"{PREFIX}{target}.lora_B.bias"] = rand(90, m)
+        tensors[f"{PREFIX}layers.1.v.lora_B.bias"][3] = float("nan")
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        return load(folder)
+
+    @pytest.mark.parametrize("policy", [2, Energy(0.5), Budget(9000)], ids=repr)
+    @pytest.mark.parametrize("method", ["auto", "rsvd"])
+    def test_the_target_is_named(self, broken: Adapter, tmp_path: Path, policy: int | Policy, method: str) -> None:
+        with pytest.raises(AdapterError, match=r"^layers\.1\.v: holds NaN or infinity"):
+            squeeze_file(broken, tmp_path / "out", policy, options=Squeeze(method=method))
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("policy", [2, Energy(0.5), Budget(9000)], ids=repr)
+    @pytest.mark.parametrize("method", ["auto", "rsvd"])
+    def test_or_carried_over(self, broken: Adapter, tmp_path: Path, policy: int | Policy, method: str) -> None:
+        options = Squeeze(method=method, allow_nonfinite=True)
+        report = squeeze_file(broken, tmp_path / "out", policy, options=options)[1]
+        assert report.unchanged["layers.1.v"] == "holds NaN or infinity"
+
+    def test_truncate_names_it_too(self, broken: Adapter, tmp_path: Path) -> None:
+        with pytest.raises(AdapterError, match=r"^layers\.1\.v: holds NaN or infinity"):
+            truncate_file(broken, tmp_path / "out", 2)
+        assert not (tmp_path / "out").exists()
+
+
+def test_float8_factors_are_compared_and_written_out(tmp_path: Path) -> None:
+    pairs = factors(SHAPES, torch.float8_e4m3fn)
+    adapter = load(peft(tmp_path / "in", pairs))
+    squeezed = squeeze(adapter, 4, options=Squeeze(method="rsvd"))[0]
+    report = diff(adapter, squeezed)
+    assert all(row.relative_error is not None and 0 < row.relative_error < 1 for row in report.targets.values())
+    a, b = pairs["layers.0.q"]
+    assert error(2 * b.double() @ a.double(), dict(delta(adapter))["layers.0.q.weight"]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["fold", "keep"])
@@ -291,3 +335,35 @@ def test_overflowing_float16_is_refused(tmp_path: Path) -> None:
     scaled = kohya(tmp_path / "in.safetensors", pairs, torch.tensor(8e3))
     with pytest.raises(AdapterError, match=r"lora_unet_layers_0_q: .*overflows float16"):
         squeeze(load(scaled), 2)
+
+
+def test_a_tucker_core_that_keeps_its_rank_stays_within_the_budget(tmp_path: Path) -> None:
+    r, stem = 40, "lora_unet_a."
+    shapes = {"lora_down": (r, 40, 1, 1), "lora_mid": (r, r, 3, 3), "lora_up": (40, r, 1, 1)}
+    tensors = {f"{stem}{name}.weight": rand(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors | {f"{stem}alpha": torch.tensor(40.0)}, tmp_path / "in.safetensors")
+    adapter = load(tmp_path / "in.safetensors")
+    assert adapter.nbytes > 70_000
+    saved, report = squeeze_file(adapter, tmp_path / "out.safetensors", Budget(66_000))
+    assert report.targets["lora_unet_a"].rank_after == r
+    assert saved.weights.stat().st_size <= 66_000
+    assert error(adapter["lora_unet_a"].delta(), load(saved.path)["lora_unet_a"].delta()) < 1e-6
+
+
+@pytest.mark.parametrize(("maximum", "rank"), [(11, 8), (6, 4), (3, 4)])
+def test_groups_round_up_but_not_above_the_maximum(tmp_path: Path, maximum: int, rank: int) -> None:
+    stem = "lora_unet_a."
+    tensors = {f"{stem}lora_down.weight": rand(0, 20, 8, 3, 3), f"{stem}lora_up.weight": rand(1, 40, 5, 1, 1)}
+    save_file(tensors, tmp_path / "in.safetensors")  # 4 groups, so steps of 4
+    report = squeeze(load(tmp_path / "in.safetensors"), Energy(0.9), limits=Limits(maximum=maximum))[1]
+    assert report.targets["lora_unet_a"].rank_after == rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_factors_that_overflow_when_a_scale_is_folded_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    pairs = {t: ((a * 20).to(dtype), (b * 20).to(dtype)) for t, (a, b) in factors(SHAPES).items()}
+    adapter = load(peft(tmp_path / "in", pairs, {"lora_alpha": 8e10}))
+    with pytest.raises(AdapterError, match=r"^layers\.0\.q: a factor overflows float"):
+        squeeze_file(adapter, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+    squeeze(adapter, 4, options=Squeeze(scale="keep"))

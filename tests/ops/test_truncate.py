@@ -129,3 +129,16 @@ def test_nothing_to_cut_is_an_error(peft: Path) -> None:
 def test_dora_has_no_prefix(samples) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(AdapterError, match=r"q_proj|up_proj.*DoRA"):
         loratools.truncate(loratools.load(samples("peft/dora")), 2)
+
+
+def test_alpha_zero_stays_zero(tmp_path: Path) -> None:
+    stem = "base_model.model.q.lora_"
+    gen = torch.Generator().manual_seed(0)
+    tensors = {f"{stem}A.weight": torch.randn(4, 9, generator=gen), f"{stem}B.weight": torch.randn(7, 4, generator=gen)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 0}')
+    adapter = loratools.load(tmp_path)
+    cut = loratools.truncate(adapter, 2)[0]["q"]
+    assert torch.equal(cut.parameters()["up"], tensors[f"{stem}B.weight"][:, :2])
+    assert not cut.delta().any()
+    assert loratools.inspect(adapter, nested=True).nested is not None

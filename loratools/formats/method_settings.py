@@ -1,0 +1,110 @@
+"""What PEFT's methods keep in `adapter_config.json` rather than in tensors, read with suspicion."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loratools.errors import InputError
+
+Config = Mapping[str, Any]
+
+_MAX_TERMS = 1000  # of a series whose later terms vanish: more is no honest config
+_SEEDS = range(-(2**63), 2**64)  # what torch takes
+
+
+def _problem(field: str, value: object, wanted: str) -> InputError:
+    shown = repr(value)
+    return InputError(f"adapter_config.json: {field} is {shown[:80]}, not {wanted}")
+
+
+def number(config: Config, field: str, default: float) -> float:
+    """A finite number of the config; InputError otherwise."""
+    value = default if config.get(field) is None else config[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _problem(field, value, "a number")
+    return float(value)
+
+
+def flag(config: Config, field: str, default: bool | None = False) -> bool:
+    """A flag of the config; InputError for another value, or where it is missing and has no default."""
+    value = default if config.get(field) is None else config[field]
+    if value is None:
+        raise InputError(f"adapter_config.json states no {field}, which changes the delta; add it as it was trained")
+    if not isinstance(value, bool):
+        raise _problem(field, value, "true or false")
+    return value
+
+
+def adalora_scale(config: Config, target: str) -> float:
+    """alpha over the initial rank, which pruning leaves as it was; an alpha of 0 or less stands for the rank kept."""
+    initial, alpha = number(config, "init_r", 12), number(config, "lora_alpha", 8)
+    if initial < 0:
+        raise _problem("init_r", initial, "a rank")
+    if alpha <= 0:
+        masks = config.get("rank_pattern") or {}
+        mask = next((mask for name, mask in masks.items() if name.startswith(f"{target}.lora_E")), None)
+        if mask is not None and not isinstance(mask, list):
+            raise _problem("rank_pattern", mask, "a list of flags for each target")
+        alpha = initial if mask is None else float(sum(bool(kept) for kept in mask))
+    return alpha / (initial + 1e-5)
+
+
+def ia3_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """Whether the target is a feed-forward module, by PEFT's rule: a regular expression, or the ends of names."""
+    modules = config.get("feedforward_modules") or []
+    if isinstance(modules, str):
+        try:
+            return {"feedforward": re.fullmatch(modules, target) is not None}
+        except re.error as error:
+            raise _problem("feedforward_modules", modules, f"a regular expression: {error}") from error
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise _problem("feedforward_modules", modules, "a list of names")
+    return {"feedforward": target.endswith(tuple(modules))}
+
+
+def oft_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """How the triangles become rotations. Which parametrisation it is decides the sign, so that it must be stated."""
+    terms = None
+    if flag(config, "use_cayley_neumann", None):
+        terms = config.get("num_cayley_neumann_terms", 5)
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= _MAX_TERMS:
+            raise _problem("num_cayley_neumann_terms", terms, f"a number of terms up to {_MAX_TERMS}")
+    radius = number(config, "eps", 6e-5) if flag(config, "coft") else None
+    if radius is not None and radius < 0:
+        raise _problem("eps", radius, "a radius")
+    return {"terms": terms, "radius": radius, "shared": flag(config, "block_share")}
+
+
+def hra_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """Whether the vectors are made orthogonal."""
+    return {"orthogonal": flag(config, "apply_GS")}
+
+
+def vera_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """The seed of the projections, where they were not meant to be saved."""
+    if flag(config, "save_projection", True):
+        return {}
+    seed = config.get("projection_prng_key", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed not in _SEEDS:
+        raise _problem("projection_prng_key", seed, "a seed")
+    return {"seed": seed}
+
+
+def token_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """The tokens whose rows are replaced: a list for all tables, or one for each by the end of its name."""
+    field = "token_indices" if "token_indices" in config else "trainable_token_indices"
+    listed = config.get(field)
+    if isinstance(listed, dict):
+        fits = [name for name in listed if target.endswith(name)]
+        if len(fits) > 1:
+            fits = [name for name in fits if name == target]
+        if len(fits) != 1:
+            raise InputError(f"adapter_config.json: {field} does not tell the tokens of {target} in a single entry")
+        listed = listed[fits[0]]
+    tokens = [t for t in listed if type(t) is int and 0 <= t < 2**63] if isinstance(listed, list) else []
+    if listed != tokens or len(set(tokens)) != len(tokens):
+        raise _problem(field, listed, "a list of different token numbers")
+    return {"tokens": tuple(tokens)}

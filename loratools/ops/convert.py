@@ -1,0 +1,473 @@
+"""From one dialect to another: place every target in its model, arrange the modules anew, and rewrite what must be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
+from loratools.errors import AdapterError, UnmappedModuleError, UnsupportedInTargetError, UsageError
+from loratools.families import DoRA, Update
+from loratools.families.regroup import STORED, padded, recast, rescaled
+from loratools.files import Saved, write
+from loratools.formats import FORMATS, Format, Order, Part
+from loratools.formats.layouts import NATIVE_RULES, Model, model_of
+from loratools.formats.layouts.flat import flatten
+from loratools.formats.modules import Module, Placement, Rows
+from loratools.ops.lowering import Lowered, Lowering, lowered
+from loratools.ops.regroup import Job, jobs_for, made
+from loratools.reports.convert import ConvertedTarget, ConvertReport
+
+if TYPE_CHECKING:
+    from loratools.base_weights import BaseWeights
+
+Dtype = Literal["f32", "f16", "bf16", "q8_0"]
+CARRIED_KEY = "loratools_source"
+_SAME = 1e-6  # scales that differ by less were one number before a dialect rounded its alpha to float32
+DROPPABLE = ("bias", "extras", "unsupported", "unmapped")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """How to convert, beside the dialect.
+
+    `lowering` says what to do with families that the dialect has no place for. `portable`: one rank for all targets,
+    by zero padding, scale 1 and no patterns. `fold_alpha` writes scale 1 everywhere, `metadata` False nothing but
+    tensors. `dtype`: of the factors, their own by default; q8_0 is for GGUF alone. `drop` names kinds of content
+    (`DROPPABLE`) that may be left out. `model` and `component` state what names do not tell.
+    """
+
+    lowering: Lowering = field(default_factory=Lowering)
+    portable: bool = False
+    fold_alpha: bool = False
+    metadata: bool = True
+    drop: frozenset[str] = frozenset()
+    model: Model | None = None
+    component: str | None = None
+    base: BaseWeights | None = None
+    dtype: Dtype | None = None
+
+
+@dataclass
+class _Notes:
+    """What happened, in the order in which it did."""
+
+    notices: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def writable_formats() -> dict[str, type[Format]]:
+    """The dialects that a conversion can write, by name."""
+    return {f.name: f for f in FORMATS if f.holds}
+
+
+def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Adapter, ConvertReport]:
+    """The same updates in the dialect `to`, lazily: targets are rewritten when they are read.
+
+    Alpha keeps its value wherever the dialect has a place for it; rows of fused projections are taken apart and joined
+    exactly. Raises UnmappedModuleError, UnsupportedInTargetError and their kin, naming the targets, for what the
+    dialect cannot hold and `drop` does not name.
+    """
+    formats = writable_formats()
+    if to not in formats:
+        raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
+    destination = formats[to]
+    if options.dtype == "q8_0" and destination.container != "gguf":
+        raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
+    notes = _Notes()
+    carried = _carried(adapter)
+    modules = _modules(adapter, options, notes)
+    shapes = {m: _module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
+    model = options.model or _model_named(adapter) or model_of(shapes, adapter.metadata)
+    back = carried if carried is not None and carried.get("format") == to else None
+    order = Order(
+        model,
+        (back or {}).get("config") or {},
+        options.metadata,
+        options.base.config if options.base else {},
+        options.dtype == "q8_0",
+    )
+    placements = _named(destination.arrange(shapes, order), (back or {}).get("names") or {})
+    jobs = jobs_for(placements, modules)
+    builds = {job.target: _build(adapter, job, destination, options) for job in jobs}
+    if options.portable:
+        builds = _uniform(builds, notes)
+    bound, builds = _bind(destination, builds, order, options, notes)
+    entries = {target: build.entry for target, build in builds.items()}
+    extras = _extras(adapter, destination, options, notes)
+    metadata = _metadata(adapter, destination, back, order, options, carried)
+    record = Record("convert", _arguments(to, options), adapter.origin.sha256 if adapter.origin else lambda: "")
+    result = Adapter(bound, entries, extras, metadata, (), adapter.origin, record if options.metadata else None)
+    return result, _report(adapter, result, builds, model, notes)
+
+
+def convert_file(
+    adapter: Adapter, path: str | os.PathLike[str], to: str, options: Convert = Convert(), *, force: bool = False
+) -> tuple[Saved, ConvertReport]:
+    """As `convert`, streamed to `path`, one target at a time."""
+    result, report = convert(adapter, to, options)
+    saved = write(result, ((t, e.read()) for t, e in result.entries.items()), Path(path), force=force)
+    before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    return saved, replace(report, output=str(saved.path), bytes_before=before, bytes_after=saved.nbytes)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One target to be written: its entry, and what is said of it."""
+
+    job: Job
+    entry: Entry
+    actions: tuple[str, ...]
+    relative_error: float | None = None
+
+
+def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, tuple[str, Rows]]:
+    """Every module that the adapter changes, with the target that changes it and the rows there."""
+    found: dict[Module, tuple[str, Rows]] = {}
+    lost = []
+    known = _names_in(options.base, {m.component for m in _pieces(adapter)}) if options.base else {}
+    for target in adapter.entries:
+        placement = adapter.format.place(target)
+        if placement is None:
+            lost.append(target)
+            continue
+        for piece in placement.pieces:
+            module = known.get((piece.module.component, flatten(piece.module.path)), piece.module)
+            if options.component is not None:
+                if module.component not in ("", options.component):
+                    notes.dropped[target] = f"of {module.component}, not of {options.component}"
+                    continue
+                module = Module(options.component, module.path)
+            if module in found:
+                raise AdapterError(
+                    f"{target} and {found[module][0]} both change {module}; the file has two names for one module"
+                )
+            found[module] = (target, piece.rows)
+    if lost and "unmapped" not in options.drop:
+        raise UnmappedModuleError(
+            f"{len(lost)} targets are biases, or have names that no model is known to have: {', '.join(lost[:3])}; "
+            "pass --drop unmapped to leave them out"
+        )
+    notes.dropped |= dict.fromkeys(lost, "its name tells no module")
+    if not found:
+        raise UnmappedModuleError(f"nothing to convert: no target is of the component {options.component}")
+    return found
+
+
+def _model_named(adapter: Adapter) -> Model | None:
+    """The model whose authors' names the targets have, where they have any."""
+    placements = (adapter.format.place(target) for target in adapter.entries)
+    found = {NATIVE_RULES[p.rule] for p in placements if p is not None and p.rule in NATIVE_RULES}
+    return found.pop() if len(found) == 1 else None
+
+
+def _pieces(adapter: Adapter) -> list[Module]:
+    placements = (adapter.format.place(target) for target in adapter.entries)
+    return [piece.module for placement in placements if placement for piece in placement.pieces]
+
+
+def _names_in(base: BaseWeights, components: set[str]) -> dict[tuple[str, str], Module]:
+    """(component, flattened path) -> the base's own module, where just one flattens to it; for a base of one model."""
+    if len(components) != 1:
+        return {}
+    (component,) = components
+    found: dict[tuple[str, str], Module] = {}
+    taken = Counter(flatten(name.removesuffix(".weight")) for name in base.source.specs if name.endswith(".weight"))
+    for name in base.source.specs:
+        path = name.removesuffix(".weight")
+        if path != name and taken[flatten(path)] == 1:
+            found[component, flatten(path)] = Module(component, path)
+    return found
+
+
+def _module_shape(entry: Entry, rows: Rows) -> tuple[int, ...] | None:
+    shape = entry.base_shape
+    return None if shape is None else (shape[0] * rows.count // rows.units, *shape[1:])
+
+
+def _named(placements: Mapping[str, Placement], names: Mapping[str, str]) -> dict[str, Placement]:
+    """`placements` under the names that the file had before, where those are known and differ."""
+    return {names.get(target, target): placement for target, placement in placements.items()}
+
+
+def _build(adapter: Adapter, job: Job, destination: type[Format], options: Convert) -> Build:
+    """The entry of a target, read anew whenever it is asked for."""
+    sources = [adapter.entries[name] for name in job.sources]
+    entry = sources[0]
+    fits = destination.lacks(entry.layout, set(entry.specs)) is None
+    held = fits and ("mid" not in entry.specs or "mid" in destination.slots)
+    if job.is_copy and entry.family.family in destination.holds and held:
+        return Build(job, entry, ())
+    weights = {name: _base_weight(adapter, name, options.base) for name in job.sources}
+
+    def build() -> tuple[Update, Lowered]:
+        parts = {}
+        state = Lowered()
+        for name in job.sources:
+            try:
+                update = adapter.entries[name].read()
+                update, how = lowered(update, destination, weights[name](), options.lowering, plain=not job.is_copy)
+            except AdapterError as error:
+                raise type(error)(f"{name}: {error}") from error
+            parts[name] = update
+            state = state.worse(how)
+        try:
+            update, actions = made(job, parts)
+        except AdapterError as error:
+            raise type(error)(f"{job.target}: {error}") from error
+        return update, state.worse(Lowered(actions))
+
+    first, state = build()
+    entry = replace(entry_of(first), read=lambda: build()[0])
+    return Build(job, entry, state.actions, state.relative_error)
+
+
+def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], Any]:
+    entry = adapter.entries[target]
+    if base is None:
+        return lambda: None
+    return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.family.needs_base else None
+
+
+def _uniform(builds: Mapping[str, Build], notes: _Notes) -> dict[str, Build]:
+    """All targets at one rank and scale 1, by zero padding."""
+    rank = max(b.entry.rank for b in builds.values())
+    done = {}
+    for target, build in builds.items():
+        entry = build.entry
+        if entry.rank != rank:
+            notes.notices["W_RANK_PADDED"] = f"ranks below {rank} were padded with zeros, which changes nothing"
+
+        def read(entry: Entry = entry) -> Update:
+            return padded(entry.read(), rank, scale=1.0)
+
+        actions = build.actions if entry.rank == rank else (*build.actions, f"padded from rank {entry.rank}")
+        done[target] = replace(build, entry=replace(entry_of(read()), read=read), actions=actions)
+    return done
+
+
+def _bind(
+    destination: type[Format], builds: Mapping[str, Build], order: Order, options: Convert, notes: _Notes
+) -> tuple[Format, dict[str, Build]]:
+    """The new dialect, and the targets with the scales and the shapes that it can state."""
+    parts = {t: _part(b.entry, destination, options, notes, t) for t, b in builds.items()}
+    bound = destination.compose(parts, order)
+    stated = _stated_scales(bound, builds) if not options.fold_alpha and not options.portable else None
+    done = {}
+    folded = 0
+    stored = STORED.get(options.dtype or "")
+    for target, build in builds.items():
+        entry, part = build.entry, parts[target]
+        scale = bound.writable_scale(target, entry.rank, entry.scale, "fold" if options.fold_alpha else "keep")
+        if stated is not None:
+            scale = stated[target]
+        actions = build.actions
+        if entry.rank and not math.isclose(scale, entry.scale, rel_tol=_SAME):
+            folded += 1
+            actions = (*actions, "scale folded")
+        drop = frozenset(set(entry.specs) - set(part.slots))
+
+        def read(entry: Entry = entry, part: Part = part, scale: float = scale, drop: frozenset[str] = drop) -> Update:
+            update = _without(entry.read(), drop)
+            if entry.rank and not math.isclose(scale, update.scale, rel_tol=_SAME):
+                update = rescaled(update, scale)
+            if stored is not None:
+                update = recast(update, stored)
+            return _laid_out(update, part, destination)
+
+        rewritten = stored is not None or bool(drop) or "scale folded" in actions or "magnitude" in part.slots
+        specs = {slot: spec for slot, spec in entry.specs.items() if slot not in drop}
+        if rewritten:
+            fresh = entry_of(read())
+            specs = dict(fresh.specs)
+        done[target] = replace(
+            build, entry=replace(entry, specs=specs, scale=scale, layout=part.layout, read=read), actions=actions
+        )
+    if folded:
+        notes.notices["W_SCALE_FOLDED"] = (
+            f"{folded} targets had a scale that the file has no place for; it was multiplied into the up factors, "
+            "which rounds them once unless it is a power of two"
+        )
+    return bound, done
+
+
+def _stated_scales(bound: Format, builds: Mapping[str, Build]) -> dict[str, float] | None:
+    """The scales that a config which came back states, where they are those of the updates but for rounding."""
+    try:
+        scales = {t: bound.scale(t, b.entry.rank, None) for t, b in builds.items()}
+    except (AdapterError, ZeroDivisionError):
+        return None
+    same = all(math.isclose(scales[t], b.entry.scale, rel_tol=_SAME) for t, b in builds.items())
+    return scales if same else None
+
+
+def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:
+    slots = tuple(entry.specs)
+    if "up_bias" in slots and "up_bias" not in destination.slots:
+        if "bias" not in options.drop:
+            raise UnsupportedInTargetError(
+                f"{target}: {destination.name} has no place for the bias of lora_B; pass --drop bias to leave it out"
+            )
+        notes.dropped[target] = "its bias, which the dialect has no place for"
+        slots = tuple(slot for slot in slots if slot != "up_bias")
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale)
+
+
+def _without(update: Update, slots: frozenset[str]) -> Update:
+    if not slots:
+        return update
+    kept = {slot: t for slot, t in update.parameters().items() if slot not in slots}
+    return type(update).from_parameters(kept, scale=update.scale, layout=update.layout)
+
+
+def _laid_out(update: Update, part: Part, destination: type[Format]) -> Update:
+    """With the magnitude in the shape in which the dialect keeps it."""
+    if not isinstance(update, DoRA):
+        return update
+    shape = destination.magnitude_shape(part, update.magnitude.numel())
+    return DoRA(update.direction, update.magnitude.reshape(shape))
+
+
+def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes: _Notes) -> dict[str, Extra]:
+    """Tensors that belong to no update: carried within a dialect, otherwise refused unless they may be dropped."""
+    if type(adapter.format) is destination and not options.component:
+        return dict(adapter.extras)
+    if not adapter.extras:
+        return {}
+    shared = {key for t in adapter.entries for key in adapter.format.references(t).values()}
+    left = [key for key in adapter.extras if key not in shared]
+    unsupported = {key for key in left for t in adapter.unsupported if key == t or key.startswith(f"{t}.")}
+    for kind, keys in (
+        ("unsupported", [k for k in left if k in unsupported]),
+        ("extras", [k for k in left if k not in unsupported]),
+    ):
+        if keys and kind not in options.drop:
+            what = (
+                "belong to targets that cannot be converted" if kind == "unsupported" else "are not part of any update"
+            )
+            raise UnsupportedInTargetError(
+                f"{len(keys)} tensors {what}, and {destination.name} has no place for them, such as {keys[0]}; "
+                f"pass --drop {kind} to leave them out"
+            )
+        notes.dropped |= dict.fromkeys(keys, "no place for it in the dialect")
+    return {}
+
+
+def _carried(adapter: Adapter) -> dict[str, Any] | None:
+    """What an earlier conversion kept of the file that it was made from."""
+    try:
+        found = json.loads(adapter.metadata.get(CARRIED_KEY, "null"))
+    except (ValueError, RecursionError):
+        return None
+    shapes = {"format": str, "config": dict, "metadata": dict, "names": dict}
+    if not isinstance(found, dict) or any(not isinstance(found.get(k, t()), t) for k, t in shapes.items()):
+        return None
+    return found
+
+
+def _metadata(
+    adapter: Adapter,
+    destination: type[Format],
+    back: Mapping[str, Any] | None,
+    order: Order,
+    options: Convert,
+    carried: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """The new file's own fields, and what of the old one it has no place for, to be found again on the way back."""
+    if not options.metadata:
+        return {}
+    if type(adapter.format) is destination:
+        return dict(adapter.metadata)
+    if back is not None:
+        return {k: str(v) for k, v in (back.get("metadata") or {}).items()}
+    own = destination.fresh_metadata(order)
+    if carried is not None:
+        return own | {CARRIED_KEY: adapter.metadata[CARRIED_KEY]}
+    source = {key: value for key, value in adapter.metadata.items() if key != CARRIED_KEY}
+    kept = {
+        "format": adapter.format.name,
+        "config": adapter.format.carried_config(),
+        "metadata": source,
+        "names": _odd_names(adapter, options),
+    }
+    return own | {CARRIED_KEY: json.dumps(kept, sort_keys=True)}
+
+
+def _odd_names(adapter: Adapter, options: Convert) -> dict[str, str]:
+    """Targets that the dialect would be given other names on the way back: the name it would get -> the one it had."""
+    formats = writable_formats()
+    if adapter.format.name not in formats or type(adapter.format) is not formats[adapter.format.name]:
+        return {}
+    modules = {
+        piece.module: _module_shape(adapter.entries[target], piece.rows)
+        for target in adapter.entries
+        if (placement := adapter.format.place(target))
+        for piece in placement.pieces
+    }
+    order = Order(options.model or _model_named(adapter) or model_of(modules, adapter.metadata))
+    try:
+        usual = type(adapter.format).arrange(modules, order)
+    except AdapterError:
+        return {}
+    had = {piece.module: t for t in adapter.entries if (p := adapter.format.place(t)) for piece in p.pieces}
+    odd = {}
+    for target, placement in usual.items():
+        names = {had[piece.module] for piece in placement.pieces if piece.module in had}
+        if len(names) == 1 and target not in names:
+            odd[target] = names.pop()
+    return odd
+
+
+def _arguments(to: str, options: Convert) -> dict[str, object]:
+    chosen: dict[str, object] = {"to": to}
+    for name in ("portable", "fold_alpha"):
+        if getattr(options, name):
+            chosen[name] = True
+    if options.drop:
+        chosen["drop"] = sorted(options.drop)
+    if options.lowering != Lowering():
+        chosen["lowering"] = repr(options.lowering)
+    return chosen
+
+
+def _report(
+    adapter: Adapter, result: Adapter, builds: Mapping[str, Build], model: Model | None, notes: _Notes
+) -> ConvertReport:
+    targets = {
+        target: ConvertedTarget(
+            build.job.sources,
+            " and ".join(dict.fromkeys(p.rule for s in build.job.sources if (p := adapter.format.place(s)))),
+            b.family.family,
+            b.rank,
+            build.actions,
+            build.relative_error,
+        )
+        for target, build in builds.items()
+        for b in (build.entry,)
+    }
+    total = sum(len(e.specs) for e in adapter.entries.values())
+    scales = sum(adapter.format.scale_key(t) is not None for t in adapter.entries)
+    keys = {
+        "updates": total,
+        "scales": scales,
+        "carried": len(result.extras),
+        "dropped": len(notes.dropped),
+    }
+    return ConvertReport(
+        adapter.format.name,
+        result.format.name,
+        model,
+        targets,
+        keys,
+        notes.dropped,
+        notes.notices,
+        adapter.nbytes,
+        result.nbytes,
+        (*adapter.warnings, *(f"{text} ({code})" for code, text in notes.notices.items())),
+    )

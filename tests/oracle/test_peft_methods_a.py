@@ -1,0 +1,226 @@
+"""PEFT merges its other methods, options off their defaults included, exactly as loratools decodes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+if not os.environ.get("CI"):  # where it must be installed, its absence is an error
+    pytest.importorskip("peft", reason="compares with PEFT: pip install 'loratools[oracle]'")
+    pytest.importorskip("transformers", reason="compares with PEFT: pip install 'loratools[oracle]'")
+
+import peft
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+import loratools
+from loratools.errors import NeedsBaseError
+
+# PEFT announces what it adjusts: block sizes, fan_in_fan_out, projections that it draws again.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Net(nn.Module):
+    """Layers of every kind that these methods train; each is probed by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(24, 16)
+        self.tall = nn.Linear(16, 32, bias=False)
+        self.fused = Conv1D(20, 16)
+        self.square = nn.Conv2d(4, 6, 2)
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+        self.norm = nn.LayerNorm(16)
+        self.table = nn.Embedding(30, 12)
+        nn.init.normal_(self.fused.bias)  # zero otherwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tall(self.wide(x))
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes))
+
+
+@dataclass(frozen=True)
+class Case:
+    config: Callable[..., peft.PeftConfig]
+    options: dict[str, Any]
+    model: Callable[[], nn.Module] = Net
+    spread: float = 0.3  # of the random parameters
+    around: float = 0.0
+
+
+LINEAR = ["wide", "tall"]
+MASKS = {"wide.lora_E": [True, False, True, True], "tall.lora_E": [False, True, False, False]}
+ADALORA = {"target_modules": LINEAR, "init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
+IA3 = {"around": 1.0}
+CASES = {
+    "adalora": Case(peft.AdaLoraConfig, ADALORA),
+    "adalora, pruned": Case(peft.AdaLoraConfig, ADALORA | {"rank_pattern": MASKS}),
+    "adalora, no alpha": Case(peft.AdaLoraConfig, ADALORA | {"lora_alpha": 0}),
+    "adalora, pruned, no alpha": Case(peft.AdaLoraConfig, ADALORA | {"rank_pattern": MASKS, "lora_alpha": 0}),
+    "adalora, convolution": Case(peft.AdaLoraConfig, ADALORA | {"target_modules": ["square"]}),
+    "vera": Case(peft.VeraConfig, {"target_modules": LINEAR, "r": 5, "projection_prng_key": 7}),
+    "vera, Conv1D": Case(peft.VeraConfig, {"target_modules": ["fused"], "r": 3}),
+    "vera, projections not saved": Case(
+        peft.VeraConfig, {"target_modules": LINEAR, "r": 5, "projection_prng_key": 11, "save_projection": False}
+    ),
+    "pvera": Case(peft.PveraConfig, {"target_modules": LINEAR, "r": 4}),
+    "pvera, projections not saved": Case(
+        peft.PveraConfig, {"target_modules": LINEAR, "r": 4, "projection_prng_key": 3, "save_projection": False}
+    ),
+    "ia3": Case(peft.IA3Config, {"target_modules": LINEAR, "feedforward_modules": ["tall"]}, **IA3),
+    "ia3, feed-forward by expression": Case(
+        peft.IA3Config, {"target_modules": LINEAR, "feedforward_modules": "t.ll"}, **IA3
+    ),
+    "ia3, Conv1D": Case(peft.IA3Config, {"target_modules": ["fused"], "feedforward_modules": []}, **IA3),
+    "ia3, Conv1D, feed-forward": Case(
+        peft.IA3Config, {"target_modules": ["fused"], "feedforward_modules": ["fused"]}, **IA3
+    ),
+    "ia3, convolutions": Case(
+        peft.IA3Config, {"target_modules": ["square", "grouped"], "feedforward_modules": []}, **IA3
+    ),
+    "ia3, convolutions, feed-forward": Case(
+        peft.IA3Config, {"target_modules": ["square", "grouped"], "feedforward_modules": ["square", "grouped"]}, **IA3
+    ),
+    **{
+        f"oft, {name}": Case(peft.OFTConfig, {"target_modules": LINEAR, "r": 0, "oft_block_size": 8} | options)
+        for name, options in {
+            "exact": {"use_cayley_neumann": False},
+            **{f"{n} terms": {"use_cayley_neumann": True, "num_cayley_neumann_terms": n} for n in (2, 3, 4, 5, 7)},
+            "constrained": {"use_cayley_neumann": False, "coft": True, "eps": 0.4},
+            "constrained, series": {"use_cayley_neumann": True, "coft": True, "eps": 0.2},
+            "shared": {"use_cayley_neumann": False, "block_share": True},
+            "shared, constrained": {"use_cayley_neumann": False, "block_share": True, "coft": True, "eps": 0.3},
+            "other blocks": {"use_cayley_neumann": False, "r": 4, "oft_block_size": 0},
+            "blocks adjusted": {"use_cayley_neumann": False, "oft_block_size": 5},
+            "convolution": {"use_cayley_neumann": False, "target_modules": ["square"]},
+            "embedding": {"use_cayley_neumann": False, "target_modules": ["table"], "oft_block_size": 4},
+        }.items()
+    },
+    "boft": Case(peft.BOFTConfig, {"target_modules": LINEAR, "boft_block_size": 4, "boft_n_butterfly_factor": 1}),
+    "boft, blocks": Case(peft.BOFTConfig, {"target_modules": LINEAR, "boft_block_size": 0, "boft_block_num": 4}),
+    "boft, 2 factors": Case(
+        peft.BOFTConfig, {"target_modules": LINEAR, "boft_block_size": 4, "boft_n_butterfly_factor": 2}
+    ),
+    "boft, 3 factors": Case(
+        peft.BOFTConfig, {"target_modules": LINEAR, "boft_block_size": 2, "boft_n_butterfly_factor": 3}
+    ),
+    "boft, convolution": Case(
+        peft.BOFTConfig, {"target_modules": ["square"], "boft_block_size": 4, "boft_n_butterfly_factor": 2}
+    ),
+    "hra": Case(peft.HRAConfig, {"target_modules": LINEAR, "r": 5, "apply_GS": False}),
+    "hra, orthogonal": Case(peft.HRAConfig, {"target_modules": LINEAR, "r": 5, "apply_GS": True}),
+    "hra, convolution": Case(peft.HRAConfig, {"target_modules": ["square"], "r": 4}),
+    "shira": Case(peft.ShiraConfig, {"target_modules": LINEAR, "r": 2, "random_seed": 5}),
+    "norms": Case(peft.LNTuningConfig, {"target_modules": ["norm"]}),
+    "tokens": Case(peft.TrainableTokensConfig, {"target_modules": ["table"], "token_indices": [29, 3, 11]}),
+    "lora and tokens": Case(
+        peft.LoraConfig,
+        {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 6, "trainable_token_indices": [5, 0, 39]},
+        llama,
+    ),
+    "lora and tokens by table": Case(
+        peft.LoraConfig,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 0], "lm_head": [7]}},
+        llama,
+    ),
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(autouse=True)
+def _butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT has more than one factor only with its CUDA kernel, which makes block-diagonal matrices of blocks."""
+
+    def block_diagonal(batch: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*blocks) for blocks in batch])
+
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", SimpleNamespace(apply=block_diagonal))
+
+
+def fresh(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return case.model().to(dtype)
+
+
+def trained(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """An adapter as PEFT saves it, with random parameters, beside its base model."""
+    save_file({k: t.clone() for k, t in fresh(case, dtype).state_dict().items()}, folder / "model.safetensors")
+    model = peft.get_peft_model(fresh(case, dtype), case.config(**case.options))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = case.around + case.spread * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "adapter"
+
+
+def wrapped(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(fresh(case, dtype), folder).double().eval()
+
+
+def merged(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What PEFT changes of each parameter of the base, in float64."""
+    base = {key: t.double() for key, t in fresh(case, dtype).state_dict().items()}
+    state = wrapped(case, folder, dtype).merge_and_unload(safe_merge=True).state_dict()
+    assert state.keys() == base.keys()
+    changes = {key: state[key] - base[key] for key in base}
+    return {key: change for key, change in changes.items() if change.any()}
+
+
+def ours(folder: Path) -> dict[str, Tensor]:
+    base = loratools.load_base(folder.parent / "model.safetensors")
+    return dict(loratools.delta(loratools.load(folder, base=base), base=base))
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert wanted
+    assert found.keys() == wanted.keys()
+    for key, delta in wanted.items():
+        assert found[key].shape == delta.shape
+        assert float((found[key] - delta).norm()) <= 3e-7 * float(delta.norm()), key
+
+
+@each
+def test_peft_merges_what_we_decode(tmp_path: Path, name: str) -> None:
+    folder = trained(CASES[name], tmp_path)
+    assert_equal(ours(folder), merged(CASES[name], folder))
+
+
+@pytest.mark.parametrize("name", ["vera, projections not saved", "pvera, projections not saved"])
+def test_projections_are_drawn_in_the_precision_of_the_base(tmp_path: Path, name: str) -> None:
+    folder = trained(CASES[name], tmp_path, torch.bfloat16)
+    wanted = merged(CASES[name], folder, torch.bfloat16)
+    assert_equal(ours(folder), wanted)
+
+
+def test_projections_not_saved_need_the_base_when_loading(tmp_path: Path) -> None:
+    folder = trained(CASES["vera, projections not saved"], tmp_path)
+    adapter = loratools.load(folder)
+    assert set(adapter) == {"wide", "tall"}
+    with pytest.raises(NeedsBaseError, match=r"(wide|tall): .*save_projection.*--base"):
+        dict(loratools.delta(adapter, base=loratools.load_base(tmp_path / "model.safetensors")))
+
+
+def test_shira_of_windows(tmp_path: Path) -> None:
+    """There PEFT stores the indices as float32."""
+    case = CASES["shira"]
+    folder = trained(case, tmp_path)
+    wanted = merged(case, folder)
+    weights = folder / "adapter_model.safetensors"
+    save_file({k: t.float() for k, t in load_file(weights).items()}, weights)
+    assert_equal(ours(folder), wanted)
+    assert_equal(merged(case, folder), wanted)
