@@ -56,7 +56,9 @@ class Mlx(Format):
             return False
         if "fine_tune_type" in config or "lora_parameters" in config:
             return True
-        return any(key.endswith((".lora_a", ".lora_b")) for key in header.specs)
+        # GGUF appends the same suffixes to the names of parameters, MLX to those of modules.
+        stems = (key[: -len(".lora_a")] for key in header.specs if key.endswith((".lora_a", ".lora_b")))
+        return any(not stem.endswith(".weight") for stem in stems)
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -60,6 +61,10 @@ SAMPLES: dict[str, list[str]] = {
     "xlabs": ["xlabs"],
     "loralib": ["loralib", "matryoshka"],
     "omi": ["omi"],
+    "gguf": [f"gguf/{name}/adapter.gguf" for name in (
+        "gemma3", "llama_embed", "llama_f16", "llama_f32", "llama_lm_head", "llama_q8_0", "llama_rslora", "qwen2",
+        "qwen3",
+    )],
     "mlx": ["mlx/gemma3_text", "mlx/llama_dora", "mlx/llama_lora", "mlx/llama_lora_all"],
     "adapterhub": [
         "others/adapters_ia3", "others/adapters_lora_bert", "others/adapters_lora_gpt2",
@@ -128,11 +133,26 @@ def header_of(path: Path) -> Header:
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, by the libraries that wrote it."""
     weights, _ = locate(path)
+    if weights.suffix == ".gguf":
+        return gguf_contents(weights)
     if weights.suffix != ".safetensors":
         loaded = torch.load(weights, weights_only=True)
         return {key: t for key, t in loaded.items() if isinstance(t, Tensor)}, {}
     with safe_open(weights, "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def gguf_contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As llama.cpp's own package reads them, packed blocks as float32; numbers among the key-values as text."""
+    reader = gguf.GGUFReader(path)
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    tensors = {
+        t.name: torch.from_numpy(
+            (t.data if t.tensor_type in plain else gguf.quants.dequantize(t.data, t.tensor_type)).copy()
+        ).reshape(tuple(t.shape[::-1].tolist()))
+        for t in reader.tensors
+    }
+    return tensors, {name: str(field.contents()) for name, field in reader.fields.items() if name[:5] != "GGUF."}
 
 
 def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -226,8 +246,9 @@ def test_load_save_load_is_bit_exact(source: Callable[[str], Path], tmp_path: Pa
     """Every tensor, config field and metadata entry; a pickle comes back as safetensors."""
     original = source(name)
     adapter = load(original)
-    saved = save(adapter, tmp_path / "out" / "copy" if is_folder_adapter(adapter) else tmp_path / "copy.safetensors")
-    assert saved.weights.suffix == ".safetensors"
+    kind = adapter.format.container
+    saved = save(adapter, tmp_path / "out" / "copy" if is_folder_adapter(adapter) else tmp_path / f"copy.{kind}")
+    assert saved.weights.suffix == f".{kind}"
     assert saved.nbytes == saved.weights.stat().st_size
     tensors, metadata = contents(original)
     again, metadata_again = contents(saved.path)
