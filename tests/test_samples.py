@@ -48,8 +48,7 @@ TRANSPOSED = {"others/loralib_linear": {"fc_t.weight", "qkv_t.weight"}}  # fan_i
 RESCALED = {"others/loralib_linear": {"qkv_t.weight": 4 / 6}}
 # Not decoded yet, and refused by name.
 UNSUPPORTED_PEFT = {
-    "c3a", "fourierft", "gralora", "miss",
-    "randlora", "road", "tinylora", "unilora", "unilora_indices", "vblora",
+    "fourierft", "randlora", "tinylora", "unilora", "unilora_indices", "vblora",
 }  # fmt: skip
 REFUSED = {
     **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},

@@ -8,11 +8,15 @@ from loratools.errors import AdapterError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.boft import BOFT
+from loratools.families.c3a import C3A
+from loratools.families.delora import DeLoRA
 from loratools.families.doha import DoHa
 from loratools.families.dokr import DoKr
 from loratools.families.dora import DoRA
 from loratools.families.full import Full
 from loratools.families.glora import GLoRA
+from loratools.families.gralora import GraLoRA
+from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
 from loratools.families.ia3 import IA3
 from loratools.families.loha import LoHa
@@ -22,8 +26,10 @@ from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
 from loratools.families.merged import MergedLoRA
+from loratools.families.miss import MiSS
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
+from loratools.families.road import RoAd
 from loratools.families.shira import SHiRA
 from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.vera import VeRA
@@ -38,10 +44,16 @@ FAMILIES: tuple[type[Update], ...] = (
     LoKr,
     AdaLoRA,
     BOFT,
+    C3A,
+    DeLoRA,
+    GraLoRA,
+    HiRA,
     HRA,
     IA3,
+    MiSS,
     OFT,
     PVeRA,
+    RoAd,
     SHiRA,
     TrainableTokens,
     VeRA,
@@ -57,16 +69,20 @@ FAMILIES: tuple[type[Update], ...] = (
 
 __all__ = [
     "BOFT",
+    "C3A",
     "FAMILIES",
     "HRA",
     "IA3",
     "OFT",
     "AdaLoRA",
+    "DeLoRA",
     "DoHa",
     "DoKr",
     "DoRA",
     "Full",
     "GLoRA",
+    "GraLoRA",
+    "HiRA",
     "Layout",
     "LoHa",
     "LoKr",
@@ -75,7 +91,9 @@ __all__ = [
     "LycorisIA3",
     "LycorisOFT",
     "MergedLoRA",
+    "MiSS",
     "PVeRA",
+    "RoAd",
     "SHiRA",
     "TrainableTokens",
     "Update",

@@ -83,6 +83,26 @@ def hra_settings(config: Config, target: str) -> Mapping[str, Any]:
     return {"orthogonal": flag(config, "apply_GS")}
 
 
+def miss_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """Whether the block is repeated along the outputs too."""
+    return {"mini": config.get("init_weights") == "mini"}
+
+
+def gralora_scale(config: Config, target: str) -> float:
+    """alpha over the rank of the blocks and that of the general LoRA beside them."""
+    return number(config, "alpha", 64) / (number(config, "r", 32) + number(config, "hybrid_r", 0))
+
+
+def road_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """How many angles each pair of outputs has, and the size of the groups in which they are paired."""
+    variant, group = config.get("variant", "road_1"), config.get("group_size", 64)
+    if variant not in ("road_1", "road_2", "road_4"):
+        raise _problem("variant", variant, "road_1, road_2 or road_4")
+    if isinstance(group, bool) or not isinstance(group, int) or group < 2 or group % 2:
+        raise _problem("group_size", group, "an even number")
+    return {"variant": int(variant[-1]), "group": group}
+
+
 def vera_settings(config: Config, target: str) -> Mapping[str, Any]:
     """The seed of the projections, where they were not meant to be saved."""
     if flag(config, "save_projection", True):

@@ -14,9 +14,12 @@ from loratools.formats.base import Declaration, Format, Header, Hints, NestedSca
 from loratools.formats.lora_config import pattern_value
 from loratools.formats.method_settings import (
     adalora_scale,
+    gralora_scale,
     hra_settings,
     ia3_settings,
+    miss_settings,
     oft_settings,
+    road_settings,
     token_settings,
     vera_settings,
 )
@@ -84,12 +87,18 @@ METHODS: Mapping[str, Method] = {
     "OFT": Method(_named("oft_R", "oft_embedding_R"), settings=oft_settings),
     "BOFT": Method(_named("boft_R", "boft_s")),
     "HRA": Method(_named("hra_u"), settings=hra_settings),
+    "C3A": Method(_named("c3a_kernel")),
+    "DELORA": Method(_named("delora_A", "delora_B", "delora_lambda", "delora_w_norm")),
+    "GRALORA": Method(_named("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), scale=gralora_scale),
+    "HIRA": Method(_named("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")),
+    "MISS": Method(_named("miss_block"), settings=miss_settings),
+    "ROAD": Method(_named("road_theta", "road_alpha"), settings=road_settings),
     "SHIRA": Method(_named("shira_weight", "shira_indices")),
     "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
     "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
 
-_OF_TABLES = frozenset({"oft_embedding_R", "token_rows"})  # slots of embedding tables
+_OF_TABLES = frozenset({"oft_embedding_R", "hira_embedding_A", "token_rows"})  # slots of embedding tables
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
 NOT_WEIGHTS: Mapping[str, str] = {

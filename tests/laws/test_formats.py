@@ -34,6 +34,7 @@ SAMPLES: dict[str, list[str]] = {
         "peft/lora_plain", "peft/modules_to_save", "peft/moe_target_parameters", "peft/old_bin",
         *(f"peft/{name}" for name in (
             "adalora", "ia3", "ln_tuning", "oft", "oft_cayley_neumann", "pvera", "shira", "trainable_tokens", "vera",
+            "c3a", "gralora", "miss", "road",
         )),
         "peft/loha", "peft/loha_conv", "peft/lokr", "peft/lokr_big_r", "peft/lokr_conv_effective",
         "peft/rank_alpha_pattern", "peft/rslora", "peft/two_adapters_subfolder", "peft/two_adapters_subfolder/other",

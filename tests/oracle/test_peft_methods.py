@@ -124,6 +124,32 @@ CASES = {
     "hra, orthogonal": Case(peft.HRAConfig, {"target_modules": LINEAR, "r": 5, "apply_GS": True}),
     "hra, convolution": Case(peft.HRAConfig, {"target_modules": ["square"], "r": 4}),
     "shira": Case(peft.ShiraConfig, {"target_modules": LINEAR, "r": 2, "random_seed": 5}),
+    "c3a": Case(peft.C3AConfig, {"target_modules": LINEAR, "block_size": 8}),
+    "c3a, a block size of its own": Case(
+        peft.C3AConfig, {"target_modules": LINEAR, "block_size": 8, "block_size_pattern": {"tall": 4}}
+    ),
+    "delora": Case(peft.DeloraConfig, {"target_modules": LINEAR, "r": 3}),
+    "delora, ranks of their own": Case(
+        peft.DeloraConfig, {"target_modules": LINEAR, "r": 3, "rank_pattern": {"tall": 5}}
+    ),
+    "gralora": Case(peft.GraloraConfig, {"target_modules": LINEAR, "r": 4, "gralora_k": 2, "alpha": 6}),
+    "gralora, hybrid": Case(
+        peft.GraloraConfig, {"target_modules": LINEAR, "r": 8, "gralora_k": 4, "alpha": 6, "hybrid_r": 3}
+    ),
+    "gralora, Conv1D": Case(
+        peft.GraloraConfig, {"target_modules": ["fused"], "r": 4, "gralora_k": 2, "fan_in_fan_out": True}
+    ),
+    "hira": Case(peft.HiraConfig, {"target_modules": LINEAR, "r": 3}),
+    "hira, Conv1D": Case(peft.HiraConfig, {"target_modules": ["fused"], "r": 3, "fan_in_fan_out": True}),
+    "hira, convolution": Case(peft.HiraConfig, {"target_modules": ["square"], "r": 3}),
+    "hira, embedding": Case(peft.HiraConfig, {"target_modules": ["table"], "r": 3}),
+    "miss": Case(peft.MissConfig, {"target_modules": LINEAR, "r": 4}),
+    "miss, a rank that does not divide": Case(peft.MissConfig, {"target_modules": LINEAR, "r": 5}),
+    "miss, mini": Case(peft.MissConfig, {"target_modules": LINEAR, "r": 4, "init_weights": "mini", "mini_r": 8}),
+    "miss, bat": Case(peft.MissConfig, {"target_modules": LINEAR, "r": 8, "init_weights": "bat"}),
+    "road, 1": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_1", "group_size": 8}),
+    "road, 2": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_2", "group_size": 4}),
+    "road, 4": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_4", "group_size": 16}),
     "norms": Case(peft.LNTuningConfig, {"target_modules": ["norm"]}),
     "tokens": Case(peft.TrainableTokensConfig, {"target_modules": ["table"], "token_indices": [29, 3, 11]}),
     "lora and tokens": Case(
