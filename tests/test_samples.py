@@ -46,13 +46,7 @@ OWN_NAMES = {"others/litgpt_mha": (".linear.weight", ".weight")}
 TRANSPOSED = {"others/loralib_linear": {"fc_t.weight", "qkv_t.weight"}}  # fan_in_fan_out, which only a base can tell
 # Files with two ranks, and one alpha for each: with the other's alpha, these are off by the quotient.
 RESCALED = {"others/loralib_linear": {"qkv_t.weight": 4 / 6}}
-# Not decoded yet, and refused by name.
-UNSUPPORTED_PEFT = {
-    "fourierft", "randlora", "tinylora", "unilora", "unilora_indices", "vblora",
-}  # fmt: skip
-REFUSED = {
-    **{f"peft/{name}": "PEFT type .* is not supported" for name in UNSUPPORTED_PEFT},
-}
+REFUSED = {"peft/unilora": "its indices were not saved, .* set save_indices"}
 # Dialects that are not read yet.
 UNREAD = ("gguf",)
 

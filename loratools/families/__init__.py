@@ -13,6 +13,7 @@ from loratools.families.delora import DeLoRA
 from loratools.families.doha import DoHa
 from loratools.families.dokr import DoKr
 from loratools.families.dora import DoRA
+from loratools.families.fourierft import FourierFT
 from loratools.families.full import Full
 from loratools.families.glora import GLoRA
 from loratools.families.gralora import GraLoRA
@@ -29,10 +30,15 @@ from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
+from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
 from loratools.families.shira import SHiRA
+from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
+from loratools.families.unilora import UniLoRA
+from loratools.families.vblora import VBLoRA
 from loratools.families.vera import VeRA
+from loratools.families.waveft import WaveFT
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -46,6 +52,7 @@ FAMILIES: tuple[type[Update], ...] = (
     BOFT,
     C3A,
     DeLoRA,
+    FourierFT,
     GraLoRA,
     HiRA,
     HRA,
@@ -53,10 +60,15 @@ FAMILIES: tuple[type[Update], ...] = (
     MiSS,
     OFT,
     PVeRA,
+    RandLoRA,
     RoAd,
     SHiRA,
+    TinyLoRA,
     TrainableTokens,
+    UniLoRA,
+    VBLoRA,
     VeRA,
+    WaveFT,
     DoHa,
     DoKr,
     Full,
@@ -79,6 +91,7 @@ __all__ = [
     "DoHa",
     "DoKr",
     "DoRA",
+    "FourierFT",
     "Full",
     "GLoRA",
     "GraLoRA",
@@ -93,11 +106,16 @@ __all__ = [
     "MergedLoRA",
     "MiSS",
     "PVeRA",
+    "RandLoRA",
     "RoAd",
     "SHiRA",
+    "TinyLoRA",
     "TrainableTokens",
+    "UniLoRA",
     "Update",
+    "VBLoRA",
     "VeRA",
+    "WaveFT",
     "family_of",
 ]
 

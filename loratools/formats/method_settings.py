@@ -11,6 +11,11 @@ from loratools.errors import InputError
 
 Config = Mapping[str, Any]
 
+_WAVELETS = [
+    f"{kind}{order}"
+    for kind, orders in (("db", range(1, 39)), ("sym", range(2, 21)), ("coif", range(1, 18)))
+    for order in orders
+]
 _MAX_TERMS = 1000  # of a series whose later terms vanish: more is no honest config
 _SEEDS = range(-(2**63), 2**64)  # what torch takes
 
@@ -107,10 +112,61 @@ def vera_settings(config: Config, target: str) -> Mapping[str, Any]:
     """The seed of the projections, where they were not meant to be saved."""
     if flag(config, "save_projection", True):
         return {}
-    seed = config.get("projection_prng_key", 0)
+    return {"seed": _seed(config, "projection_prng_key", 0)}
+
+
+def randlora_scale(config: Config, target: str) -> float:
+    """alpha over the rank."""
+    return number(config, "randlora_alpha", 640) / number(config, "r", 32)
+
+
+def randlora_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """The seed of the projections, where they were not meant to be saved, and how they are drawn from it."""
+    sparse, very = flag(config, "sparse"), flag(config, "very_sparse")
+    draw = "very_sparse" if very else "sparse" if sparse else "dense"
+    return {**vera_settings(config, target), "draw": draw}
+
+
+def fourier_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """The seed of the places of the coefficients."""
+    return {"seed": _seed(config, "random_loc_seed", 777)}
+
+
+def wavelet_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """The seed of the places of the coefficients, and the wavelet that they belong to, if to any."""
+    wavelet = config.get("wavelet_family", "db1")
+    if wavelet not in _WAVELETS:
+        raise _problem("wavelet_family", wavelet, "a wavelet that PEFT has: db1-38, sym2-20 or coif1-17")
+    return {**fourier_settings(config, target), "wavelet": wavelet if flag(config, "use_idwt", True) else None}
+
+
+def vblora_settings(config: Config, target: str) -> Mapping[str, Any]:
+    """How many vectors are mixed."""
+    topk = config.get("topk", 2)
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise _problem("topk", topk, "a number of vectors")
+    return {"topk": topk}
+
+
+def tinylora_seed(config: Config, index: int) -> int:
+    """The seed of the projections of the target that the model registers as number `index`."""
+    return _seed(config, "projection_seed", 42) + index
+
+
+def tinylora_group(config: Config, index: int, count: int) -> int:
+    """The number of the vector of that target, of `count` targets."""
+    tied = number(config, "weight_tying", 0.0)
+    if not 0 <= tied <= 1:
+        raise _problem("weight_tying", tied, "a share")
+    groups = max(1, round(count * (1 - tied)))
+    return min(index // max(1, count // groups), groups - 1)
+
+
+def _seed(config: Config, field: str, default: int) -> int:
+    seed = config.get(field, default)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed not in _SEEDS:
-        raise _problem("projection_prng_key", seed, "a seed")
-    return {"seed": seed}
+        raise _problem(field, seed, "a seed")
+    return seed
 
 
 def token_settings(config: Config, target: str) -> Mapping[str, Any]:

@@ -14,15 +14,24 @@ from loratools.formats.base import Declaration, Format, Header, Hints, NestedSca
 from loratools.formats.lora_config import pattern_value
 from loratools.formats.method_settings import (
     adalora_scale,
+    fourier_settings,
     gralora_scale,
     hra_settings,
     ia3_settings,
     miss_settings,
+    number,
     oft_settings,
+    randlora_scale,
+    randlora_settings,
     road_settings,
+    tinylora_group,
+    tinylora_seed,
     token_settings,
+    vblora_settings,
     vera_settings,
+    wavelet_settings,
 )
+from loratools.formats.module_order import in_model_order, is_known_order
 from loratools.formats.peft import PREFIX, Peft, component_of, placed, whole_parameter
 
 if TYPE_CHECKING:
@@ -47,6 +56,14 @@ def _alpha_over_rank(config: Config, target: str) -> float:
     return float(alpha) / rank
 
 
+def _fourier_scaling(config: Config, target: str) -> float:
+    return number(config, "scaling", 150.0)
+
+
+def _wavelet_scaling(config: Config, target: str) -> float:
+    return number(config, "scaling", 25.0)
+
+
 def _nothing(config: Config, target: str) -> Mapping[str, Any]:
     return {}
 
@@ -56,13 +73,16 @@ class Method:
     """How the targets of one `peft_type` lie on disk.
 
     `slots`: what follows the module path -> slot, without `.weight`. `shared`: what follows `base_model.` in the keys
-    of tensors that all targets share -> slot.
+    of tensors that all targets share -> slot. `numbered`: whether each target has a seed and shares a vector by its
+    place among the model's modules. `indispensable`: what to do where the file names no target at all.
     """
 
     slots: Mapping[str, str]
     shared: Mapping[str, str] = field(default_factory=dict)
     scale: Callable[[Config, str], float] = _unit
     settings: Callable[[Config, str], Mapping[str, Any]] = _nothing
+    numbered: bool = False
+    indispensable: str = ""
 
 
 def _named(*slots: str) -> dict[str, str]:
@@ -89,11 +109,35 @@ METHODS: Mapping[str, Method] = {
     "HRA": Method(_named("hra_u"), settings=hra_settings),
     "C3A": Method(_named("c3a_kernel")),
     "DELORA": Method(_named("delora_A", "delora_B", "delora_lambda", "delora_w_norm")),
+    "FOURIERFT": Method(_named("fourierft_spectrum"), scale=_fourier_scaling, settings=fourier_settings),
     "GRALORA": Method(_named("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), scale=gralora_scale),
     "HIRA": Method(_named("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")),
     "MISS": Method(_named("miss_block"), settings=miss_settings),
+    "RANDLORA": Method(
+        _named("randlora_lambda", "randlora_gamma"),
+        shared=_named("randlora_A", "randlora_B"),
+        scale=randlora_scale,
+        settings=randlora_settings,
+    ),
     "ROAD": Method(_named("road_theta", "road_alpha"), settings=road_settings),
     "SHIRA": Method(_named("shira_weight", "shira_indices")),
+    "TINYLORA": Method(_named("tinylora_A", "tinylora_B", "tinylora_P"), numbered=True),
+    "UNILORA": Method(
+        _named("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B"),
+        shared=_named("unilora_theta_d"),
+        indispensable="its indices were not saved, and depend on all modules of the model; load it with PEFT, set "
+        "save_indices in its config and save it again",
+    ),
+    "VBLORA": Method(
+        _named(
+            "vblora_logits_A",
+            "vblora_logits_B",
+            *(f"vblora_logits_{side}_topk_{part}" for side in "AB" for part in ("indices", "weights")),
+        ),
+        shared=_named("vblora_vector_bank"),
+        settings=vblora_settings,
+    ),
+    "WAVEFT": Method(_named("waveft_spectrum"), scale=_wavelet_scaling, settings=wavelet_settings),
     "LN_TUNING": Method({}),  # whole norm layers, which replace those of the base
     "TRAINABLE_TOKENS": Method({"trainable_tokens_delta": "token_rows"}, settings=token_settings),
 }
@@ -155,6 +199,8 @@ class PeftMethod(Format):
             extras.append(key)
             if (slot := method.shared.get(key.removeprefix(SHARED_PREFIX).removesuffix(".weight"))) is not None:
                 shared[slot] = key
+        if method.indispensable and not keys:
+            raise AdapterError(f"{header.path}: {method.indispensable}")
         for pattern in ("rank_pattern", "alpha_pattern"):
             if not isinstance(header.config.get(pattern) or {}, dict):
                 raise InputError(f"{header.path}: {pattern} in adapter_config.json is not an object")
@@ -186,10 +232,21 @@ class PeftMethod(Format):
         return replace(Peft.compose(parts, Order(config=kept)), extras=extras)
 
     def references(self, target: str) -> Mapping[str, str]:
-        return self.shared
+        if not self.method.numbered:
+            return self.shared
+        key = f"{SHARED_PREFIX}tinylora_v.{tinylora_group(self.config, self._numbers[target], len(self.keys))}"
+        return {"tinylora_v": key} if key in self.extras else {}
+
+    @cached_property
+    def _numbers(self) -> Mapping[str, int]:
+        return {target: index for index, target in enumerate(in_model_order(self.keys))}
 
     def settings(self, target: str) -> Mapping[str, Any]:
         found = self.method.settings(self.config, target)
+        if self.method.numbered:
+            alone = tinylora_group(self.config, len(self.keys) - 1, len(self.keys)) == 0
+            seed = tinylora_seed(self.config, self._numbers[target])
+            found = {**found, "seed": seed, "one_vector": alone, "known_order": is_known_order(self.keys)}
         return found if self.largest is None else {**found, "largest": self.largest}
 
     def place(self, target: str) -> Placement | None:

@@ -23,7 +23,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import loratools
-from loratools.errors import NeedsBaseError
+from loratools.errors import AdapterError, NeedsBaseError
 
 # PEFT announces what it adjusts: block sizes, fan_in_fan_out, projections that it draws again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -64,6 +64,9 @@ class Case:
 LINEAR = ["wide", "tall"]
 MASKS = {"wide.lora_E": [True, False, True, True], "tall.lora_E": [False, True, False, False]}
 ADALORA = {"target_modules": LINEAR, "init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}
+VBLORA = {"target_modules": LINEAR, "r": 3, "num_vectors": 11, "vector_length": 8, "topk": 2}
+RANDLORA = {"target_modules": LINEAR, "r": 5, "randlora_alpha": 7}
+BLOCK = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IA3 = {"around": 1.0}
 CASES = {
     "adalora": Case(peft.AdaLoraConfig, ADALORA),
@@ -150,6 +153,55 @@ CASES = {
     "road, 1": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_1", "group_size": 8}),
     "road, 2": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_2", "group_size": 4}),
     "road, 4": Case(peft.RoadConfig, {"target_modules": LINEAR, "variant": "road_4", "group_size": 16}),
+    "fourierft": Case(peft.FourierFTConfig, {"target_modules": LINEAR, "n_frequency": 30, "scaling": 40.0}),
+    "fourierft, Conv1D": Case(
+        peft.FourierFTConfig,
+        {"target_modules": ["fused"], "n_frequency": 17, "random_loc_seed": 5, "fan_in_fan_out": True},
+    ),
+    "fourierft, counts of their own": Case(
+        peft.FourierFTConfig, {"target_modules": LINEAR, "n_frequency": 30, "n_frequency_pattern": {"tall": 7}}
+    ),
+    **{
+        f"waveft, {name}": Case(peft.WaveFTConfig, {"target_modules": LINEAR, "n_frequency": 40} | options)
+        for name, options in {
+            "db1": {},
+            "db2": {"wavelet_family": "db2", "random_loc_seed": 3},
+            "db7": {"wavelet_family": "db7", "scaling": 3.0},
+            "sym5": {"wavelet_family": "sym5"},
+            "coif2": {"wavelet_family": "coif2"},
+            "no transform": {"use_idwt": False},
+            "a share of the parameters": {"proportional_parameters": True},
+            "Conv1D": {"target_modules": ["fused"], "fan_in_fan_out": True, "wavelet_family": "db3"},
+        }.items()
+    },
+    "vblora": Case(peft.VBLoRAConfig, VBLORA),
+    "vblora, three of each": Case(peft.VBLoRAConfig, VBLORA | {"topk": 3}),
+    "vblora, largest alone": Case(peft.VBLoRAConfig, VBLORA | {"topk": 3, "save_only_topk_weights": True}),
+    "vblora, Conv1D": Case(
+        peft.VBLoRAConfig,
+        VBLORA | {"target_modules": ["fused"], "vector_length": 4, "fan_in_fan_out": True},
+    ),
+    "randlora": Case(peft.RandLoraConfig, RANDLORA),
+    "randlora, one shape": Case(peft.RandLoraConfig, RANDLORA | {"target_modules": ["wide"]}),
+    "randlora, Conv1D": Case(peft.RandLoraConfig, RANDLORA | {"target_modules": ["fused"], "fan_in_fan_out": True}),
+    **{
+        f"randlora, {name}projections not saved": Case(
+            peft.RandLoraConfig, RANDLORA | {"save_projection": False, "projection_prng_key": 3} | options
+        )
+        for name, options in {"": {}, "sparse ": {"sparse": True}, "very sparse ": {"very_sparse": True}}.items()
+    },
+    "tinylora": Case(peft.TinyLoraConfig, {"target_modules": ["tall"], "r": 3, "u": 7}),
+    "tinylora, one vector": Case(peft.TinyLoraConfig, {"target_modules": LINEAR, "weight_tying": 1.0, "u": 7}),
+    "tinylora, Conv1D": Case(peft.TinyLoraConfig, {"target_modules": ["fused"], "fan_in_fan_out": True, "u": 5}),
+    **{
+        f"tinylora, {name}": Case(
+            peft.TinyLoraConfig,
+            {"target_modules": BLOCK, "u": 5, "save_projection": saved, "weight_tying": tied},
+            llama,
+        )
+        for name, saved, tied in (("a block", True, 0.0), ("tied", True, 0.5), ("projections not saved", False, 0.3))
+    },
+    "unilora": Case(peft.UniLoraConfig, {"target_modules": LINEAR, "r": 3, "theta_d_length": 50, "save_indices": True}),
     "norms": Case(peft.LNTuningConfig, {"target_modules": ["norm"]}),
     "tokens": Case(peft.TrainableTokensConfig, {"target_modules": ["table"], "token_indices": [29, 3, 11]}),
     "lora and tokens": Case(
@@ -239,6 +291,21 @@ def test_projections_not_saved_need_the_base_when_loading(tmp_path: Path) -> Non
     assert set(adapter) == {"wide", "tall"}
     with pytest.raises(NeedsBaseError, match=r"(wide|tall): .*save_projection.*--base"):
         dict(loratools.delta(adapter, base=loratools.load_base(tmp_path / "model.safetensors")))
+
+
+@pytest.mark.parametrize(("saved", "problem"), [(True, "tall: its projections are not"), (False, "were not saved")])
+def test_the_order_of_modules_is_not_guessed(tmp_path: Path, saved: bool, problem: str) -> None:
+    """`wide` comes before `tall` in the model: which vector is whose depends on it."""
+    case = Case(peft.TinyLoraConfig, {"target_modules": LINEAR, "u": 5, "save_projection": saved})
+    adapter = loratools.load(trained(case, tmp_path))
+    with pytest.raises(AdapterError, match=problem):
+        adapter["tall"]
+
+
+def test_unilora_without_indices_is_refused(tmp_path: Path) -> None:
+    case = Case(peft.UniLoraConfig, {"target_modules": LINEAR, "theta_d_length": 20})
+    with pytest.raises(AdapterError, match="set save_indices"):
+        loratools.load(trained(case, tmp_path))
 
 
 def test_shira_of_windows(tmp_path: Path) -> None:
