@@ -21,6 +21,7 @@ from loratools.ops.inspect import places
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
+from loratools.reports.fuse import FuseReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.merge import MergeReport
@@ -86,6 +87,11 @@ def _(report: SqueezeReport, planned: Path | None = None) -> str:
 @closing.register
 def _(report: DeltaReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {len(report.parameters)} tensors, {format_size(report.bytes)}\n"
+
+
+@closing.register
+def _(report: FuseReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {len(report.files)} files, {format_size(report.bytes)} of weights\n"
 
 
 @closing.register
@@ -217,6 +223,21 @@ def _(report: DeltaReport, everything: bool) -> Iterator[RenderableType]:
         for name, shape in report.parameters.items():
             grid.add_row(*_texts(name, " x ".join(map(str, shape))))
         yield grid
+    yield from _reasons("left out", report.skipped, everything)
+
+
+@blocks.register
+def _(report: FuseReport, everything: bool) -> Iterator[RenderableType]:
+    if everything:
+        grid = _grid("parameter", "from", "change %", "lost to rounding %")
+        for name, p in report.parameters.items():
+            grid.add_row(*_texts(name, ", ".join(p.sources), percent(p.relative_change), percent(p.lost)))
+        yield grid
+    total = report.total
+    yield Text(
+        f"{len(report.parameters)} parameters changed by {percent(total['relative_change'])} %, of which rounding took "
+        f"{percent(total['lost'])} %"
+    )
     yield from _reasons("left out", report.skipped, everything)
 
 

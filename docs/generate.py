@@ -48,6 +48,7 @@ REPORTS = {
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools convert": "convert",
     "loratools merge": "merge",
+    "loratools fuse": "fuse",
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",
