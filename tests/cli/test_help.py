@@ -33,6 +33,7 @@ def test_the_commands_are_the_files() -> None:
         "truncate",
         "convert",
         "merge",
+        "extract",
         "fuse",
         "diff",
         "delta",

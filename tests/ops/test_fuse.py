@@ -104,9 +104,9 @@ def test_the_folder_is_the_bases(tmp_path: Path) -> None:
 
 CASES = [
     "peft/lora_plain", "peft/rslora", "peft/dora", "peft/bias_lora_only", "peft/lora_bias_true", "peft/modules_to_save",
-    "peft/lora_embedding", "peft/lora_conv2d", "peft/moe_target_parameters", "peft/loha", "peft/lokr", "peft/ia3", "peft/oft",
-    "peft/vera", "peft/road", "peft/trainable_tokens", "peft/ln_tuning", "lycoris/locon_dora", "lycoris/locon_tucker",
-    "lycoris/full",
+    "peft/lora_embedding", "peft/lora_conv2d", "peft/moe_target_parameters", "peft/loha", "peft/lokr", "peft/ia3",
+    "peft/oft", "peft/vera", "peft/road", "peft/trainable_tokens", "peft/ln_tuning",
+    "lycoris/locon_dora", "lycoris/locon_tucker", "lycoris/full",
 ]  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
     huge, _ = adapter(tmp_path / "huge", target, lora_alpha=1e30)
     wide = base_model(tmp_path / "half", torch.float16)
     assert wide
-    with pytest.raises(AdapterError, match="too large for torch.float16"):
+    with pytest.raises(AdapterError, match=r"too large for torch\.float16"):
         loratools.fuse(loratools.load(huge), loratools.load_base(tmp_path / "half"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
