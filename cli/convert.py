@@ -11,7 +11,7 @@ from loratools_cli import options
 
 def convert(
     path: options.AdapterPath,
-    to: Annotated[str, Option("--to", metavar="DIALECT", help="peft, kohya, diffusers, comfy: see loratools formats.")],
+    to: Annotated[str, Option("--to", metavar="DIALECT", help="peft, kohya, diffusers, comfy, gguf or mlx.")],
     exact: Annotated[
         bool, Option("--exact", help="Write families that the dialect lacks as the LoRA that they are exactly.")
     ] = False,
@@ -66,6 +66,7 @@ def convert(
       loratools convert my_peft_folder --to peft --portable -o portable
       loratools convert my_loha.safetensors --to peft --rank 32
       loratools convert my_peft_folder --to gguf --base llama/config.json
+      loratools convert my_peft_folder --to mlx
     """
     from loratools.errors import UsageError
     from loratools.ops.convert import DROPPABLE, Convert, convert_file, writable_formats

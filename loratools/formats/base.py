@@ -125,6 +125,7 @@ class Format(ABC):
     holds: ClassVar[frozenset[str]] = frozenset()  # families that it can be asked to write; none for one that is read
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
     container: ClassVar[str] = "safetensors"  # in which it is written
+    uniform: ClassVar[bool] = False  # whether all targets of a file have one rank
     quantised: bool = False  # whether a container that can is to pack its tensors in blocks of 8 bits
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes
     flat: ClassVar[bool] = False  # whether dots in module paths are written as underscores

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import InputError, OutputError
+from loratools.errors import InputError, OutputError, UnmappedModuleError, UnsupportedInTargetError
 from loratools.families.base import Layout
-from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, ScaleMode, Written
-from loratools.formats.modules import Placement, lone
+from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.modules import Module, Placement, lone
 from loratools.formats.read_only import number
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_SCALE = 20.0  # of mlx-examples, whose configs stated none
 _KEY = re.compile(r"^(?P<target>.+)\.(?P<part>lora_a|lora_b|m)$")
 _SLOTS = {"lora_a": "down", "lora_b": "up", "m": "magnitude"}
+_RULE = "MLX names"
 _SPELLINGS = {slot: part for part, slot in _SLOTS.items()}
 # The factors of an embedding lie as those of a linear layer do; its name tells, or the base.
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|(\w+_)?embed(ding)?s?(_tokens)?)$")
@@ -39,6 +41,8 @@ class Mlx(Format):
     name: ClassVar[str] = "mlx"
     weights_name: ClassVar[str] = "adapters.safetensors"
     framework: ClassVar[str] = "mlx"
+    holds: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    uniform: ClassVar[bool] = True
 
     config: Mapping[str, Any] | None
     stated: float | None  # the scale, where it does not follow from alpha
@@ -75,8 +79,60 @@ class Mlx(Format):
         stated, alpha, warnings = (None, None, []) if is_full else _scale(header, hints)
         return cls(header.config, stated, alpha, keys, layouts, tuple(extras), {}, tuple(warnings))
 
+    @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        if "magnitude" in slots and layout.magnitude_axis != int(layout.embedding):
+            return "a magnitude per column of an embedding" if layout.embedding else "a magnitude per input"
+        if layout.embedding:
+            return None
+        return super().lacks(layout, slots)
+
+    @classmethod
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        for module, shape in modules.items():
+            if module.component:
+                raise UnmappedModuleError(f"MLX-LM adapts language models, and {module} is a part of an image model")
+            if shape is not None and len(shape) != 2:
+                raise UnsupportedInTargetError(f"{module}: MLX-LM adapts matrices only, and this weight is {shape}")
+        return {module.path: lone(_RULE, "", module.path) for module in modules}
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
+        """The dialect of a new adapter, with the scale that most targets have and every layer of the model adapted.
+
+        A module that lies in the layers adapted and is not in the file stays as it is, so that -1 is always safe.
+        """
+        with_magnitude = [target for target, part in parts.items() if "magnitude" in part.slots]
+        if with_magnitude and len(with_magnitude) < len(parts):
+            other = next(target for target, part in parts.items() if "magnitude" not in part.slots)
+            raise UnsupportedInTargetError(
+                f"an MLX-LM file is DoRA for all targets or for none: {with_magnitude[0]} has a magnitude and {other} "
+                "has none; approximate the first as LoRA, or convert the adapter to peft"
+            )
+        stated = Counter(part.scale for part in parts.values()).most_common(1)[0][0]
+        before = order.config.get("lora_parameters")
+        known = before if isinstance(before, Mapping) else {}
+        if _same(number(known, "scale", "the config carried along"), stated):
+            stated = float(known["scale"])
+        config: dict[str, Any] = {
+            "fine_tune_type": "dora" if with_magnitude else "lora",
+            "num_layers": -1,
+            "lora_parameters": {
+                "rank": max(part.rank for part in parts.values()),
+                "scale": stated,
+                "dropout": 0.0,
+                "keys": sorted({_within_block(target) for target in parts}),
+            },
+        }
+        keys = {t: {slot: f"{t}.{_SPELLINGS[slot]}" for slot in part.slots} for t, part in parts.items()}
+        layouts = {target: part.layout for target, part in parts.items()}
+        return cls(config | dict(order.config), stated, None, keys, layouts, (), {}, ())
+
+    def carried_config(self) -> Mapping[str, Any]:
+        return self.config or {}
+
     def place(self, target: str) -> Placement | None:
-        return lone("MLX names", "", target)
+        return lone(_RULE, "", target)
 
     def packing(self, target: str, slot: str) -> Packing:
         return "stacked" if self.layouts[target].experts > 1 else "transposed"
@@ -131,6 +187,16 @@ class Mlx(Format):
 
     def replacements(self) -> Mapping[str, str]:
         return {key: key for key in self.extras}
+
+
+def _within_block(target: str) -> str:
+    """A module's path within its block, which is the same in all layers; the whole path of one outside of them."""
+    return re.sub(r"^(?:.*?\.)?\d+\.(?=.)", "", target)
+
+
+def _same(stated: float | None, scale: float) -> bool:
+    """Whether a scale is the one stated, but for the rounding of an alpha on the way."""
+    return stated is not None and math.isclose(stated, scale, rel_tol=1e-6)
 
 
 def _layout(header: Header, target: str, slots: Mapping[str, str], hints: Hints) -> Layout:

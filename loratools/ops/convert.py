@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 CARRIED_KEY = "loratools_source"
 _SAME = 1e-6  # scales that differ by less were one number before a dialect rounded its alpha to float32
+_FOLDED = "{} multiplied into the up factors, which rounds them once unless the quotient is a power of two"
 DROPPABLE = ("bias", "extras", "unsupported", "unmapped")
 
 
@@ -96,8 +97,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     placements = _named(destination.arrange(shapes, order), (back or {}).get("names") or {})
     jobs = jobs_for(placements, modules)
     builds = {job.target: _build(adapter, job, destination, options) for job in jobs}
-    if options.portable:
-        builds = _uniform(builds, notes)
+    if options.portable or destination.uniform:
+        builds = _uniform(builds, notes, scale=1.0 if options.portable else None)
     bound, builds = _bind(destination, builds, order, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
     extras = _extras(adapter, destination, options, notes)
@@ -155,8 +156,20 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
             "pass --drop unmapped to leave them out"
         )
     notes.dropped |= dict.fromkeys(lost, "its name tells no module")
+    if not adapter.entries:
+        whole = len(adapter.format.replacements())
+        raise UnsupportedInTargetError(
+            f"nothing to convert: the file holds {whole} whole parameters and no update of one; they have a meaning "
+            "with their base alone"
+            if whole
+            else f"nothing to convert: {next(iter(adapter.unsupported.values()), 'the file holds no update')}"
+        )
     if not found:
-        raise UnmappedModuleError(f"nothing to convert: no target is of the component {options.component}")
+        raise UnmappedModuleError(
+            f"nothing to convert: no target is of the component {options.component}"
+            if options.component
+            else "nothing to convert: no target's name tells its module"
+        )
     return found
 
 
@@ -235,19 +248,25 @@ def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Cal
     return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.family.needs_base else None
 
 
-def _uniform(builds: Mapping[str, Build], notes: _Notes) -> dict[str, Build]:
-    """All targets at one rank and scale 1, by zero padding."""
+def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None) -> dict[str, Build]:
+    """All targets at one rank, by zero padding, and at one scale unless it is None."""
     rank = max(b.entry.rank for b in builds.values())
     done = {}
     for target, build in builds.items():
         entry = build.entry
+        if entry.rank == rank and scale in (None, entry.scale):
+            done[target] = build
+            continue
         if entry.rank != rank:
             notes.notices["W_RANK_PADDED"] = f"ranks below {rank} were padded with zeros, which changes nothing"
 
         def read(entry: Entry = entry) -> Update:
-            return padded(entry.read(), rank, scale=1.0)
+            return padded(entry.read(), rank, scale=entry.scale if scale is None else scale)
 
         actions = build.actions if entry.rank == rank else (*build.actions, f"padded from rank {entry.rank}")
+        if scale not in (None, entry.scale):
+            notes.notices["W_SCALE_FOLDED"] = _FOLDED.format("the scales of some targets were")
+            actions = (*actions, "scale folded")
         done[target] = replace(build, entry=replace(entry_of(read()), read=read), actions=actions)
     return done
 
@@ -290,10 +309,7 @@ def _bind(
             build, entry=replace(entry, specs=specs, scale=scale, layout=part.layout, read=read), actions=actions
         )
     if folded:
-        notes.notices["W_SCALE_FOLDED"] = (
-            f"{folded} targets had a scale that the file has no place for; it was multiplied into the up factors, "
-            "which rounds them once unless it is a power of two"
-        )
+        notes.notices["W_SCALE_FOLDED"] = _FOLDED.format(f"the scales of {folded} targets have no place and were")
     return bound, done
 
 

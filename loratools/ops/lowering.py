@@ -69,6 +69,13 @@ def lowered(
         )
     if (lack := destination.lacks(update.layout, set())) is not None:
         raise UnsupportedInTargetError(f"{destination.name} has no place for an update of {lack}")
+    lack = destination.lacks(update.layout, set(update.parameters()))
+    what = f"rows of {update.family}" if plain else lack or update.family
+    if update.needs_base and base is None and lowering == Lowering(seed=lowering.seed):
+        raise UnsupportedInTargetError(
+            f"{destination.name} has no place for {what}; pass --base with --rank N or --energy E to approximate it, "
+            "with the error printed"
+        )
     op = update.operator(base).to(torch.float64)
     shape = tuple(base.shape) if base is not None else _shape(update)
     if len(shape) == 1:
@@ -80,8 +87,7 @@ def lowered(
             if isinstance(op, LowRank)
             else "pass --rank N or --energy E to approximate it, with the error printed"
         )
-        what = f"rows of {update.family}" if plain else destination.lacks(update.layout, set(update.parameters()))
-        raise UnsupportedInTargetError(f"{destination.name} has no place for {what or update.family}; {remedy}")
+        raise UnsupportedInTargetError(f"{destination.name} has no place for {what}; {remedy}")
     best = op if lowering.exact and isinstance(op, LowRank) else truncate(op, rank, seed=lowering.seed).operator
     layout = replace(update.layout, magnitude_axis=0)
     made = from_low_rank(best, _oriented(shape, layout.transposed), layout=layout, scale=1.0, dtype=torch.float32)
