@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loratools_cli.check import check
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (info, inspect, squeeze, truncate, convert, merge, extract, fuse, diff, delta, formats, families):
+for command in (info, inspect, squeeze, truncate, convert, check, merge, extract, fuse, diff, delta, formats, families):
     app.command()(command)
 
 

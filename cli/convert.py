@@ -45,6 +45,7 @@ def convert(
         str | None, Option(metavar="NAME", help="Only this part of a pipeline: unet, transformer, text_encoder, ...")
     ] = None,
     base: options.Base = None,
+    initial_adapter: options.InitialAdapter = None,
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
@@ -100,7 +101,7 @@ def convert(
         base=weights,
         dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=weights)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

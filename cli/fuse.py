@@ -17,12 +17,7 @@ def fuse(
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
-    initial_adapter: Annotated[
-        Path | None,
-        Option(
-            "--initial-adapter", metavar="PATH", help="For PiSSA and its kin: the adapter as saved before training."
-        ),
-    ] = None,
+    initial_adapter: options.InitialAdapter = None,
     force: Annotated[bool, Option("--force", help="Replace files of an existing output.")] = False,
     everything: options.Everything = False,
     as_json: options.Json = False,

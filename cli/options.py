@@ -25,6 +25,12 @@ Base = Annotated[
     Path | None,
     typer.Option(metavar="DIR_OR_FILE", help="Base model: its weights file or folder. DoRA needs it."),
 ]
+InitialAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--initial-adapter", metavar="PATH", help="For PiSSA and its kin: the adapter as saved before training."
+    ),
+]
 Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
 AllowNonfinite = Annotated[

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.ops.inspect import places
+from loratools.reports.check import CheckReport
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
@@ -117,6 +118,13 @@ def _(report: ConvertReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {len(report.targets)} targets, {size} of tensors\n"
     return f"wrote {plain(report.output)}: {len(report.targets)} targets, {size}\n"
+
+
+@closing.register
+def _(report: CheckReport, planned: Path | None = None) -> str:
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written\n"
+    return f"wrote {plain(report.output)}\n" if report.output else ""
 
 
 @singledispatch
@@ -290,6 +298,24 @@ def _(report: ConvertReport, everything: bool) -> Iterator[RenderableType]:
     }
     yield from _reasons("rewritten", actions, everything)
     yield from _reasons("dropped", report.dropped, everything)
+
+
+@blocks.register
+def _(report: CheckReport, everything: bool) -> Iterator[RenderableType]:
+    for finding in report.findings:
+        kind = {"refused": "refused", "wrong": "computed wrongly", "old": "a problem in old versions"}[finding.severity]
+        more = f" and {finding.count - len(finding.where)} more" if finding.count > len(finding.where) else ""
+        yield Text.assemble((finding.requirement, "bold"), f": {kind}: {finding.reason}")
+        yield Text(f"  here: {', '.join(map(plain, finding.where))}{more}")
+        yield Text(f"  fix: {finding.fix}")
+        if everything:
+            yield Text(f"  source: {finding.source}")
+    if everything and report.met:
+        yield Text(f"met: {', '.join(report.met)}")
+    if report.setting and report.loads:
+        yield Text(f"start the server with {report.setting}")
+    verdict = f"loads in {report.title}" if report.loads else f"does not work in {report.title}"
+    yield Text(verdict, style="bold green" if report.loads else "bold red")
 
 
 @blocks.register

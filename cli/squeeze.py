@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Option
@@ -37,10 +36,7 @@ def squeeze(
     seed: Annotated[int, Option(metavar="N", help="For rsvd, the randomised method.")] = 0,
     scale: Annotated[Literal["fold", "keep"], Option(help="Write the scale into the factors, or as it was.")] = "fold",
     base: options.Base = None,
-    initial_adapter: Annotated[
-        Path | None,
-        Option(metavar="PATH", help="For PiSSA and its kin: the adapter before training, which is subtracted."),
-    ] = None,
+    initial_adapter: options.InitialAdapter = None,
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,

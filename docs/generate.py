@@ -47,6 +47,7 @@ REPORTS = {
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools convert": "convert",
+    "loratools check": "check",
     "loratools merge": "merge",
     "loratools extract": "extract",
     "loratools fuse": "fuse",
@@ -92,7 +93,32 @@ def formats() -> str:
     return _page(parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"commands.md": commands, "families.md": families, "formats.md": formats}
+def servers() -> str:
+    """What servers and libraries take."""
+    from loratools.ops.servers import SERVERS
+
+    kinds = {"refused": "refused", "wrong": "computed wrongly", "old": "old versions only"}
+    introduction = (
+        "What `loratools check --for SERVER` looks at. *Refused*: it does not load. *Computed wrongly*: it loads, and "
+        "does something else. The sources are files of the projects' own code."
+    )
+    parts = ["# Servers", introduction]
+    for name, server in SERVERS.items():
+        rows = [(f"`{r.name}`", kinds[r.severity], r.reason, r.fix, r.source) for r in server.requirements]
+        parts += [f"## {server.title} (`--for {name}`)"]
+        if server.max_ranks:
+            ranks = ", ".join(map(str, server.max_ranks))
+            parts += [f"`{server.max_rank_setting}` may be {ranks}; ranks above its default of 16 need it."]
+        parts += [_table(("requirement", "otherwise", "why", "what helps", "source"), rows)]
+    return _page(parts)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "commands.md": commands,
+    "families.md": families,
+    "formats.md": formats,
+    "servers.md": servers,
+}
 
 
 def _help(command: Any, name: str) -> str:

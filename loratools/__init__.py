@@ -1,33 +1,41 @@
 """Probe, transcode and compress the weights of fine-tuning adapters."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from loratools._version import __version__
-from loratools.base_weights import load_base
-from loratools.files import load, save
-from loratools.ops.aurac import aurac
-from loratools.ops.convert import Convert, convert, convert_file
-from loratools.ops.delta import delta, delta_file
-from loratools.ops.diff import diff
-from loratools.ops.extract import differences, extract
-from loratools.ops.fuse import fuse
-from loratools.ops.hydra import hydra
-from loratools.ops.info import info
-from loratools.ops.initial import subtract_initial
-from loratools.ops.inspect import inspect
-from loratools.ops.merge import Merge, merge
-from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
-from loratools.ops.truncate import truncate, truncate_file
-from loratools.ranks import (
-    AdapterTuneElbow,
-    Budget,
-    Cumulative,
-    Elbow,
-    Energy,
-    Fixed,
-    Frobenius,
-    Limits,
-    Ratio,
-    Threshold,
-)
+
+if TYPE_CHECKING:
+    from loratools.base_weights import load_base
+    from loratools.files import load, save
+    from loratools.ops.aurac import aurac
+    from loratools.ops.check import check
+    from loratools.ops.convert import Convert, convert, convert_file
+    from loratools.ops.delta import delta, delta_file
+    from loratools.ops.diff import diff
+    from loratools.ops.extract import differences, extract
+    from loratools.ops.fuse import fuse
+    from loratools.ops.hydra import hydra
+    from loratools.ops.info import info
+    from loratools.ops.initial import subtract_initial
+    from loratools.ops.inspect import inspect
+    from loratools.ops.merge import Merge, merge
+    from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
+    from loratools.ops.truncate import truncate, truncate_file
+    from loratools.ranks import (
+        AdapterTuneElbow,
+        Budget,
+        Cumulative,
+        Elbow,
+        Energy,
+        Fixed,
+        Frobenius,
+        Limits,
+        Ratio,
+        Threshold,
+    )
 
 __all__ = [
     "AdapterTuneElbow",
@@ -45,6 +53,7 @@ __all__ = [
     "Threshold",
     "__version__",
     "aurac",
+    "check",
     "convert",
     "convert_file",
     "delta",
@@ -66,3 +75,48 @@ __all__ = [
     "truncate",
     "truncate_file",
 ]
+
+# Where each name lives: a command line that needs one verb does not wait for the others to be imported.
+_HOMES = {
+    "loratools.base_weights": ("load_base",),
+    "loratools.files": ("load", "save"),
+    "loratools.ops.aurac": ("aurac",),
+    "loratools.ops.check": ("check",),
+    "loratools.ops.convert": ("Convert", "convert", "convert_file"),
+    "loratools.ops.delta": ("delta", "delta_file"),
+    "loratools.ops.diff": ("diff",),
+    "loratools.ops.extract": ("differences", "extract"),
+    "loratools.ops.fuse": ("fuse",),
+    "loratools.ops.hydra": ("hydra",),
+    "loratools.ops.info": ("info",),
+    "loratools.ops.initial": ("subtract_initial",),
+    "loratools.ops.inspect": ("inspect",),
+    "loratools.ops.merge": ("Merge", "merge"),
+    "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
+    "loratools.ops.truncate": ("truncate", "truncate_file"),
+    "loratools.ranks": (
+        "AdapterTuneElbow",
+        "Budget",
+        "Cumulative",
+        "Elbow",
+        "Energy",
+        "Fixed",
+        "Frobenius",
+        "Limits",
+        "Ratio",
+        "Threshold",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

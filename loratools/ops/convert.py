@@ -20,6 +20,7 @@ from loratools.formats import FORMATS, Format, Order, Part
 from loratools.formats.layouts import NATIVE_RULES, Model, model_of
 from loratools.formats.layouts.flat import flatten
 from loratools.formats.modules import Module, Placement, Rows
+from loratools.ops.initial import refuse_mutated
 from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.regroup import Job, jobs_for, made
 from loratools.reports.convert import ConvertedTarget, ConvertReport
@@ -79,6 +80,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
     destination = formats[to]
+    refuse_mutated(adapter, "another file cannot say which base weight that leaves")
     if options.dtype == "q8_0" and destination.container != "gguf":
         raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
     notes = _Notes()
@@ -352,7 +354,7 @@ def _laid_out(update: Update, part: Part, destination: type[Format]) -> Update:
 
 def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes: _Notes) -> dict[str, Extra]:
     """Tensors that belong to no update: carried within a dialect, otherwise refused unless they may be dropped."""
-    if type(adapter.format) is destination and not options.component:
+    if type(adapter.format) is destination and not options.component and "extras" not in options.drop:
         return dict(adapter.extras)
     if not adapter.extras:
         return {}

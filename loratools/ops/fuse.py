@@ -16,12 +16,12 @@ from loratools.adapter import Adapter
 from loratools.errors import (
     AdapterError,
     InputError,
-    MutatedBaseError,
     NotAWeightDeltaError,
     OutputError,
     TiedEmbeddingError,
 )
 from loratools.ops.delta import delta_of_target, parameters_of_target, replacements
+from loratools.ops.initial import refuse_mutated
 from loratools.reports.fuse import FusedParameter, FuseReport
 from loratools.storage.atomic import explained, printable
 from loratools.storage.folder import AtomicFolder
@@ -139,11 +139,7 @@ def _check_adapter(adapter: Adapter) -> None:
     where = printable(adapter.origin.path) if adapter.origin else "the adapter"
     if (adapter.config or {}).get("alora_invocation_tokens"):
         raise AdapterError(f"{where}: an activated LoRA applies only after its invocation tokens; it cannot be fused")
-    if (init := adapter.format.mutated_init) is not None:
-        raise MutatedBaseError(
-            f"{where}: was trained from {init}, which changed the base weight; pass the adapter saved before training "
-            "with --initial-adapter"
-        )
+    refuse_mutated(adapter, "its sum with the original base means nothing")
     if adapter.unsupported:
         name, why = next(iter(adapter.unsupported.items()))
         raise NotAWeightDeltaError(f"{where}: {len(adapter.unsupported)} parts cannot be fused, such as {name}: {why}")

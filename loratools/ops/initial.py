@@ -6,11 +6,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.adapter import Adapter
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, MutatedBaseError
 from loratools.families.base import LowRankUpdate
 
 if TYPE_CHECKING:
     from loratools.families.base import Update
+
+
+AT_OTHER_RANKS = "at another rank, a loader would take other factors out of the base weight"
+
+
+def refuse_mutated(adapter: Adapter, why: str) -> None:
+    """MutatedBaseError, giving `why`, for factors that are relative to a base which their initialisation changed."""
+    if (init := adapter.format.mutated_init) is not None:
+        raise MutatedBaseError(
+            f"trained with init_lora_weights={init!r}: {why}; pass --initial-adapter with the saved initial factors, "
+            "or, if your base model is the changed one, set init_lora_weights to true in adapter_config.json"
+        )
 
 
 def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:

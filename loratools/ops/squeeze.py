@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.adapter import Adapter, Record, entry_of
-from loratools.errors import AdapterError, MutatedBaseError, UnchangedError, UsageError
+from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
 from loratools.linalg.factored import balanced_factors, fits_single, is_finite, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import Method, blocks_of, truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
+from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import (
     base_tensor,
     fit_update,
@@ -156,7 +157,7 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
     """One rank for each target that gets a lower one. Raises UnchangedError where none does."""
     if isinstance(rank, bool) or not isinstance(rank, int | Policy):
         raise UsageError(f"a rank is a whole number or a policy such as Energy(0.9), not {rank!r}")
-    refuse_mutated(adapter)
+    refuse_mutated(adapter, AT_OTHER_RANKS)
     policy = Fixed(rank) if isinstance(rank, int) else rank
     warnings: list[str] = []
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
@@ -184,16 +185,6 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
             "choose a lower rank, or pass --allow-unchanged"
         )
     return Plan(ranks, unchanged, tuple(warnings))
-
-
-def refuse_mutated(adapter: Adapter) -> None:
-    """MutatedBaseError for factors that a loader would take to be relative to another base at another rank."""
-    if (init := adapter.format.mutated_init) is not None:
-        raise MutatedBaseError(
-            f"trained with init_lora_weights={init!r}: at another rank, a loader would take other factors out of the "
-            "base weight; pass --initial-adapter with the saved initial factors, or, if your base model is the changed "
-            "one, set init_lora_weights to true in adapter_config.json"
-        )
 
 
 def unsqueezable(adapter: Adapter) -> dict[str, str]:

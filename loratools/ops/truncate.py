@@ -12,8 +12,9 @@ from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import squared_distance
+from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, low_rank_part, nonfinite_error, stack_blocks
-from loratools.ops.squeeze import Plan, refuse_mutated, stream, unsqueezable, with_record
+from loratools.ops.squeeze import Plan, stream, unsqueezable, with_record
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -72,7 +73,7 @@ def truncate_file(
 def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
     if rank < 1:
         raise UsageError(f"rank {rank} is below 1")
-    refuse_mutated(adapter)
+    refuse_mutated(adapter, AT_OTHER_RANKS)
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     ranks = {}
     for target, entry in adapter.entries.items():

@@ -32,6 +32,7 @@ def test_the_commands_are_the_files() -> None:
         "squeeze",
         "truncate",
         "convert",
+        "check",
         "merge",
         "extract",
         "fuse",

@@ -1,0 +1,437 @@
+"""What each server and library takes, as data: a row for each thing that it refuses or silently gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+
+# `refused`: it does not load. `wrong`: it loads, and computes another delta. `old`: so in old versions alone.
+Severity = Literal["refused", "wrong", "old"]
+Test = Callable[["Adapter"], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One thing that a server asks of an adapter: why, where that is written, and what helps.
+
+    `broken_by` names the targets, keys or settings that do not meet it, none for an adapter that does.
+    """
+
+    name: str
+    severity: Severity
+    reason: str
+    source: str
+    fix: str
+    broken_by: Test
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server or library: the dialect that it reads, its requirements, and whether it wants one rank and scale 1.
+
+    `max_ranks`: the values that its setting for the largest rank may have, where there is such a setting.
+    """
+
+    title: str
+    dialect: str
+    requirements: tuple[Requirement, ...]
+    portable: bool = False
+    max_ranks: tuple[int, ...] = ()
+    max_rank_setting: str = ""
+
+
+def _dialect(*names: str) -> Test:
+    return lambda a: () if a.format.name in names else (a.format.name,)
+
+
+def _families(*names: str) -> Test:
+    return lambda a: (f"{t} ({e.family.family})" for t, e in a.entries.items() if e.family.family not in names)
+
+
+def _modules(*names: str) -> Test:
+    return lambda a: (t for t in a.entries if t.rpartition(".")[2] not in names)
+
+
+def _rank_above(limit: int) -> Test:
+    return lambda a: (f"{t} (rank {e.rank})" for t, e in a.entries.items() if e.rank > limit)
+
+
+def _slot(*names: str) -> Test:
+    return lambda a: (t for t, e in a.entries.items() if set(names) & set(e.specs))
+
+
+def _no_config(a: Adapter) -> Iterable[str]:
+    return ("adapter_config.json",) if a.config is None else ()
+
+
+def _mixed_ranks(a: Adapter) -> Iterable[str]:
+    largest = max((e.rank for e in a.entries.values()), default=0)
+    return (f"{t} (rank {e.rank} of {largest})" for t, e in a.entries.items() if e.rank != largest)
+
+
+def _patterns(a: Adapter) -> Iterable[str]:
+    config = a.config or {}
+    return (f"{field}: {key}" for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {})
+
+
+def _rslora(a: Adapter) -> Iterable[str]:
+    return ("use_rslora",) if (a.config or {}).get("use_rslora") else ()
+
+
+def _mixed_alphas(a: Adapter) -> Iterable[str]:
+    """Targets whose alpha is not that of the first: a GGUF file has one place for it."""
+    alphas = {t: e.scale * e.rank for t, e in a.entries.items()}
+    first = next(iter(alphas.values()), 0.0)
+    return (t for t, alpha in alphas.items() if abs(alpha - first) > 1e-6 * abs(first))
+
+
+def _extras(a: Adapter) -> Iterable[str]:
+    shared = {key for t in a.entries for key in a.format.references(t).values()}
+    return (key for key in a.extras if key not in shared)
+
+
+def _trained_biases(a: Adapter) -> Iterable[str]:
+    kind = (a.config or {}).get("bias", "none")
+    return (f"bias: {kind}",) if kind not in (None, "none") else ()
+
+
+def _convolutions(a: Adapter) -> Iterable[str]:
+    return (t for t, e in a.entries.items() if any(len(s.shape) > 2 for s in e.specs.values()) and e.layout.experts < 2)
+
+
+def _experts(a: Adapter) -> Iterable[str]:
+    return (t for t, e in a.entries.items() if e.layout.experts > 1)
+
+
+def _embeddings(a: Adapter) -> Iterable[str]:
+    return (t for t, e in a.entries.items() if e.layout.embedding)
+
+
+def _mutated(a: Adapter) -> Iterable[str]:
+    init = a.format.mutated_init
+    return () if init is None else (f"init_lora_weights: {init}",)
+
+
+def _incomplete_qkv(a: Adapter) -> Iterable[str]:
+    """Targets of attention blocks of which q, k and v are not all there."""
+    blocks: dict[str, set[str]] = {}
+    for target in a.entries:
+        block, _, leaf = target.rpartition(".")
+        if leaf in _QKV:
+            blocks.setdefault(block, set()).add(leaf)
+    return (f"{b}.{leaf}" for b, found in blocks.items() for leaf in sorted(_QKV - found))
+
+
+_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+_MAX_VLLM: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_PORTABLE = "loratools convert --to peft --portable (or check --fix)"
+_TO_LORA = "loratools convert --to peft --exact, or --rank N where there is no exact form"
+_DORA = "loratools fuse and serve the fused model, or loratools extract --rank N from it"
+_DROP = "pass --drop extras to leave them out, which changes the model; or loratools fuse and serve that"
+
+
+def _peft_file(source: str) -> tuple[Requirement, ...]:
+    return (
+        Requirement(
+            "peft-dialect",
+            "refused",
+            "it reads the keys of PEFT alone",
+            source,
+            "loratools convert --to peft (or check --fix)",
+            _dialect("peft"),
+        ),
+        Requirement(
+            "config",
+            "refused",
+            "it takes rank and alpha from adapter_config.json",
+            source,
+            "put adapter_config.json beside the weights, or loratools convert --to peft --alpha A",
+            _no_config,
+        ),
+    )
+
+
+def _plain_lora(source: str) -> tuple[Requirement, ...]:
+    return (
+        Requirement("only-lora", "refused", "it knows LoRA alone", source, _TO_LORA, _families("lora", "dora")),
+        Requirement("no-dora", "refused", "it has no magnitudes", source, _DORA, _families_are("dora")),
+        Requirement(
+            "no-lora-bias",
+            "refused",
+            "it has no place for a bias of lora_B",
+            source,
+            "loratools convert --to peft --drop bias, which changes the model",
+            _slot("up_bias"),
+        ),
+        Requirement(
+            "no-trained-biases",
+            "refused",
+            "biases of the base model stay as they are",
+            source,
+            "loratools fuse and serve the fused model",
+            _trained_biases,
+        ),
+        Requirement(
+            "no-other-tensors", "refused", "it loads pairs of factors and no whole parameters", source, _DROP, _extras
+        ),
+        Requirement(
+            "no-convolutions",
+            "refused",
+            "it serves matrices alone",
+            source,
+            "loratools fuse and serve the fused model",
+            _convolutions,
+        ),
+        Requirement(
+            "original-base",
+            "wrong",
+            "it serves the original base, which this initialisation changed",
+            source,
+            "loratools squeeze --initial-adapter with the saved initial factors, or load with PEFT",
+            _mutated,
+        ),
+    )
+
+
+def _families_are(*names: str) -> Test:
+    return lambda a: (t for t, e in a.entries.items() if e.family.family in names)
+
+
+_VLLM = "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py"
+_SGLANG = "sglang/srt/lora/lora_config.py, sglang/srt/lora/lora.py"
+_SLORA = "slora/models/peft/lora_adapter.py, slora/models/peft/layer_weights"
+_LLAMACPP = "llama.cpp src/llama-adapter.cpp, convert_lora_to_gguf.py"
+_PEFT = "peft/tuners/lora/model.py, peft/utils/save_and_load.py"
+_DIFFUSERS = "diffusers/loaders/lora_base.py, diffusers/loaders/lora_conversion_utils.py"
+_COMFY = "comfy/lora.py, comfy/weight_adapter"
+
+SERVERS: Final[Mapping[str, Server]] = {
+    "vllm": Server(
+        "vLLM",
+        "peft",
+        (
+            *_peft_file(_VLLM),
+            *_plain_lora(_VLLM),
+            Requirement(
+                "one-rank",
+                "wrong",
+                "it reads r alone; rank_pattern and alpha_pattern are ignored",
+                _VLLM,
+                _PORTABLE,
+                lambda a: (*_mixed_ranks(a), *_patterns(a)),
+            ),
+            Requirement(
+                "rank-at-most-512",
+                "refused",
+                "max_lora_rank ends at 512",
+                _VLLM,
+                "loratools squeeze --rank 512",
+                _rank_above(512),
+            ),
+            Requirement(
+                "no-expert-stacks",
+                "refused",
+                "it has no LoRA on the stacked weights of experts",
+                _VLLM,
+                "loratools fuse and serve the fused model",
+                _experts,
+            ),
+        ),
+        portable=True,
+        max_ranks=_MAX_VLLM,
+        max_rank_setting="--max-lora-rank",
+    ),
+    "sglang": Server(
+        "SGLang",
+        "peft",
+        (
+            *_peft_file(_SGLANG),
+            *_plain_lora(_SGLANG),
+            Requirement(
+                "one-rank",
+                "old",
+                "old versions read r and lora_alpha alone, and ignore both patterns",
+                _SGLANG,
+                _PORTABLE,
+                lambda a: (*_mixed_ranks(a), *_patterns(a)),
+            ),
+            Requirement(
+                "no-rslora",
+                "old",
+                "old versions scale by alpha / r whatever use_rslora says",
+                _SGLANG,
+                _PORTABLE,
+                _rslora,
+            ),
+            Requirement(
+                "qkv-together",
+                "old",
+                "old versions stack q, k and v and fail where one is missing",
+                _SGLANG,
+                "train q_proj, k_proj and v_proj, or use a newer version",
+                _incomplete_qkv,
+            ),
+            Requirement(
+                "no-expert-stacks",
+                "refused",
+                "it has no LoRA on the stacked weights of experts",
+                _SGLANG,
+                "loratools fuse and serve the fused model",
+                _experts,
+            ),
+        ),
+        portable=True,
+    ),
+    "slora": Server(
+        "S-LoRA",
+        "peft",
+        (
+            *_peft_file(_SLORA),
+            *_plain_lora(_SLORA),
+            Requirement(
+                "attention-only",
+                "wrong",
+                "it applies LoRA to q, k, v and o of the attention and to nothing else",
+                _SLORA,
+                "loratools fuse and serve the fused model",
+                _modules("q_proj", "k_proj", "v_proj", "o_proj"),
+            ),
+            Requirement(
+                "one-rank",
+                "wrong",
+                "it reads r alone; rank_pattern and alpha_pattern are ignored",
+                _SLORA,
+                _PORTABLE,
+                lambda a: (*_mixed_ranks(a), *_patterns(a)),
+            ),
+            Requirement(
+                "no-rslora", "wrong", "it scales by alpha / r whatever use_rslora says", _SLORA, _PORTABLE, _rslora
+            ),
+        ),
+        portable=True,
+    ),
+    "llamacpp": Server(
+        "llama.cpp",
+        "gguf",
+        (
+            Requirement(
+                "gguf-dialect",
+                "refused",
+                "it loads GGUF files alone",
+                _LLAMACPP,
+                "loratools convert --to gguf --base CONFIG_OR_DIR (or check --fix --base CONFIG_OR_DIR)",
+                _dialect("gguf"),
+            ),
+            Requirement("only-lora", "refused", "it knows LoRA alone", _LLAMACPP, _TO_LORA, _families("lora", "dora")),
+            Requirement("no-dora", "refused", "it has no magnitudes", _LLAMACPP, _DORA, _families_are("dora")),
+            Requirement(
+                "one-alpha",
+                "wrong",
+                "a file states one alpha; the converter of llama.cpp drops rsLoRA and alpha_pattern",
+                _LLAMACPP,
+                "loratools convert --to gguf, which multiplies what differs into the factors",
+                lambda a: _mixed_alphas(a) if a.format.name != "gguf" else (),
+            ),
+            Requirement(
+                "no-lora-bias",
+                "refused",
+                "it has no place for a bias of lora_B",
+                _LLAMACPP,
+                "loratools convert --to gguf --drop bias, which changes the model",
+                _slot("up_bias"),
+            ),
+            Requirement(
+                "no-other-tensors",
+                "refused",
+                "a file holds pairs of factors and nothing else",
+                _LLAMACPP,
+                _DROP,
+                _extras,
+            ),
+            Requirement(
+                "no-convolutions",
+                "refused",
+                "it serves matrices alone",
+                _LLAMACPP,
+                "loratools fuse and serve the fused model",
+                _convolutions,
+            ),
+            Requirement(
+                "original-base",
+                "wrong",
+                "it serves the original base, which this initialisation changed",
+                _LLAMACPP,
+                "loratools squeeze --initial-adapter with the saved initial factors",
+                _mutated,
+            ),
+        ),
+    ),
+    "peft": Server("PEFT", "peft", _peft_file(_PEFT)),
+    "diffusers": Server(
+        "diffusers",
+        "diffusers",
+        (
+            Requirement(
+                "diffusers-dialect",
+                "wrong",
+                "it converts other dialects itself and leaves out keys that it does not know",
+                _DIFFUSERS,
+                "loratools convert --to diffusers (or check --fix)",
+                _dialect("diffusers"),
+            ),
+            Requirement(
+                "only-lora",
+                "refused",
+                "it knows LoRA and DoRA alone",
+                _DIFFUSERS,
+                "loratools convert --to diffusers --exact, or --rank N where there is no exact form",
+                _families("lora", "dora"),
+            ),
+            Requirement(
+                "no-mid",
+                "refused",
+                "it has no place for a Tucker core",
+                _DIFFUSERS,
+                "loratools convert --to diffusers --exact multiplies the core into the down factor",
+                _slot("mid"),
+            ),
+        ),
+    ),
+    "comfy": Server(
+        "ComfyUI",
+        "comfy",
+        (
+            Requirement(
+                "known-dialect",
+                "refused",
+                "it reads its own names, kohya's, those of diffusers, OneTrainer's and XLabs'",
+                _COMFY,
+                "loratools convert --to comfy (or check --fix)",
+                _dialect("comfy", "kohya", "diffusers", "omi", "xlabs"),
+            ),
+            Requirement(
+                "known-family",
+                "refused",
+                "its weight adapters are LoRA, DoRA, LoHa, LoKr, OFT, BOFT, GLoRA and whole differences",
+                _COMFY,
+                "loratools convert --to comfy --exact, or --rank N where there is no exact form",
+                _families(
+                    "lora", "dora", "loha", "doha", "lokr", "dokr", "oft_lycoris", "boft_lycoris", "glora", "full"
+                ),
+            ),
+            Requirement(
+                "no-embeddings",
+                "wrong",
+                "it multiplies pairs as matrices, and has no lookup",
+                _COMFY,
+                "loratools fuse",
+                _embeddings,
+            ),
+        ),
+    ),
+}
