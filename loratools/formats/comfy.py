@@ -18,6 +18,7 @@ from loratools.formats.modules import Module, Piece, Placement, lone
 from loratools.formats.suffixes import (
     ALPHA,
     BIAS_SLOTS,
+    KINDRED,
     LYCORIS,
     SLOTS,
     SUFFIXES,
@@ -57,6 +58,7 @@ class Comfy(Format):
 
     name: ClassVar[str] = "comfy"
     holds: ClassVar[frozenset[str]] = LYCORIS
+    kindred: ClassVar[Mapping[str, str]] = KINDRED
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
 
     keys: Mapping[str, Mapping[str, str]]

@@ -24,7 +24,17 @@ from loratools.formats.base import (
     check_plain,
 )
 from loratools.formats.modules import Module, Placement
-from loratools.formats.suffixes import ALPHA, LYCORIS, SUFFIXES, UNSUPPORTED, changes_bias, is_slot, place, spelling
+from loratools.formats.suffixes import (
+    ALPHA,
+    KINDRED,
+    LYCORIS,
+    SUFFIXES,
+    UNSUPPORTED,
+    changes_bias,
+    is_slot,
+    place,
+    spelling,
+)
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -48,6 +58,7 @@ class Kohya(Format):
     name: ClassVar[str] = "kohya"
     flat: ClassVar[bool] = True
     holds: ClassVar[frozenset[str]] = LYCORIS
+    kindred: ClassVar[Mapping[str, str]] = KINDRED
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 

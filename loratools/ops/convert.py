@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
 from loratools.errors import AdapterError, UnmappedModuleError, UnsupportedInTargetError, UsageError
-from loratools.families import DoRA, Update
+from loratools.families import Update
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
@@ -63,9 +63,21 @@ class _Notes:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def writable_formats() -> dict[str, type[Format]]:
-    """The dialects that a conversion can write, by name."""
-    return {f.name: f for f in FORMATS if f.holds}
+def writable_formats() -> dict[str, tuple[type[Format], ...]]:
+    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
+    found: dict[str, tuple[type[Format], ...]] = {}
+    for dialect in FORMATS:
+        if dialect.holds:
+            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
+    return found
+
+
+def _destination(adapter: Adapter, to: str, lowering: Lowering) -> type[Format]:
+    """The kind of file that holds all families as they are, or else the first, unless these are to be lowered."""
+    first, *others = writable_formats()[to]
+    families = {entry.family.family for entry in adapter.entries.values()}
+    fits = [kind for kind in others if families and families <= kind.holds]
+    return fits[0] if fits and lowering == Lowering(seed=lowering.seed) else first
 
 
 def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Adapter, ConvertReport]:
@@ -78,7 +90,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     formats = writable_formats()
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
-    destination = formats[to]
+    destination = _destination(adapter, to, options.lowering)
     if options.dtype == "q8_0" and destination.container != "gguf":
         raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
     notes = _Notes()
@@ -287,14 +299,14 @@ def _bind(
         if stated is not None:
             scale = stated[target]
         actions = build.actions
-        if entry.rank and not math.isclose(scale, entry.scale, rel_tol=_SAME):
+        if not math.isclose(scale, entry.scale, rel_tol=_SAME):
             folded += 1
             actions = (*actions, "scale folded")
         drop = frozenset(set(entry.specs) - set(part.slots))
 
         def read(entry: Entry = entry, part: Part = part, scale: float = scale, drop: frozenset[str] = drop) -> Update:
             update = _without(entry.read(), drop)
-            if entry.rank and not math.isclose(scale, update.scale, rel_tol=_SAME):
+            if not math.isclose(scale, update.scale, rel_tol=_SAME):
                 update = rescaled(update, scale)
             if stored is not None:
                 update = recast(update, stored)
@@ -332,7 +344,8 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
             )
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
-    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale)
+    shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:
@@ -344,10 +357,12 @@ def _without(update: Update, slots: frozenset[str]) -> Update:
 
 def _laid_out(update: Update, part: Part, destination: type[Format]) -> Update:
     """With the magnitude in the shape in which the dialect keeps it."""
-    if not isinstance(update, DoRA):
+    parameters = update.parameters()
+    if "magnitude" not in parameters:
         return update
-    shape = destination.magnitude_shape(part, update.magnitude.numel())
-    return DoRA(update.direction, update.magnitude.reshape(shape))
+    magnitude = parameters["magnitude"]
+    parameters["magnitude"] = magnitude.reshape(destination.magnitude_shape(part, magnitude.numel()))
+    return type(update).from_parameters(parameters, scale=update.scale, layout=update.layout)
 
 
 def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes: _Notes) -> dict[str, Extra]:
@@ -418,7 +433,7 @@ def _metadata(
 def _odd_names(adapter: Adapter, options: Convert) -> dict[str, str]:
     """Targets that the dialect would be given other names on the way back: the name it would get -> the one it had."""
     formats = writable_formats()
-    if adapter.format.name not in formats or type(adapter.format) is not formats[adapter.format.name]:
+    if type(adapter.format) not in formats.get(adapter.format.name, ()):
         return {}
     modules = {
         piece.module: _module_shape(adapter.entries[target], piece.rows)

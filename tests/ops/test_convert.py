@@ -265,9 +265,9 @@ class TestFamilies:
         assert torch.equal(result[target].delta(), next(iter(adapter.values())).delta())
 
     def test_other_families_need_leave(self, samples: Samples) -> None:
-        adapter = opened(samples, "lycoris/loha")
-        with pytest.raises(UnsupportedInTargetError, match="no place for loha; pass --rank N"):
-            convert(adapter, "peft")
+        adapter = opened(samples, "peft/loha")
+        with pytest.raises(UnsupportedInTargetError, match="mlx has no place for loha; pass --exact"):
+            convert(adapter, "mlx")
 
     def test_approximation_states_its_error(self, samples: Samples, tmp_path: Path) -> None:
         adapter = opened(samples, "lycoris/loha")
