@@ -14,6 +14,8 @@ from loratools.formats.lora_config import target_modules
 # The families that can be written, and the PEFT types that they are.
 WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR"}
 
+_TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
+
 KINDRED: Mapping[str, str] = {
     "oft_lycoris": "PEFT's OFT rotates inputs, LyCORIS's rotates outputs",
     "boft_lycoris": "PEFT's BOFT rotates inputs, LyCORIS's rotates outputs",
@@ -58,12 +60,12 @@ def _loha(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:
                 f"{target}: its halves have ranks {first} and {second}, and PEFT's LoHa has one for both; pass --exact "
                 "or --rank N to write a LoRA"
             )
-    cores = _uses_cores(parts, "hada_t1")
+    cores = any("hada_t1" in part.slots for part in parts.values())
     return {"use_effective_conv2d": cores}, {target: part.rank for target, part in parts.items()}
 
 
 def _lokr(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:
-    cores = _uses_cores(parts, "lokr_t2")
+    cores = any("lokr_t2" in part.slots for part in parts.values())
     both = any("lokr_w1_a" in part.slots for part in parts.values())
     for factor in _decompose_factors(parts):
         if misfit := next((t for t, part in parts.items() if not _is_factored(part, factor)), None):
@@ -76,21 +78,6 @@ def _lokr(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:
         )
     fields = {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": cores}
     return fields, {target: _lokr_rank(target, part, both) for target, part in parts.items()}
-
-
-def _uses_cores(parts: Mapping[str, Part], slot: str) -> bool:
-    """Whether the factored convolutions have Tucker cores: PEFT asks it of all of them alike."""
-    convolutions = [
-        (target, part)
-        for target, part in parts.items()
-        if part.shape is not None and math.prod(part.shape[2:]) > 1 and "lokr_w2" not in part.slots
-    ]
-    with_core = [target for target, part in convolutions if slot in part.slots]
-    if with_core and len(with_core) < len(convolutions):
-        raise UnsupportedInTargetError(
-            f"{with_core[0]}: PEFT has Tucker cores in all convolutions or in none; pass --rank N to write a LoRA"
-        )
-    return bool(with_core)
 
 
 def _sides(part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -107,8 +94,13 @@ def _decompose_factors(parts: Mapping[str, Part]) -> Iterator[int]:
 
 
 def _is_factored(part: Part, factor: int) -> bool:
-    first, second = _sides(part)
-    return all(_split(a * b, factor) == (a, b) for a, b in zip(first, second, strict=True))
+    (rows, columns), (more_rows, more_columns) = _sides(part)
+    # a file does not tell the kernel of a convolution whose w2 is a product: its taps count among the columns
+    flat = "lokr_w2_b" in part.slots and "lokr_t2" not in part.slots
+    inputs = [more_columns // taps for taps in (_TAPS if flat else (1,)) if more_columns % taps == 0]
+    return _split(rows * more_rows, factor) == (rows, more_rows) and any(
+        _split(columns * n, factor) == (columns, n) for n in inputs
+    )
 
 
 def _split(size: int, factor: int) -> tuple[int, int]:
