@@ -127,6 +127,7 @@ class Format(ABC):
     kindred: ClassVar[Mapping[str, str]] = {}  # families that seem to have a place, and do not: why
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
     container: ClassVar[str] = "safetensors"  # in which it is written
+    biases: ClassVar[bool] = False  # whether a bias may be a target of its own
     uniform: ClassVar[bool] = False  # whether all targets of a file have one rank
     quantised: bool = False  # whether a container that can is to pack its tensors in blocks of 8 bits
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes

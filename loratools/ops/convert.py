@@ -19,7 +19,7 @@ from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
 from loratools.formats.layouts import NATIVE_RULES, Model, model_of
 from loratools.formats.layouts.flat import flatten
-from loratools.formats.modules import Module, Placement, Rows
+from loratools.formats.modules import BIAS, Module, Placement, Rows
 from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.regroup import Job, jobs_for, made
 from loratools.reports.convert import ConvertedTarget, ConvertReport
@@ -96,6 +96,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     notes = _Notes()
     carried = _carried(adapter)
     modules = _modules(adapter, options, notes)
+    if not destination.biases:
+        modules = _without_biases(modules, destination, options, notes)
     shapes = {m: _module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
     model = options.model or _model_named(adapter) or model_of(shapes, adapter.metadata)
     back = carried if carried is not None and carried.get("format") == to else None
@@ -164,7 +166,7 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
             found[module] = (target, piece.rows)
     if lost and "unmapped" not in options.drop:
         raise UnmappedModuleError(
-            f"{len(lost)} targets are biases, or have names that no model is known to have: {', '.join(lost[:3])}; "
+            f"{len(lost)} targets have names that no model is known to have: {', '.join(lost[:3])}; "
             "pass --drop unmapped to leave them out"
         )
     notes.dropped |= dict.fromkeys(lost, "its name tells no module")
@@ -183,6 +185,19 @@ def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, 
             else "nothing to convert: no target's name tells its module"
         )
     return found
+
+
+def _without_biases(
+    modules: Mapping[Module, tuple[str, Rows]], destination: type[Format], options: Convert, notes: _Notes
+) -> dict[Module, tuple[str, Rows]]:
+    biased = {module: target for module, (target, _) in modules.items() if module.path.endswith(BIAS)}
+    if biased and "bias" not in options.drop:
+        raise UnsupportedInTargetError(
+            f"{destination.name} has no place for changes of biases, and {len(biased)} targets are that, such as "
+            f"{next(iter(biased.values()))}; pass --drop bias to leave them out"
+        )
+    notes.dropped |= dict.fromkeys(biased.values(), "a bias, which the dialect has no place for")
+    return {module: found for module, found in modules.items() if module not in biased}
 
 
 def _model_named(adapter: Adapter) -> Model | None:
