@@ -13,6 +13,8 @@ from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
 from loratools_cli.exit_codes import ExitCode, exit_code_lines
+from loratools_cli.extract import extract
+from loratools_cli.fuse import fuse
 from loratools_cli.info import info
 from loratools_cli.inspect import inspect
 from loratools_cli.interrupts import Interrupts
@@ -28,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (info, inspect, squeeze, truncate, convert, merge, diff, delta, formats, families):
+for command in (info, inspect, squeeze, truncate, convert, merge, extract, fuse, diff, delta, formats, families):
     app.command()(command)
 
 

@@ -21,6 +21,8 @@ from loratools.ops.inspect import places
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
+from loratools.reports.extract import ExtractReport
+from loratools.reports.fuse import FuseReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.merge import MergeReport
@@ -86,6 +88,19 @@ def _(report: SqueezeReport, planned: Path | None = None) -> str:
 @closing.register
 def _(report: DeltaReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {len(report.parameters)} tensors, {format_size(report.bytes)}\n"
+
+
+@closing.register
+def _(report: ExtractReport, planned: Path | None = None) -> str:
+    size = format_size(int(report.total["bytes"]))
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {size} of tensors\n"
+
+
+@closing.register
+def _(report: FuseReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {len(report.files)} files, {format_size(report.bytes)} of weights\n"
 
 
 @closing.register
@@ -217,6 +232,38 @@ def _(report: DeltaReport, everything: bool) -> Iterator[RenderableType]:
         for name, shape in report.parameters.items():
             grid.add_row(*_texts(name, " x ".join(map(str, shape))))
         yield grid
+    yield from _reasons("left out", report.skipped, everything)
+
+
+@blocks.register
+def _(report: ExtractReport, everything: bool) -> Iterator[RenderableType]:
+    if everything:
+        grid = _grid("target", "rank", "change %", "error %", "rounding %")
+        for name, t in report.targets.items():
+            shares = (percent(t.relative_change), percent(t.relative_error), percent(t.noise))
+            grid.add_row(*_texts(name, str(t.rank), *shares))
+        yield grid
+    total = report.total
+    yield Text(
+        f"{len(report.targets)} matrices, rank up to {total['rank_out']}, relative error "
+        f"{number(total['relative_error'])}; {report.unchanged} parameters unchanged"
+    )
+    left = {name: f"changed by {percent(share)} %, and no LoRA holds it" for name, share in report.left_out.items()}
+    yield from _reasons("left out", left, everything)
+
+
+@blocks.register
+def _(report: FuseReport, everything: bool) -> Iterator[RenderableType]:
+    if everything:
+        grid = _grid("parameter", "from", "change %", "lost to rounding %")
+        for name, p in report.parameters.items():
+            grid.add_row(*_texts(name, ", ".join(p.sources), percent(p.relative_change), percent(p.lost)))
+        yield grid
+    total = report.total
+    yield Text(
+        f"{len(report.parameters)} parameters changed by {percent(total['relative_change'])} %, of which rounding took "
+        f"{percent(total['lost'])} %"
+    )
     yield from _reasons("left out", report.skipped, everything)
 
 

@@ -48,6 +48,8 @@ REPORTS = {
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools convert": "convert",
     "loratools merge": "merge",
+    "loratools extract": "extract",
+    "loratools fuse": "fuse",
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",

@@ -7,6 +7,8 @@ from loratools.ops.aurac import aurac
 from loratools.ops.convert import Convert, convert, convert_file
 from loratools.ops.delta import delta, delta_file
 from loratools.ops.diff import diff
+from loratools.ops.extract import differences, extract
+from loratools.ops.fuse import fuse
 from loratools.ops.hydra import hydra
 from loratools.ops.info import info
 from loratools.ops.initial import subtract_initial
@@ -48,6 +50,9 @@ __all__ = [
     "delta",
     "delta_file",
     "diff",
+    "differences",
+    "extract",
+    "fuse",
     "hydra",
     "info",
     "inspect",

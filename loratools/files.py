@@ -156,7 +156,8 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     else:
         weights = path
     config = weights.parent / CONFIG_NAME
-    return weights, config if config.is_file() else None
+    is_stated = weights.suffix == ".gguf"  # in the file itself: a config beside it is that of the adapter it came from
+    return weights, config if config.is_file() and not is_stated else None
 
 
 def is_folder_adapter(adapter: Adapter) -> bool:

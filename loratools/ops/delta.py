@@ -31,16 +31,25 @@ def delta(
     is a base. Without one, names are the adapter's own; an update of fused projections comes apart where the base has
     them one by one. Raises NeedsBaseError for DoRA without a base.
     """
-    replaced = {} if base is None else _replacements(adapter, base)
+    replaced = {} if base is None else replacements(adapter, base)
     for name in adapter.select(target) if target else adapter.entries:
-        for parameter, dense in _of_target(adapter, name, base):
+        for parameter, dense in delta_of_target(adapter, name, base):
             yield parameter, dense + replaced.pop(parameter)() if parameter in replaced else dense
     if target is None:
         for parameter, change in replaced.items():
             yield parameter, change()
 
 
-def _of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterator[tuple[str, Tensor]]:
+def parameters_of_target(adapter: Adapter, name: str, base: BaseWeights) -> tuple[str, ...]:
+    """The base parameters that `delta_of_target` may name, biases included; empty where the base lacks the weight."""
+    whole = base.name_of(adapter.format.parameter(name))
+    weights = [whole] if whole is not None else list(_pieces(adapter, name, base))
+    biases = (f"{weight.removesuffix('.weight')}.bias" for weight in weights)
+    return (*weights, *(bias for bias in biases if bias in base.source.specs and bias not in weights))
+
+
+def delta_of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> Iterator[tuple[str, Tensor]]:
+    """As `delta`, for one target."""
     entry = adapter.entries[name]
     parameter = adapter.format.parameter(name)
     weight = None
@@ -106,7 +115,7 @@ def _fused(pieces: Mapping[str, Tensor], base: BaseWeights, shape: tuple[int, ..
     return whole
 
 
-def _replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[], Tensor]]:
+def replacements(adapter: Adapter, base: BaseWeights) -> dict[str, Callable[[], Tensor]]:
     """Base parameter -> its change, for the extras that replace one outright and that the base has."""
 
     def change(key: str, parameter: str) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from loratools._lazy import torch
@@ -87,21 +88,48 @@ def merge(
     extras, dropped = merged_extras(adapters, options.extras)
     draft, jobs = draft_of(adapters, rows, tuple(extras), options.base)
     draft = replace(draft, extras=extras, record=_record(adapters, weights, policy, limits, options))
-    if isinstance(policy, Budget) or (policy is not None and limits.uniform):
-        jobs, notes = _allocated(draft, adapters, weights, jobs, policy, limits, options)
-        warnings += notes
-    results = _each(jobs, lambda job: _merge_one(draft, adapters, weights, job, policy, limits, options), options)
-    updates = {job.name: update for job, (update, _, _) in zip(jobs, results, strict=True)}
-    merged = draft.with_updates(updates)
-    targets = {job.name: row for job, (_, row, _) in zip(jobs, results, strict=True)}
-    partial = {job.name: tuple(i + 1 for i, _ in job.sources) for job in jobs if len(job.sources) < len(adapters)}
-    total = totals(targets, [squares for _, _, squares in results], merged.nbytes)
-    if partial:
-        first = next(iter(partial))
-        warnings.append(f"{len(partial)} targets are not in all adapters, which count as zero there; first: {first}")
+    fitted = fit_jobs(draft, adapters, weights, jobs, policy, limits, options)
+    merged, targets = fitted.adapter, fitted.targets
+    warnings += fitted.notes
+    missing = {job.name: tuple(i + 1 for i, _ in job.sources) for job in jobs if len(job.sources) < len(adapters)}
+    total = totals(targets, fitted.squares, merged.nbytes)
+    if missing:
+        first = next(iter(missing))
+        warnings.append(f"{len(missing)} targets are not in all adapters, which count as zero there; first: {first}")
     if high := [t for t, row in targets.items() if row.relative_error > 0.5]:
         warnings.append(f"the relative error is above 0.5 for {len(high)} targets at their rank; first: {high[0]}")
-    return merged, MergeReport(options.method, weights, targets, partial, dropped, total, tuple(warnings))
+    return merged, MergeReport(options.method, weights, targets, missing, dropped, total, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The output, a row for each target, (||error||^2, ||delta||^2) of each, and what to say of the ranks."""
+
+    adapter: Adapter
+    targets: Mapping[str, TargetMerge]
+    squares: Sequence[tuple[float, float]]
+    notes: Sequence[str]
+
+
+def fit_jobs(
+    draft: Adapter,
+    adapters: Sequence[Adapter],
+    weights: tuple[float, ...],
+    jobs: list[Job],
+    policy: Policy | None,
+    limits: Limits,
+    options: Merge,
+) -> Fitted:
+    """`draft` with the factors of every job, at the ranks that the policy chooses."""
+    notes: list[str] = []
+    if isinstance(policy, Budget) or (policy is not None and limits.uniform):
+        jobs, notes = _allocated(draft, adapters, weights, jobs, policy, limits, options)
+    workers = _workers(adapters, options)
+    work = partial(_merge_one, draft, adapters, weights, policy=policy, limits=limits, options=options)
+    results = list(ordered_map(work, jobs, workers=workers))
+    merged = draft.with_updates({job.name: update for job, (update, _, _) in zip(jobs, results, strict=True)})
+    targets = {job.name: row for job, (_, row, _) in zip(jobs, results, strict=True)}
+    return Fitted(merged, targets, [squares for _, _, squares in results], notes)
 
 
 def _record(
@@ -124,10 +152,10 @@ def _density(options: Merge, count: int) -> float | None:
     return DENSITY.get(options.method, 1 / count)
 
 
-def _each(jobs: list[Job], work: Callable[[Job], _Done], options: Merge) -> list[_Done]:
-    """Dense rules one target at a time, for each takes memory for several dense matrices."""
-    workers = worker_count(options.device) if options.method in _SINGLE else 1
-    return list(ordered_map(work, jobs, workers=workers))
+def _workers(adapters: Sequence[Adapter], options: Merge) -> int:
+    """Dense matrices one target at a time: each takes memory for several."""
+    dense = any(not entry.is_factored for adapter in adapters for entry in adapter.entries.values())
+    return worker_count(options.device) if options.method in _SINGLE and not dense else 1
 
 
 _Done = tuple[LoRA, TargetMerge, tuple[float, float]]
@@ -155,7 +183,7 @@ def _allocated(
             norm = float(options.base.find(draft.format.parameter(job.name), shape).double().norm())
         return _spectrum(job, [spectrum(block) for block in blocks_of(op)], _noise(deltas, weights, job), norm)
 
-    workers = worker_count(options.device) if options.method in _SINGLE else 1
+    workers = _workers(adapters, options)
     found = dict(zip((j.name for j in jobs), ordered_map(measure, jobs, workers=workers), strict=True))
     if isinstance(policy, Budget):
         largest = {job.name: at_rank(job.template, len(found[job.name].values)) for job in jobs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -24,7 +25,8 @@ _MAX_INDEX: Final = 32 << 20  # the index of a 1T-parameter mixture of experts h
 class ShardedSource(TensorSource):
     """The tensors listed by a `*.safetensors.index.json`, in its order, from the shards beside it.
 
-    `unlisted` names the tensors that the shards hold and the index does not list.
+    `home` maps each tensor to its shard's file name. `unlisted` names the tensors that the shards hold and the index
+    does not list.
     """
 
     container = "sharded"
@@ -32,12 +34,12 @@ class ShardedSource(TensorSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         index = _read_index(self.path)
-        self._home: dict[str, str] = _weight_map(self.path, index)
+        self.home: Mapping[str, str] = _weight_map(self.path, index)
         self._shards: dict[str, SafetensorsSource] = {}
         try:
-            for shard in dict.fromkeys(self._home.values()):
+            for shard in dict.fromkeys(self.home.values()):
                 self._shards[shard] = SafetensorsSource(self.path.parent / shard)
-            for name, shard in self._home.items():
+            for name, shard in self.home.items():
                 if name not in self._shards[shard].specs:
                     raise InputError(
                         f"{printable(self.path)}: lists tensor {quoted(name)} in {quoted(shard)}, which lacks it; "
@@ -46,18 +48,18 @@ class ShardedSource(TensorSource):
         except BaseException:
             self.close()
             raise
-        self.specs = {name: self._shards[shard].specs[name] for name, shard in self._home.items()}
+        self.specs = {name: self._shards[shard].specs[name] for name, shard in self.home.items()}
         self.metadata = {
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in index.get("metadata", {}).items()
         }
         self.nbytes = self.path.stat().st_size + sum(shard.nbytes for shard in self._shards.values())
         self.unlisted: tuple[str, ...] = tuple(
-            name for shard, source in self._shards.items() for name in source.specs if self._home.get(name) != shard
+            name for shard, source in self._shards.items() for name in source.specs if self.home.get(name) != shard
         )
 
     def read(self, name: str) -> torch.Tensor:
-        return self._shards[self._home[name]].read(name)
+        return self._shards[self.home[name]].read(name)
 
     def close(self) -> None:
         for shard in self._shards.values():

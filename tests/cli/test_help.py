@@ -33,6 +33,8 @@ def test_the_commands_are_the_files() -> None:
         "truncate",
         "convert",
         "merge",
+        "extract",
+        "fuse",
         "diff",
         "delta",
         "formats",

@@ -1,0 +1,80 @@
+"""`loratools extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from loratools_cli import options
+
+
+def extract(
+    base: Annotated[Path, Argument(metavar="BASE", help="Base model: its folder, index or weights file.")],
+    tuned: Annotated[Path, Argument(metavar="TUNED", help="The model that was fine-tuned from it.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="The PEFT adapter to write.")],
+    rank: Annotated[int | None, Option(metavar="N", help="The same rank everywhere.")] = None,
+    energy: Annotated[float | None, Option(metavar="SHARE", help="Share of the squared spectrum to keep.")] = None,
+    budget: Annotated[str | None, Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")] = None,
+    ratio: Annotated[
+        float | None, Option(metavar="X", help="Size of the output: that of the changed matrices, divided by X.")
+    ] = None,
+    threshold: Annotated[
+        float | None, Option(metavar="T", help="Drop singular values up to T times the largest.")
+    ] = None,
+    elbow: Annotated[bool, Option("--elbow", help="Cut each spectrum where it bends.")] = False,
+    sv_ratio: Annotated[float | None, Option(metavar="R", help="As in sd-scripts: sv_ratio.")] = None,
+    sv_fro: Annotated[float | None, Option(metavar="F", help="As in sd-scripts: sv_fro.")] = None,
+    sv_cumulative: Annotated[float | None, Option(metavar="C", help="As in sd-scripts: sv_cumulative.")] = None,
+    adaptertune: Annotated[
+        str | None, Option(metavar="NOISE:SAMPLES", help="AdapterTune's elbow, such as 1e-4:5000.")
+    ] = None,
+    max_rank: Annotated[int | None, Option(metavar="N", help="No rank above N.")] = None,
+    min_rank: Annotated[int, Option(metavar="N", help="No rank below N.")] = 1,
+    multiple_of: Annotated[int, Option(metavar="N", help="Ranks rounded up to multiples of N.")] = 1,
+    uniform: Annotated[bool, Option("--uniform", help="One rank for all targets.")] = False,
+    seed: Annotated[int, Option(metavar="N", help="For the SVD of large matrices.")] = 0,
+    device: options.Device = "cpu",
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a LoRA of what full fine-tuning changed.
+
+    The best low-rank approximation of tuned - base for each matrix (PHLoRA). Changes that no LoRA holds, of norms,
+    biases and embedding tables, are listed.
+
+    \b
+    Examples:
+      loratools extract llama llama-tuned --rank 16 -o tuned-r16
+      loratools extract llama llama-tuned --energy 0.95 --max-rank 64 -o tuned
+    """
+    from dataclasses import replace
+
+    import loratools
+    from loratools.errors import OutputError
+    from loratools.files import save
+    from loratools.ranks import Limits
+    from loratools.storage.atomic import printable
+    from loratools_cli.output import Output
+    from loratools_cli.progress import Progress
+    from loratools_cli.rank_choice import RankChoice
+
+    choice = RankChoice(rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune)
+    _ = choice.given  # before anything is read: a wrong choice is known now
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
+    options.check_device(device)
+    if output.exists() and not (force or dry_run):
+        raise OutputError(f"{printable(output)}: exists already; choose another output or pass --force")
+    found = loratools.differences(loratools.load_base(base), loratools.load_base(tuned))
+    policy = choice.policy(found.adapter.nbytes)
+    limits = Limits(min_rank, max_rank, multiple_of, uniform)
+    with Progress() as progress:
+        watched = replace(found, adapter=progress.watch(found.adapter))
+        made, report = loratools.extract(watched, policy, limits=limits, seed=seed, device=device)
+        if not dry_run:
+            report = replace(report, output=str(save(made, output, force=force).path))
+    shown.show(report, planned=output if dry_run else None)
