@@ -47,7 +47,9 @@ class Update(ABC):
 
     A final subclass lists its slots, keeps its tensors in the shapes in which they are stored, and checks them when
     made: AdapterError where they do not fit together. `references` are slots whose tensors several targets share;
-    settings are the numbers that a method keeps in its config rather than in tensors.
+    settings are the numbers that a method keeps in its config rather than in tensors. `scaled` are the slots that take
+    what a change of scale leaves over: the delta is linear in those of them that there are, together; none where a
+    scale cannot be changed.
     """
 
     family: ClassVar[str]
@@ -55,6 +57,7 @@ class Update(ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     references: ClassVar[frozenset[str]] = frozenset()
     needs_base: ClassVar[bool] = False
+    scaled: ClassVar[tuple[str, ...]] = ()
     scale: float
     layout: Layout
 

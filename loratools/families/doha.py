@@ -27,6 +27,7 @@ class DoHa(Update):
     required: ClassVar[frozenset[str]] = LoHa.required | {"magnitude"}
     optional: ClassVar[frozenset[str]] = LoHa.optional
     needs_base: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
 
     direction: LoHa
     magnitude: Tensor

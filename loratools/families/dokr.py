@@ -27,6 +27,7 @@ class DoKr(Update):
     required: ClassVar[frozenset[str]] = LoKr.required | {"magnitude"}
     optional: ClassVar[frozenset[str]] = LoKr.optional
     needs_base: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a")
 
     direction: LoKr
     magnitude: Tensor

@@ -39,6 +39,7 @@ class DoRA(LowRankUpdate):
     required: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})
     optional: ClassVar[frozenset[str]] = frozenset({"mid", "up_bias"})
     needs_base: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ("up", "up_bias")
 
     direction: LoRA
     magnitude: Tensor

@@ -26,6 +26,7 @@ class LoHa(Update):
     family: ClassVar[str] = "loha"
     required: ClassVar[frozenset[str]] = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     optional: ClassVar[frozenset[str]] = frozenset({"hada_t1", "hada_t2"})
+    scaled: ClassVar[tuple[str, ...]] = ("hada_w1_a",)
 
     tensors: Mapping[str, Tensor]
     scale: float

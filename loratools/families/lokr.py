@@ -31,6 +31,7 @@ class LoKr(Update):
     optional: ClassVar[frozenset[str]] = frozenset(
         {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
     )
+    scaled: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a")
 
     tensors: Mapping[str, Tensor]
     scale: float

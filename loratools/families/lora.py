@@ -31,6 +31,7 @@ class LoRA(LowRankUpdate):
     family: ClassVar[str] = "lora"
     required: ClassVar[frozenset[str]] = frozenset({"down", "up"})
     optional: ClassVar[frozenset[str]] = frozenset({"mid", "up_bias"})
+    scaled: ClassVar[tuple[str, ...]] = ("up", "up_bias")
 
     down: Tensor
     up: Tensor

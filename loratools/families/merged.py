@@ -28,6 +28,7 @@ class MergedLoRA(Update):
 
     family: ClassVar[str] = "merged_lora"
     required: ClassVar[frozenset[str]] = frozenset({"merged_down", "merged_up"})
+    scaled: ClassVar[tuple[str, ...]] = ("merged_up",)
 
     down: Tensor
     up: Tensor

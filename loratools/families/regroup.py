@@ -23,14 +23,13 @@ STORED: Mapping[str, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat
 
 def recast(update: Update, dtype: str) -> Update:
     """The factors in another dtype, by torch's name; a magnitude keeps its own. AdapterError where one overflows."""
-    if isinstance(update, DoRA):
-        direction = recast(update.direction, dtype)
-        assert isinstance(direction, LoRA)
-        return DoRA(direction, update.magnitude)
-    if not isinstance(update, LoRA):
+    if not update.scaled:
         raise AdapterError(f"the dtype of {update.family} is not changed; leave it as it is")
-    cast = {slot: cast_to(tensor, getattr(torch, dtype)) for slot, tensor in update.parameters().items()}
-    return LoRA.from_parameters(cast, scale=update.scale, layout=update.layout)
+    cast = {
+        slot: tensor if slot == "magnitude" else cast_to(tensor, getattr(torch, dtype))
+        for slot, tensor in update.parameters().items()
+    }
+    return type(update).from_parameters(cast, scale=update.scale, layout=update.layout)
 
 
 def from_low_rank(
@@ -65,21 +64,20 @@ def composed(update: LoRA) -> LoRA:
 
 
 def rescaled(update: Update, scale: float) -> Update:
-    """The same update written with another scale: `up` takes the quotient, rounded once unless it is a power of two."""
+    """The same update written with another scale: its `scaled` slots take the quotient, rounded once unless that is a
+    power of two."""
     if update.scale == scale:
         return update
-    if isinstance(update, DoRA):
-        direction = rescaled(update.direction, scale)
-        assert isinstance(direction, LoRA)
-        return DoRA(direction, update.magnitude)
-    if not isinstance(update, LoRA):
+    if not update.scaled:
         raise AdapterError(f"the scale of {update.family} cannot be changed")
     if not scale:
         raise AdapterError("a scale of zero holds no update")
     factor = update.scale / scale
-    up = cast_to(update.up.double() * factor, update.up.dtype)
-    bias = None if update.up_bias is None else cast_to(update.up_bias.double() * factor, update.up_bias.dtype)
-    return replace(update, up=up, up_bias=bias, scale=scale)
+    parameters = {
+        slot: cast_to(tensor.double() * factor, tensor.dtype) if slot in update.scaled else tensor
+        for slot, tensor in update.parameters().items()
+    }
+    return type(update).from_parameters(parameters, scale=scale, layout=update.layout)
 
 
 def padded(update: Update, rank: int, *, scale: float) -> Update:

@@ -105,6 +105,7 @@ class Part:
     shape: tuple[int, ...] | None  # of the base parameter
     rank: int = 0
     scale: float = 1.0
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the factors, by slot
 
 
 def check_plain(parts: Mapping[str, Part], dialect: str) -> None:
@@ -123,8 +124,10 @@ class Format(ABC):
     weights_name: ClassVar[str] = "adapter_model.safetensors"  # in the folder of an adapter with a config
     framework: ClassVar[str] = "pt"  # `format` in the metadata of a file beside a config, for readers that ask for it
     holds: ClassVar[frozenset[str]] = frozenset()  # families that it can be asked to write; none for one that is read
+    kindred: ClassVar[Mapping[str, str]] = {}  # families that seem to have a place, and do not: why
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "magnitude"})  # of LoRA and DoRA, where they are held
     container: ClassVar[str] = "safetensors"  # in which it is written
+    biases: ClassVar[bool] = False  # whether a bias may be a target of its own
     uniform: ClassVar[bool] = False  # whether all targets of a file have one rank
     quantised: bool = False  # whether a container that can is to pack its tensors in blocks of 8 bits
     stale: ClassVar[tuple[str, ...]] = ()  # metadata that is false once a tensor changes

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools.errors import InputError, UnmappedModuleError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
-from loratools.formats.kohya import declared_alphas, is_per_input, magnitude_shape, stored_alpha
+from loratools.formats.kohya import declared_alphas, is_per_input, magnitude_shape, new_keys, stored_alpha
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import Model, from_native, native_placements
-from loratools.formats.modules import Module, Piece, Placement, lone
+from loratools.formats.modules import BIAS, Module, Piece, Placement, lone, of_bias, with_biases
 from loratools.formats.suffixes import (
     ALPHA,
     BIAS_SLOTS,
+    KINDRED,
     LYCORIS,
     SLOTS,
     SUFFIXES,
@@ -25,7 +26,6 @@ from loratools.formats.suffixes import (
     changes_bias,
     is_slot,
     place,
-    spelling,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Comfy(Format):
 
     name: ClassVar[str] = "comfy"
     holds: ClassVar[frozenset[str]] = LYCORIS
+    biases: ClassVar[bool] = True
+    kindred: ClassVar[Mapping[str, str]] = KINDRED
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
 
     keys: Mapping[str, Mapping[str, str]]
@@ -107,7 +109,7 @@ class Comfy(Format):
     @classmethod
     def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
         try:
-            return arrange(list(modules), order.model)
+            return with_biases(modules, lambda here: arrange(here, order.model))
         except KeyError as error:
             raise UnmappedModuleError(f"ComfyUI has no name for {error.args[0]}") from error
 
@@ -118,16 +120,16 @@ class Comfy(Format):
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new file, in the suffixes that every version of ComfyUI reads."""
-        keys = {
-            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
-            for target, part in parts.items()
-        }
+        keys = new_keys(parts)
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
     def place(self, target: str) -> Placement | None:
         if changes_bias(self.keys[target]):
-            return None
+            return of_bias(self._placed(target.removesuffix(BIAS)))
+        return self._placed(target)
+
+    def _placed(self, target: str) -> Placement | None:
         if (text := _TEXT.match(target)) is not None:
             last = "text_encoder_2" if any(".double_blocks." in t for t in self.keys) else "text_encoder_3"
             component = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": last}[text[1]]
@@ -161,7 +163,7 @@ class Comfy(Format):
     def writable_scale(self, target: str, rank: int, scale: float, mode: ScaleMode) -> float:
         if mode == "fold":
             return 1.0
-        return stored_alpha(scale * rank, self.alphas.get(target))[0] / rank if rank else scale
+        return stored_alpha(scale * rank, self.alphas.get(target))[0] / rank if rank else 1.0
 
     def declare(self, written: Mapping[str, Written], metadata: Mapping[str, str]) -> Declaration:
         return Declaration(None, metadata, declared_alphas(written, self.alphas))

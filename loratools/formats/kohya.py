@@ -23,8 +23,18 @@ from loratools.formats.base import (
     Written,
     check_plain,
 )
-from loratools.formats.modules import Module, Placement
-from loratools.formats.suffixes import ALPHA, LYCORIS, SUFFIXES, UNSUPPORTED, changes_bias, is_slot, place, spelling
+from loratools.formats.modules import BIAS, Module, Placement, of_bias, with_biases
+from loratools.formats.suffixes import (
+    ALPHA,
+    KINDRED,
+    LYCORIS,
+    SUFFIXES,
+    UNSUPPORTED,
+    changes_bias,
+    is_slot,
+    place,
+    spelling,
+)
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ class Kohya(Format):
     name: ClassVar[str] = "kohya"
     flat: ClassVar[bool] = True
     holds: ClassVar[frozenset[str]] = LYCORIS
+    biases: ClassVar[bool] = True
+    kindred: ClassVar[Mapping[str, str]] = KINDRED
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "mid", "magnitude"})
     stale: ClassVar[tuple[str, ...]] = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
@@ -110,16 +122,13 @@ class Kohya(Format):
     @classmethod
     def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
         try:
-            return kohya_names.arrange(list(modules), order.model)
+            return with_biases(modules, lambda here: kohya_names.arrange(here, order.model))
         except KeyError as error:
             raise UnmappedModuleError(f"sd-scripts has no name for {error.args[0]}") from error
 
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Kohya:
-        keys = {
-            target: {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
-            for target, part in parts.items()
-        }
+        keys = new_keys(parts)
         per_input = frozenset(t for t, part in parts.items() if part.layout.magnitude_axis == 1)
         return cls(keys, {}, per_input, (), {}, ())
 
@@ -134,7 +143,9 @@ class Kohya(Format):
         return magnitude_shape(part, count)
 
     def place(self, target: str) -> Placement | None:
-        return None if changes_bias(self.keys[target]) else kohya_names.place(target, is_flux=self.is_flux)
+        if changes_bias(self.keys[target]):
+            return of_bias(kohya_names.place(target.removesuffix(BIAS), is_flux=self.is_flux))
+        return kohya_names.place(target, is_flux=self.is_flux)
 
     @property
     def is_flux(self) -> bool:
@@ -183,6 +194,20 @@ class Kohya(Format):
 
 def _has_key_of(target: str, keys: tuple[str, ...]) -> bool:
     return any(key.partition(".")[0] == target for key in keys)
+
+
+def new_keys(parts: Mapping[str, Part]) -> dict[str, dict[str, str]]:
+    """The keys of a new file; a bias is named after its module, and that of a norm after the norm's weight."""
+    keys = {}
+    for target, part in parts.items():
+        module = target.removesuffix(BIAS) if part.slots == ("diff",) else target
+        if module != target:
+            weight = parts.get(module)
+            is_norm = weight is not None and weight.shape is not None and len(weight.shape) == 1
+            keys[target] = {"diff": f"{module}.{'b_norm' if is_norm else 'diff_b'}"}
+        else:
+            keys[target] = {slot: f"{target}.{spelling(slot, part.shape)}" for slot in part.slots}
+    return keys
 
 
 def magnitude_shape(part: Part, count: int) -> tuple[int, ...]:

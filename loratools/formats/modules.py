@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,32 @@ class Placement:
 
     rule: str
     pieces: tuple[Piece, ...]
+
+
+BIAS = ".bias"  # ends the path of what stands for a module's bias, which may have an update of its own
+
+
+def of_bias(placement: Placement | None) -> Placement | None:
+    """Where the bias of a module lies, from where the module does."""
+    if placement is None:
+        return None
+    pieces = tuple(Piece(Module(p.module.component, p.module.path + BIAS), p.rows) for p in placement.pieces)
+    return Placement(placement.rule, pieces)
+
+
+def with_biases(
+    modules: Collection[Module], arrange: Callable[[Collection[Module]], Mapping[str, Placement]]
+) -> dict[str, Placement]:
+    """As `arrange` names modules, for biases too: theirs are the targets of their modules with `.bias`."""
+    owners = {m: Module(m.component, m.path.removesuffix(BIAS)) for m in modules if m.path.endswith(BIAS)}
+    weights = {m for m in modules if m not in owners}
+    named = arrange(tuple(dict.fromkeys(owners.get(m, m) for m in modules)))
+    found = {t: p for t, p in named.items() if any(piece.module in weights for piece in p.pieces)}
+    biased = set(owners.values())
+    for target, placement in named.items():
+        if any(piece.module in biased for piece in placement.pieces) and (bias := of_bias(placement)) is not None:
+            found[target + BIAS] = bias
+    return found
 
 
 def lone(rule: str, component: str, path: str) -> Placement:

@@ -13,6 +13,7 @@ from loratools.formats.base import Declaration, Format, Header, Hints, NestedSca
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import whisper
 from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
+from loratools.formats.method_configs import KINDRED
 from loratools.formats.method_settings import token_settings
 from loratools.formats.modules import Module, Piece, Placement, lone
 from loratools.formats.torchtune import Torchtune
@@ -86,6 +87,7 @@ class Peft(Format):
 
     name: ClassVar[str] = "peft"
     holds: ClassVar[frozenset[str]] = frozenset({"lora", "dora"})
+    kindred: ClassVar[Mapping[str, str]] = KINDRED
     slots: ClassVar[frozenset[str]] = frozenset({"down", "up", "up_bias", "magnitude"})
 
     config: Mapping[str, Any] | None
@@ -186,6 +188,8 @@ class Peft(Format):
 
     @classmethod
     def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        if layout.experts > 1:  # spelt by the order of target_parameters, which a new config would have to keep
+            return "a stack of experts"
         return "a magnitude per input" if layout.magnitude_axis == 1 and "magnitude" in slots else None
 
     def carried_config(self) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.lora_config import pattern_value
+from loratools.formats.method_configs import WRITABLE, config_for
 from loratools.formats.method_settings import (
     adalora_scale,
     fourier_settings,
@@ -37,7 +38,7 @@ from loratools.formats.peft import PREFIX, Peft, component_of, placed, whole_par
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from loratools.formats.modules import Placement
+    from loratools.formats.modules import Module, Placement
 
 Config = Mapping[str, Any]
 SHARED_PREFIX = "base_model."
@@ -166,6 +167,7 @@ class PeftMethod(Format):
     """A PEFT adapter of a method other than LoRA; its config is carried over as it is."""
 
     name: ClassVar[str] = "peft"
+    holds: ClassVar[frozenset[str]] = frozenset(WRITABLE)
 
     config: Mapping[str, Any]
     method: Method
@@ -230,6 +232,26 @@ class PeftMethod(Format):
         if not extras:
             kept.pop("modules_to_save", None)
         return replace(Peft.compose(parts, Order(config=kept)), extras=extras)
+
+    @classmethod
+    def arrange(cls, modules: Mapping[Module, tuple[int, ...] | None], order: Order) -> Mapping[str, Placement]:
+        return Peft.arrange(modules, order)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
+        """The dialect of a new adapter, with the config carried along where that says the same."""
+        fresh = config_for(parts)
+        spelt = {slot: suffix for suffix, slot in METHODS[fresh["peft_type"]].slots.items()}
+        keys = {t: {slot: f"{PREFIX}{t}.{spelt[slot]}" for slot in part.slots} for t, part in parts.items()}
+        bound = cls(fresh, METHODS[fresh["peft_type"]], keys, {}, (), {}, ())
+        before = replace(bound, config=order.config)
+        same = order.config.get("peft_type") == fresh["peft_type"] and all(
+            math.isclose(before.scale(t, part.rank, None), part.scale, rel_tol=1e-6) for t, part in parts.items()
+        )
+        return before if same else bound
+
+    def carried_config(self) -> Mapping[str, Any]:
+        return self.config
 
     def references(self, target: str) -> Mapping[str, str]:
         if not self.method.numbered:

@@ -47,6 +47,12 @@ LYCORIS = frozenset(
     {"lora", "dora", "loha", "lokr", "doha", "dokr", "full", "glora", "oft_lycoris", "boft_lycoris", "ia3_lycoris"}
 )
 
+KINDRED: Mapping[str, str] = {
+    "oft": "LyCORIS's OFT rotates outputs, PEFT's rotates inputs",
+    "boft": "LyCORIS's BOFT rotates outputs, PEFT's rotates inputs",
+    "ia3": "LyCORIS's IA3 leaves the bias as it is, PEFT's scales that of outputs too",
+}
+
 # Suffixes that other files than adapters have too: a module with one is taken for an adapter only beside the second.
 _COMMON: Mapping[str, str] = {
     "weight": "on_input",

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
-from loratools.errors import AdapterError, UnmappedModuleError, UnsupportedInTargetError, UsageError
-from loratools.families import DoRA, Update
+from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
+from loratools.families import Update
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
-from loratools.formats.layouts import NATIVE_RULES, Model, model_of
-from loratools.formats.layouts.flat import flatten
-from loratools.formats.modules import Module, Placement, Rows
+from loratools.formats.layouts import Model, model_of
+from loratools.formats.modules import Placement
+from loratools.ops.carried import carried_by, kept_config, metadata_for
 from loratools.ops.initial import refuse_mutated
 from loratools.ops.lowering import Lowered, Lowering, lowered
+from loratools.ops.placing import model_named, module_shape, modules_of, without_biases
 from loratools.ops.regroup import Job, jobs_for, made
 from loratools.reports.convert import ConvertedTarget, ConvertReport
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
-CARRIED_KEY = "loratools_source"
 _SAME = 1e-6  # scales that differ by less were one number before a dialect rounded its alpha to float32
 _FOLDED = "{} multiplied into the up factors, which rounds them once unless the quotient is a power of two"
 DROPPABLE = ("bias", "extras", "unsupported", "unmapped")
@@ -64,9 +62,22 @@ class _Notes:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def writable_formats() -> dict[str, type[Format]]:
-    """The dialects that a conversion can write, by name."""
-    return {f.name: f for f in FORMATS if f.holds}
+def writable_formats() -> dict[str, tuple[type[Format], ...]]:
+    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
+    found: dict[str, tuple[type[Format], ...]] = {}
+    for dialect in FORMATS:
+        if dialect.holds:
+            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
+    return found
+
+
+def _destination(adapter: Adapter, to: str, options: Convert) -> type[Format]:
+    """The kind of file that holds all families as they are, or else the first, unless these are to be lowered."""
+    first, *others = writable_formats()[to]
+    families = {entry.family.family for entry in adapter.entries.values()}
+    fits = [kind for kind in others if families and families <= kind.holds]
+    as_it_is = not options.portable and options.lowering == Lowering(seed=options.lowering.seed)
+    return fits[0] if fits and as_it_is else first
 
 
 def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Adapter, ConvertReport]:
@@ -79,15 +90,19 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     formats = writable_formats()
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
-    destination = formats[to]
     refuse_mutated(adapter, "another file cannot say which base weight that leaves")
+    destination = _destination(adapter, to, options)
     if options.dtype == "q8_0" and destination.container != "gguf":
         raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
     notes = _Notes()
-    carried = _carried(adapter)
-    modules = _modules(adapter, options, notes)
-    shapes = {m: _module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
-    model = options.model or _model_named(adapter) or model_of(shapes, adapter.metadata)
+    carried = carried_by(adapter)
+    modules, left_out = modules_of(adapter, options)
+    notes.dropped |= left_out
+    if not destination.biases:
+        modules, left_out = without_biases(modules, destination.name, options.drop)
+        notes.dropped |= left_out
+    shapes = {m: module_shape(adapter.entries[target], rows) for m, (target, rows) in modules.items()}
+    model = options.model or model_named(adapter) or model_of(shapes, adapter.metadata)
     back = carried if carried is not None and carried.get("format") == to else None
     order = Order(
         model,
@@ -96,15 +111,23 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
         options.base.config if options.base else {},
         options.dtype == "q8_0",
     )
-    placements = _named(destination.arrange(shapes, order), (back or {}).get("names") or {})
+    names = (back or {}).get("names") or {}
+    if type(adapter.format) is destination:
+        odd = _odd_names(adapter, options).items()
+        names = {usual: had for usual, had in odd if (p := adapter.format.place(had)) and p.rule != "Whisper names"}
+    placements = _named(destination.arrange(shapes, order), names)
     jobs = jobs_for(placements, modules)
     builds = {job.target: _build(adapter, job, destination, options) for job in jobs}
     if options.portable or destination.uniform:
         builds = _uniform(builds, notes, scale=1.0 if options.portable else None)
+    extras = _extras(adapter, destination, options, notes)
+    if back is None:
+        without = bool(adapter.extras) and not extras
+        kept = kept_config(adapter, destination, set(builds), portable=options.portable, without_extras=without)
+        order = replace(order, config=kept)
     bound, builds = _bind(destination, builds, order, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
-    extras = _extras(adapter, destination, options, notes)
-    metadata = _metadata(adapter, destination, back, order, options, carried)
+    metadata = metadata_for(adapter, destination, order, lambda: _odd_names(adapter, options))
     record = Record("convert", _arguments(to, options), adapter.origin.sha256 if adapter.origin else lambda: "")
     result = Adapter(bound, entries, extras, metadata, (), adapter.origin, record if options.metadata else None)
     return result, _report(adapter, result, builds, model, notes)
@@ -128,82 +151,6 @@ class Build:
     entry: Entry
     actions: tuple[str, ...]
     relative_error: float | None = None
-
-
-def _modules(adapter: Adapter, options: Convert, notes: _Notes) -> dict[Module, tuple[str, Rows]]:
-    """Every module that the adapter changes, with the target that changes it and the rows there."""
-    found: dict[Module, tuple[str, Rows]] = {}
-    lost = []
-    known = _names_in(options.base, {m.component for m in _pieces(adapter)}) if options.base else {}
-    for target in adapter.entries:
-        placement = adapter.format.place(target)
-        if placement is None:
-            lost.append(target)
-            continue
-        for piece in placement.pieces:
-            module = known.get((piece.module.component, flatten(piece.module.path)), piece.module)
-            if options.component is not None:
-                if module.component not in ("", options.component):
-                    notes.dropped[target] = f"of {module.component}, not of {options.component}"
-                    continue
-                module = Module(options.component, module.path)
-            if module in found:
-                raise AdapterError(
-                    f"{target} and {found[module][0]} both change {module}; the file has two names for one module"
-                )
-            found[module] = (target, piece.rows)
-    if lost and "unmapped" not in options.drop:
-        raise UnmappedModuleError(
-            f"{len(lost)} targets are biases, or have names that no model is known to have: {', '.join(lost[:3])}; "
-            "pass --drop unmapped to leave them out"
-        )
-    notes.dropped |= dict.fromkeys(lost, "its name tells no module")
-    if not adapter.entries:
-        whole = len(adapter.format.replacements())
-        raise UnsupportedInTargetError(
-            f"nothing to convert: the file holds {whole} whole parameters and no update of one; they have a meaning "
-            "with their base alone"
-            if whole
-            else f"nothing to convert: {next(iter(adapter.unsupported.values()), 'the file holds no update')}"
-        )
-    if not found:
-        raise UnmappedModuleError(
-            f"nothing to convert: no target is of the component {options.component}"
-            if options.component
-            else "nothing to convert: no target's name tells its module"
-        )
-    return found
-
-
-def _model_named(adapter: Adapter) -> Model | None:
-    """The model whose authors' names the targets have, where they have any."""
-    placements = (adapter.format.place(target) for target in adapter.entries)
-    found = {NATIVE_RULES[p.rule] for p in placements if p is not None and p.rule in NATIVE_RULES}
-    return found.pop() if len(found) == 1 else None
-
-
-def _pieces(adapter: Adapter) -> list[Module]:
-    placements = (adapter.format.place(target) for target in adapter.entries)
-    return [piece.module for placement in placements if placement for piece in placement.pieces]
-
-
-def _names_in(base: BaseWeights, components: set[str]) -> dict[tuple[str, str], Module]:
-    """(component, flattened path) -> the base's own module, where just one flattens to it; for a base of one model."""
-    if len(components) != 1:
-        return {}
-    (component,) = components
-    found: dict[tuple[str, str], Module] = {}
-    taken = Counter(flatten(name.removesuffix(".weight")) for name in base.source.specs if name.endswith(".weight"))
-    for name in base.source.specs:
-        path = name.removesuffix(".weight")
-        if path != name and taken[flatten(path)] == 1:
-            found[component, flatten(path)] = Module(component, path)
-    return found
-
-
-def _module_shape(entry: Entry, rows: Rows) -> tuple[int, ...] | None:
-    shape = entry.base_shape
-    return None if shape is None else (shape[0] * rows.count // rows.units, *shape[1:])
 
 
 def _named(placements: Mapping[str, Placement], names: Mapping[str, str]) -> dict[str, Placement]:
@@ -289,14 +236,14 @@ def _bind(
         if stated is not None:
             scale = stated[target]
         actions = build.actions
-        if entry.rank and not math.isclose(scale, entry.scale, rel_tol=_SAME):
+        if not math.isclose(scale, entry.scale, rel_tol=_SAME):
             folded += 1
             actions = (*actions, "scale folded")
         drop = frozenset(set(entry.specs) - set(part.slots))
 
         def read(entry: Entry = entry, part: Part = part, scale: float = scale, drop: frozenset[str] = drop) -> Update:
             update = _without(entry.read(), drop)
-            if entry.rank and not math.isclose(scale, update.scale, rel_tol=_SAME):
+            if not math.isclose(scale, update.scale, rel_tol=_SAME):
                 update = rescaled(update, scale)
             if stored is not None:
                 update = recast(update, stored)
@@ -334,7 +281,8 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
             )
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
-    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale)
+    shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:
@@ -346,10 +294,23 @@ def _without(update: Update, slots: frozenset[str]) -> Update:
 
 def _laid_out(update: Update, part: Part, destination: type[Format]) -> Update:
     """With the magnitude in the shape in which the dialect keeps it."""
-    if not isinstance(update, DoRA):
+    parameters = update.parameters()
+    if "magnitude" not in parameters:
         return update
-    shape = destination.magnitude_shape(part, update.magnitude.numel())
-    return DoRA(update.direction, update.magnitude.reshape(shape))
+    magnitude = parameters["magnitude"]
+    shape = destination.magnitude_shape(part, magnitude.numel())
+    if len(shape) > 1 and magnitude.ndim > 1 and _without_ones(magnitude.shape) == _without_ones(shape):
+        return update  # as it was stored, for a kernel that the factors do not tell
+    parameters["magnitude"] = magnitude.reshape(shape)
+    return type(update).from_parameters(parameters, scale=update.scale, layout=update.layout)
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without the ones at the end that stand for a kernel."""
+    kept = len(shape)
+    while kept and shape[kept - 1] == 1:
+        kept -= 1
+    return tuple(shape[:kept])
 
 
 def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes: _Notes) -> dict[str, Extra]:
@@ -377,58 +338,18 @@ def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes
     return {}
 
 
-def _carried(adapter: Adapter) -> dict[str, Any] | None:
-    """What an earlier conversion kept of the file that it was made from."""
-    try:
-        found = json.loads(adapter.metadata.get(CARRIED_KEY, "null"))
-    except (ValueError, RecursionError):
-        return None
-    shapes = {"format": str, "config": dict, "metadata": dict, "names": dict}
-    if not isinstance(found, dict) or any(not isinstance(found.get(k, t()), t) for k, t in shapes.items()):
-        return None
-    return found
-
-
-def _metadata(
-    adapter: Adapter,
-    destination: type[Format],
-    back: Mapping[str, Any] | None,
-    order: Order,
-    options: Convert,
-    carried: Mapping[str, Any] | None,
-) -> dict[str, str]:
-    """The new file's own fields, and what of the old one it has no place for, to be found again on the way back."""
-    if not options.metadata:
-        return {}
-    if type(adapter.format) is destination:
-        return dict(adapter.metadata)
-    if back is not None:
-        return {k: str(v) for k, v in (back.get("metadata") or {}).items()}
-    own = destination.fresh_metadata(order)
-    if carried is not None:
-        return own | {CARRIED_KEY: adapter.metadata[CARRIED_KEY]}
-    source = {key: value for key, value in adapter.metadata.items() if key != CARRIED_KEY}
-    kept = {
-        "format": adapter.format.name,
-        "config": adapter.format.carried_config(),
-        "metadata": source,
-        "names": _odd_names(adapter, options),
-    }
-    return own | {CARRIED_KEY: json.dumps(kept, sort_keys=True)}
-
-
 def _odd_names(adapter: Adapter, options: Convert) -> dict[str, str]:
     """Targets that the dialect would be given other names on the way back: the name it would get -> the one it had."""
     formats = writable_formats()
-    if adapter.format.name not in formats or type(adapter.format) is not formats[adapter.format.name]:
+    if type(adapter.format) not in formats.get(adapter.format.name, ()):
         return {}
     modules = {
-        piece.module: _module_shape(adapter.entries[target], piece.rows)
+        piece.module: module_shape(adapter.entries[target], piece.rows)
         for target in adapter.entries
         if (placement := adapter.format.place(target))
         for piece in placement.pieces
     }
-    order = Order(options.model or _model_named(adapter) or model_of(modules, adapter.metadata))
+    order = Order(options.model or model_named(adapter) or model_of(modules, adapter.metadata))
     try:
         usual = type(adapter.format).arrange(modules, order)
     except AdapterError:

@@ -14,6 +14,7 @@ from loratools.adapter import entry_of, spec_of
 from loratools.errors import NeedsBaseError
 from loratools.families import FAMILIES, family_of
 from loratools.families.base import LowRankUpdate
+from loratools.families.regroup import rescaled
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import spectrum
 
@@ -57,6 +58,14 @@ def test_the_operator_is_the_delta(name: str) -> None:
     assert float(spectrum(op).norm()) == pytest.approx(norm, rel=1e-6)
     x = torch.randn(op.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(op.matmat(x), op.dense() @ x, rtol=1e-9, atol=1e-9 * norm)
+
+
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.family.scaled])
+def test_another_scale_keeps_the_delta(name: str) -> None:
+    example = EXAMPLES[name]
+    update = rescaled(example.update(), -0.3)
+    assert update.scale == -0.3
+    assert distance(update.delta(example.base).double().numpy(), example.delta) < 3e-7
 
 
 @each

@@ -194,12 +194,35 @@ def test_other_families_as_lora(samples: Samples, tmp_path: Path) -> None:
     assert fitted_file(before, tmp_path / "out", "vllm", Convert(Lowering(rank=4))).loads
 
 
-@pytest.mark.parametrize("broken", ["no-dora", "no-convolutions", "no-expert-stacks"])
-def test_what_no_conversion_mends_is_an_error(samples: Samples, tmp_path: Path, broken: str) -> None:
-    with pytest.raises(UnsupportedInTargetError, match=broken):
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("no-dora", "no-dora"),
+        ("no-convolutions", "no-convolutions"),
+        ("no-expert-stacks", "a stack of experts"),
+        ("no-other-tensors", "no-other-tensors.*pass --drop extras"),
+    ],
+)
+def test_what_no_conversion_mends_is_an_error(samples: Samples, tmp_path: Path, broken: str, message: str) -> None:
+    with pytest.raises(UnsupportedInTargetError, match=message):
         fitted(load(BREAKS[broken](tmp_path, samples)), "vllm")
 
 
 def test_the_initial_factors_are_asked_for(samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(MutatedBaseError, match="--initial-adapter"):
         fitted(load(BREAKS["original-base"](tmp_path, samples)), "vllm")
+
+
+def test_what_may_be_dropped_is(samples: Samples, tmp_path: Path) -> None:
+    before = load(BREAKS["no-other-tensors"](tmp_path, samples))
+    assert fitted_file(before, tmp_path / "out", "vllm", Convert(drop=frozenset({"extras"}))).loads
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+
+
+def test_the_rest_of_the_config_stays(tmp_path: Path) -> None:
+    kept = {"base_model_name_or_path": "org/model", "task_type": "CAUSAL_LM", "revision": "abc"}
+    before = load(peft(tmp_path / "x", use_rslora=True, ranks={ATTENTION[0]: 2}, **kept))
+    fitted_file(before, tmp_path / "out", "slora")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in kept} == kept

@@ -265,9 +265,9 @@ class TestFamilies:
         assert torch.equal(result[target].delta(), next(iter(adapter.values())).delta())
 
     def test_other_families_need_leave(self, samples: Samples) -> None:
-        adapter = opened(samples, "lycoris/loha")
-        with pytest.raises(UnsupportedInTargetError, match="no place for loha; pass --rank N"):
-            convert(adapter, "peft")
+        adapter = opened(samples, "peft/loha")
+        with pytest.raises(UnsupportedInTargetError, match="mlx has no place for loha; pass --exact"):
+            convert(adapter, "mlx")
 
     def test_approximation_states_its_error(self, samples: Samples, tmp_path: Path) -> None:
         adapter = opened(samples, "lycoris/loha")
@@ -434,17 +434,19 @@ class TestLycoris:
         assert numbers(after) == numbers(before)
         assert tensors(after) == tensors(before)
 
-    def test_biases_are_refused_and_norms_keep_their_suffix(self, samples: Samples, tmp_path: Path) -> None:
+    def test_norms_and_their_biases_keep_their_suffixes(self, samples: Samples, tmp_path: Path) -> None:
         adapter = load(samples("lycoris/locon_norm") / "adapter.safetensors")
         options = Convert(component="unet")
-        with pytest.raises(UnmappedModuleError, match="2 targets are biases"):
-            convert(adapter, "comfy", options)
-        options = replace(options, drop=frozenset({"unmapped"}))
         convert_file(adapter, tmp_path / "there", "comfy", options)
         there = load_file(tmp_path / "there.safetensors")
         assert {key for key in there if ".lora_" not in key and ".alpha" not in key} == {
             "diffusion_model.norm.w_norm",
             "diffusion_model.gn.w_norm",
+            "diffusion_model.norm.b_norm",
+            "diffusion_model.gn.b_norm",
         }
+        with pytest.raises(UnsupportedInTargetError, match="--drop bias"):
+            convert(adapter, "peft", options)
+        options = replace(options, drop=frozenset({"bias"}))
         with pytest.raises(UnsupportedInTargetError, match="a change of a norm"):
             convert(adapter, "peft", replace(options, lowering=Lowering(rank=1)))

@@ -1,0 +1,133 @@
+"""Configs under which PEFT makes LoHa and LoKr modules with just the tensors that targets have."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loratools.errors import UnsupportedInTargetError
+from loratools.formats.base import Part
+from loratools.formats.lora_config import target_modules
+
+# The families that can be written, and the PEFT types that they are.
+WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR"}
+
+_TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
+
+KINDRED: Mapping[str, str] = {
+    "oft_lycoris": "PEFT's OFT rotates inputs, LyCORIS's rotates outputs",
+    "boft_lycoris": "PEFT's BOFT rotates inputs, LyCORIS's rotates outputs",
+    "ia3_lycoris": "PEFT's IA3 scales the bias of outputs too, LyCORIS's does not",
+    "doha": "PEFT's LoHa has no magnitude",
+    "dokr": "PEFT's LoKr has no magnitude",
+}
+
+
+def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
+    """The config of an adapter of LoHa or LoKr; UnsupportedInTargetError names a target that PEFT cannot make so.
+
+    PEFT's scale is alpha / r for either, and alpha is stated accordingly.
+    """
+    is_loha = all("hada_w1_a" in part.slots for part in parts.values())
+    shape_fields, ranks = _loha(parts) if is_loha else _lokr(parts)
+    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
+    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    return {
+        "peft_type": WRITABLE["loha" if is_loha else "lokr"],
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
+        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        "target_modules": target_modules(list(parts)),
+        **shape_fields,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "init_weights": True,
+        "modules_to_save": None,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+
+
+def _loha(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:
+    for target, part in parts.items():
+        first, second = part.shapes["hada_w1_b"][0], part.shapes["hada_w2_b"][0]
+        if first != second:
+            raise UnsupportedInTargetError(
+                f"{target}: its halves have ranks {first} and {second}, and PEFT's LoHa has one for both; pass --exact "
+                "or --rank N to write a LoRA"
+            )
+    cores = any("hada_t1" in part.slots for part in parts.values())
+    return {"use_effective_conv2d": cores}, {target: part.rank for target, part in parts.items()}
+
+
+def _lokr(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:
+    cores = any("lokr_t2" in part.slots for part in parts.values())
+    both = any("lokr_w1_a" in part.slots for part in parts.values())
+    for factor in _decompose_factors(parts):
+        if misfit := next((t for t, part in parts.items() if not _is_factored(part, factor)), None):
+            continue
+        break
+    else:
+        raise UnsupportedInTargetError(
+            f"{misfit}: no decompose_factor of PEFT's LoKr splits all targets as these are; pass --rank N to write a "
+            "LoRA"
+        )
+    fields = {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": cores}
+    return fields, {target: _lokr_rank(target, part, both) for target, part in parts.items()}
+
+
+def _sides(part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) of w1 and of w2, without the kernel."""
+    shapes, shape = part.shapes, part.shape
+    assert shape is not None  # LoKr tells it
+    first = shapes["lokr_w1"][:2] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    return (first[0], first[1]), (shape[0] // first[0], shape[1] // first[1])
+
+
+def _decompose_factors(parts: Mapping[str, Part]) -> Iterator[int]:
+    yield -1
+    yield from sorted({side for part in parts.values() for matrix in _sides(part) for side in matrix if side > 0})
+
+
+def _is_factored(part: Part, factor: int) -> bool:
+    (rows, columns), (more_rows, more_columns) = _sides(part)
+    # a file does not tell the kernel of a convolution whose w2 is a product: its taps count among the columns
+    flat = "lokr_w2_b" in part.slots and "lokr_t2" not in part.slots
+    inputs = [more_columns // taps for taps in (_TAPS if flat else (1,)) if more_columns % taps == 0]
+    return _split(rows * more_rows, factor) == (rows, more_rows) and any(
+        _split(columns * n, factor) == (columns, n) for n in inputs
+    )
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """How PEFT and LyCORIS split a dimension: at `factor` where it divides, else at the largest divisor up to it and to
+    the square root."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
+    small = next(d for d in range(max(limit, 1), 0, -1) if size % d == 0)
+    return small, size // small
+
+
+def _lokr_rank(target: str, part: Part, both: bool) -> int:
+    """A rank for which PEFT makes factors whole where these are, and products of this rank where these are not."""
+    halves = [max(matrix) / 2 for matrix in _sides(part)]  # from which rank on a factor is whole
+    whole = [f"lokr_w{i}" in part.slots for i in (1, 2)]
+    ranks = {part.shapes[f"lokr_w{i}_b"][0] for i in (1, 2) if not whole[i - 1]}
+    asked = [h for h, w, counts in zip(halves, whole, (both, True), strict=True) if w and counts]
+    least = max((math.ceil(h) for h in asked), default=1)
+    rank = ranks.pop() if ranks else least
+    fits = not ranks and rank >= least and all(w or rank < h for h, w in zip(halves, whole, strict=True))
+    if not fits:
+        raise UnsupportedInTargetError(
+            f"{target}: PEFT's LoKr would decompose other factors at rank {rank}; pass --rank N to write a LoRA"
+        )
+    return rank
+
+
+def _tidy(alpha: float) -> float | int:
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-14) else alpha
