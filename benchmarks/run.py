@@ -10,10 +10,11 @@ from contestants import ROOT, environment
 
 # Page of the documentation -> the benchmarks it is made of.
 PAGES = {
-    "speed": ("squeeze_speed", "startup", "allocation", "gpu"),
+    "speed": ("squeeze_speed", "convert_speed", "startup", "allocation", "gpu"),
     "squeeze_real": ("real_squeeze",),
+    "samples": ("samples",),
 }
-TITLES = {"speed": "# Speed, memory and allocation\n\n", "squeeze_real": ""}
+TITLES = {"speed": "# Speed, memory and allocation\n\n", "squeeze_real": "", "samples": ""}
 
 
 def main() -> None:

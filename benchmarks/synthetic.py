@@ -40,6 +40,34 @@ def llama_like(layers: int, *, width: int = 4096, rank: int = 64, seed: int = 0)
     return weights
 
 
+def flux_like(*, rank: int = 43, seed: int = 0) -> Path:
+    """A kohya LoRA on every linear layer of FLUX's blocks, bf16, about 300 MB: fused projections, alpha beside each."""
+    weights = CACHE / f"flux-r{rank}-s{seed}" / "lora.safetensors"
+    if weights.is_file():
+        return weights
+    import torch
+    from safetensors.torch import save_file
+
+    width, hidden = 3072, 12288
+    double = {"attn_qkv": (3 * width, width), "attn_proj": (width, width), "mlp_0": (hidden, width)}
+    double["mlp_2"] = (width, hidden)
+    single = {"linear1": (3 * width + hidden, width), "linear2": (width, width + hidden)}
+    shapes = {f"double_blocks_{i}_{s}_{n}": d for i in range(19) for s in ("img", "txt") for n, d in double.items()}
+    shapes |= {f"single_blocks_{i}_{n}": d for i in range(38) for n, d in single.items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (m, n) in shapes.items():
+        name = f"lora_unet_{module}"
+        tensors[f"{name}.alpha"] = torch.tensor(16.0)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, n, generator=generator).bfloat16()
+        tensors[f"{name}.lora_up.weight"] = torch.randn(m, rank, generator=generator).bfloat16()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = weights.with_suffix(f".{os.getpid()}")
+    save_file(tensors, unfinished, metadata={"ss_network_dim": str(rank), "ss_network_alpha": "16"})
+    unfinished.replace(weights)
+    return weights
+
+
 def header_only(nbytes: int, *, width: int = 4096, rank: int = 64) -> Path:
     """The weights file of an adapter of about `nbytes`, all zeros and mostly a hole: for commands that read headers."""
     layers = round(nbytes / (len(PROJECTIONS) * 2 * width * rank * 2))

@@ -76,11 +76,18 @@ def families() -> str:
 def formats() -> str:
     """How adapters are spelt and stored."""
     from loratools.formats import FORMATS
+    from loratools.formats.matrix import DIALECTS, GRADES, MATRIX
     from loratools.storage import CONTAINERS
 
     parts = ["# Formats", "A dialect is how keys and config are spelt. Exactly one must recognise a file."]
     for dialect in FORMATS:
         parts += [f"## {dialect.name}", _first_sentence(dialect), _doc(dialect)]
+    parts += [
+        "# Conversions",
+        "What each kind of update, or each thing about it, becomes; the worst of the rows that hold for a file counts.",
+        _table(("", *DIALECTS), [(kind, *(row[d] for d in DIALECTS)) for kind, row in MATRIX.items()]),
+        _table(("", "meaning"), [(f"*{grade}*", meaning) for grade, meaning in GRADES.items()]),
+    ]
     rows = []
     for container in CONTAINERS:
         opener: Any = container.open

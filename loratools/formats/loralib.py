@@ -86,7 +86,7 @@ class Loralib(Format):
 
     def place(self, target: str) -> Placement | None:
         path = whisper.to_transformers(target)
-        return lone("bare names", "", target) if path is None else lone("Whisper names", "", path)
+        return lone("bare names", "", target) if path is None else lone(whisper.RULE, "", path)
 
     def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Loralib:
         check_plain(parts, self.name)

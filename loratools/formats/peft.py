@@ -347,7 +347,7 @@ def component_of(targets: Iterable[str]) -> str:
 def placed(target: str, component: str) -> Placement:
     """Where a target of PEFT lies in its model."""
     if not component and (path := whisper.to_transformers(target)) is not None:
-        return lone("Whisper names", "", path)
+        return lone(whisper.RULE, "", path)
     return lone("PEFT names", component, clip_path(target) if component == "text_encoder" else target)
 
 

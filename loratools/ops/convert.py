@@ -15,7 +15,7 @@ from loratools.families import Update
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
-from loratools.formats.layouts import Model, model_of
+from loratools.formats.layouts import Model, model_of, whisper
 from loratools.formats.modules import Placement
 from loratools.ops.carried import carried_by, kept_config, metadata_for
 from loratools.ops.initial import refuse_mutated
@@ -114,7 +114,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     names = (back or {}).get("names") or {}
     if type(adapter.format) is destination:
         odd = _odd_names(adapter, options).items()
-        names = {usual: had for usual, had in odd if (p := adapter.format.place(had)) and p.rule != "Whisper names"}
+        names = {usual: had for usual, had in odd if (p := adapter.format.place(had)) and p.rule != whisper.RULE}
     placements = _named(destination.arrange(shapes, order), names)
     jobs = jobs_for(placements, modules)
     builds = {job.target: _build(adapter, job, destination, options) for job in jobs}

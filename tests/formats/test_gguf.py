@@ -52,6 +52,14 @@ def worst(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(float((found[k] - truth[k].double()).norm() / truth[k].double().norm()) for k in found)
 
 
+def described(folder: Path) -> str:
+    """The largest relative error of a file against PEFT's deltas, in words where the file itself is off."""
+    base = load_base(folder / "base_hf")
+    error = worst(deltas(load(folder / "adapter.gguf", base=base)), load_file(folder / "reference_dW.safetensors"))
+    forgot = folder.name == "llama_rslora"
+    return f"{error:.1e}" + (": llama.cpp's own script dropped the scale of rsLoRA" if forgot else "")
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 def test_files_of_llama_cpp_decode_to_their_deltas(samples: Samples, name: str) -> None:
     folder, base = opened(samples, name)

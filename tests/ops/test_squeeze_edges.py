@@ -19,7 +19,8 @@ import loratools.ops.spectra as spectra_module
 import loratools.ops.squeeze as module
 from loratools._version import __version__
 from loratools.adapter import Adapter
-from loratools.errors import AdapterError, UnchangedError, UsageError
+from loratools.base_weights import load_base
+from loratools.errors import AdapterError, MutatedBaseError, UnchangedError, UsageError
 from loratools.files import load, save
 from loratools.ops.delta import delta
 from loratools.ops.diff import diff
@@ -367,3 +368,49 @@ def test_factors_that_overflow_when_a_scale_is_folded_are_refused(tmp_path: Path
         squeeze_file(adapter, tmp_path / "out", 4)
     assert not (tmp_path / "out").exists()
     squeeze(adapter, 4, options=Squeeze(scale="keep"))
+
+
+MUTATING = ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"]
+
+
+@pytest.mark.parametrize("init", MUTATING)
+def test_factors_relative_to_another_base_are_refused(tmp_path: Path, init: str) -> None:
+    """Such a loader takes the first factors out of the base again, and those of a lower rank are others."""
+    adapter = load(peft(tmp_path / "in", factors(SHAPES), {"init_lora_weights": init}))
+    assert any(init in warning for warning in adapter.warnings)
+    with pytest.raises(MutatedBaseError, match=f"init_lora_weights='{init}'.*--initial-adapter"):
+        squeeze_file(adapter, tmp_path / "out", 2)
+    with pytest.raises(MutatedBaseError, match="--initial-adapter"):
+        truncate_file(adapter, tmp_path / "out", 2, nested="keep")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [True, 2.5, "8", None])
+def test_a_rank_is_a_whole_number_or_a_policy(tmp_path: Path, rank: object) -> None:
+    adapter = load(peft(tmp_path / "in", factors(SHAPES)))
+    with pytest.raises(UsageError, match="a rank is a whole number or a policy"):
+        squeeze(adapter, rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_base_is_named(tmp_path: Path, value: float) -> None:
+    shapes: Shapes = {"layers.0.q": (12, 10, 8)}
+    folder = peft(tmp_path / "in", factors(shapes), {"use_dora": True})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"{PREFIX}layers.0.q.lora_magnitude_vector"] = rand(5, 12).abs()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    weight = rand(6, 12, 10)
+    weight[3, 4] = value
+    save_file({"layers.0.q.weight": weight}, tmp_path / "base.safetensors")
+    with pytest.raises(AdapterError, match=r"base\.safetensors: layers\.0\.q\.weight holds NaN or infinity"):
+        squeeze_file(load(folder), tmp_path / "out", 2, options=Squeeze(base=load_base(tmp_path / "base.safetensors")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_a_lone_file_are_not_taken_for_one_matrix(samples: Callable[[str], Path], tmp_path: Path) -> None:
+    """Without target_parameters nobody knows how many experts share the rows."""
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes((samples("peft/moe_target_parameters") / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match=r"experts.*adapter_config\.json"):
+        squeeze_file(load(lone, alpha=4), tmp_path / "out.safetensors", 1)
+    assert not (tmp_path / "out.safetensors").exists()
