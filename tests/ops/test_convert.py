@@ -450,3 +450,14 @@ class TestLycoris:
         options = replace(options, drop=frozenset({"bias"}))
         with pytest.raises(UnsupportedInTargetError, match="a change of a norm"):
             convert(adapter, "peft", replace(options, lowering=Lowering(rank=1)))
+
+
+def test_a_model_that_names_do_not_tell_is_asked_for(tmp_path: Path) -> None:
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    pair = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    save_file(pair, tmp_path / "a.safetensors")
+    adapter = load(tmp_path / "a.safetensors")
+    result, report = convert(adapter, "kohya")
+    assert "--model" in report.notices["W_MODEL_UNKNOWN"]
+    assert list(result) == ["lora_unet_transformer_blocks_0_attn_to_q"]
+    assert "W_MODEL_UNKNOWN" not in convert(adapter, "kohya", Convert(model="sd3"))[1].notices
