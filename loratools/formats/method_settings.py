@@ -11,9 +11,10 @@ from loratools.errors import InputError
 
 Config = Mapping[str, Any]
 
+# Those of PEFT whose filters are right: its coif4 and coif5 are not orthonormal, and it has none for higher orders.
 _WAVELETS = [
     f"{kind}{order}"
-    for kind, orders in (("db", range(1, 39)), ("sym", range(2, 21)), ("coif", range(1, 18)))
+    for kind, orders in (("db", range(1, 11)), ("sym", range(2, 11)), ("coif", range(1, 4)))
     for order in orders
 ]
 _MAX_TERMS = 1000  # of a series whose later terms vanish: more is no honest config
@@ -136,7 +137,9 @@ def wavelet_settings(config: Config, target: str) -> Mapping[str, Any]:
     """The seed of the places of the coefficients, and the wavelet that they belong to, if to any."""
     wavelet = config.get("wavelet_family", "db1")
     if wavelet not in _WAVELETS:
-        raise _problem("wavelet_family", wavelet, "a wavelet that PEFT has: db1-38, sym2-20 or coif1-17")
+        raise _problem(
+            "wavelet_family", wavelet, "a wavelet for which PEFT has sound filters: db1-10, sym2-10 or coif1-3"
+        )
     return {**fourier_settings(config, target), "wavelet": wavelet if flag(config, "use_idwt", True) else None}
 
 

@@ -105,7 +105,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     model = options.model or model_named(adapter) or model_of(shapes, adapter.metadata)
     if destination.flat and model is None and any(m.component == "transformer" for m in modules):
         notes.notices["W_MODEL_UNKNOWN"] = (
-            "the names do not tell which model this is, and were kept, which not every loader reads; say it with --model"
+            "the names do not tell which model this is, and were kept, which not every loader reads; name it with "
+            "--model"
         )
     back = carried if carried is not None and carried.get("format") == to else None
     order = Order(

@@ -33,7 +33,7 @@ GRALORA = {"gralora_A": torch.ones(2, 4, 4), "gralora_B": torch.ones(2, 4, 4)}
         ("FOURIERFT", {"fourierft_spectrum": torch.ones(3)}, {"random_loc_seed": "x"}, "random_loc_seed is 'x'"),
         ("FOURIERFT", {"fourierft_spectrum": torch.ones(65)}, {}, "65 coefficients do not fit"),
         ("WAVEFT", {"waveft_spectrum": torch.ones(3)}, {"wavelet_family": "bior1.3"}, "wavelet_family is 'bior1.3'"),
-        ("WAVEFT", {"waveft_spectrum": torch.ones(3)}, {"wavelet_family": "db99"}, "wavelet_family is 'db99'"),
+        ("WAVEFT", {"waveft_spectrum": torch.ones(3)}, {"wavelet_family": "coif4"}, "wavelet_family is 'coif4'"),
         ("RANDLORA", {"randlora_lambda": torch.ones(3, 4), "randlora_gamma": torch.ones(5, 8)}, {}, "do not chain"),
         ("TINYLORA", {"tinylora_A": torch.ones(2, 8), "tinylora_B": torch.ones(8, 2)}, {"weight_tying": 7}, "a share"),
         ("C3A", {"c3a_kernel": torch.ones(2, 4)}, {}, "is not .rows, columns, block size."),

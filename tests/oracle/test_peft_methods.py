@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import pywt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import loratools
-from loratools.errors import AdapterError, NeedsBaseError
+from loratools.errors import AdapterError, InputError, NeedsBaseError
+from loratools.formats.method_settings import wavelet_settings
 
 # PEFT announces what it adjusts: block sizes, fan_in_fan_out, projections that it draws again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -169,6 +172,9 @@ CASES = {
             "db7": {"wavelet_family": "db7", "scaling": 3.0},
             "sym5": {"wavelet_family": "sym5"},
             "coif2": {"wavelet_family": "coif2"},
+            "coif3": {"wavelet_family": "coif3"},
+            "db10": {"wavelet_family": "db10"},
+            "sym10": {"wavelet_family": "sym10"},
             "no transform": {"use_idwt": False},
             "a share of the parameters": {"proportional_parameters": True},
             "Conv1D": {"target_modules": ["fused"], "fan_in_fan_out": True, "wavelet_family": "db3"},
@@ -317,3 +323,26 @@ def test_shira_of_windows(tmp_path: Path) -> None:
     save_file({k: t.float() for k, t in load_file(weights).items()}, weights)
     assert_equal(ours(folder), wanted)
     assert_equal(merged(case, folder), wanted)
+
+
+def test_the_wavelets_are_those_whose_filters_are_sound_in_peft() -> None:
+    """A new PEFT that mends its coiflets, or has more, is found here."""
+    from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
+    from peft.tuners.waveft.wavelet import Wavelet
+
+    def sound(name: str) -> bool:
+        try:
+            theirs = np.array(Wavelet(name).rec_lo)
+        except ValueError:
+            return False
+        ours = np.array(pywt.Wavelet(name).rec_lo)
+        return theirs.shape == ours.shape and bool(np.allclose(theirs, ours, atol=1e-10))
+
+    accepted = []
+    for name in WAVELET_REDUCTIONS:
+        try:
+            wavelet_settings({"wavelet_family": name}, "")
+        except InputError:
+            continue
+        accepted.append(name)
+    assert accepted == [name for name in WAVELET_REDUCTIONS if sound(name)]
