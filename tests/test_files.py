@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -343,3 +344,13 @@ def test_alphas_at_the_ends_of_their_dtypes(tmp_path: Path, alpha: torch.Tensor,
     saved, _ = loratools.squeeze_file(adapter, tmp_path / "b.safetensors", rank)
     stored = load_file(saved.weights)[f"{stem}alpha"]
     assert (stored.dtype, float(stored)) == (dtype, rank)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files where the kernel lists them")
+def test_adapters_that_are_dropped_leave_no_file_open(samples: Callable[[str], Path]) -> None:
+    """A script over a hub of thousands may forget to close them."""
+    path = samples("peft/lora_plain")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        next(iter(loratools.load(path).values()))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -137,9 +137,7 @@ def wavelet_settings(config: Config, target: str) -> Mapping[str, Any]:
     """The seed of the places of the coefficients, and the wavelet that they belong to, if to any."""
     wavelet = config.get("wavelet_family", "db1")
     if wavelet not in _WAVELETS:
-        raise _problem(
-            "wavelet_family", wavelet, "a wavelet for which PEFT has sound filters: db1-10, sym2-10 or coif1-3"
-        )
+        raise _problem("wavelet_family", wavelet, "one of which PEFT has sound filters: db1-10, sym2-10 or coif1-3")
     return {**fourier_settings(config, target), "wavelet": wavelet if flag(config, "use_idwt", True) else None}
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, final
@@ -62,6 +63,7 @@ class SafetensorsSource(TensorSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._fd = open_regular_file(self.path)
+        self._release = weakref.finalize(self, os.close, self._fd)  # also for one that is dropped, not closed
         try:
             self._read_header()
         except BaseException:
@@ -95,9 +97,8 @@ class SafetensorsSource(TensorSource):
         return float(struct.unpack(f"<{code}", data)[0])
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._fd = -1
+        self._release()
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
