@@ -45,7 +45,7 @@ def extract(
     """Make a LoRA of what full fine-tuning changed.
 
     The best low-rank approximation of tuned - base for each matrix (PHLoRA). Changes that no LoRA holds, of norms,
-    biases and embedding tables, are listed.
+    biases and embedding tables, are listed. Channels in another order (S2FT) are put back.
 
     \b
     Examples:
@@ -69,10 +69,12 @@ def extract(
     options.check_device(device)
     if output.exists() and not (force or dry_run):
         raise OutputError(f"{printable(output)}: exists already; choose another output or pass --force")
-    found = loratools.differences(loratools.load_base(base), loratools.load_base(tuned))
-    policy = choice.policy(found.adapter.nbytes)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     with Progress() as progress:
+        before, after = loratools.load_base(base), loratools.load_base(tuned)
+        step = progress.steps(len(after.source.specs), "parameters compared")
+        found = loratools.differences(before, after, step=step)
+        policy = choice.policy(found.adapter.nbytes)
         watched = replace(found, adapter=progress.watch(found.adapter))
         made, report = loratools.extract(watched, policy, limits=limits, seed=seed, device=device)
         if not dry_run:

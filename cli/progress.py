@@ -19,16 +19,24 @@ _BETWEEN_SECONDS: Final = 0.1
 
 
 class Progress:
-    """Counts the targets that an adapter reads, from whichever thread."""
+    """Counts the targets that an adapter reads, or the steps of other work, from whichever thread."""
 
     def __init__(self, *, stream: TextIO | None = None, silent: float = _SILENT_SECONDS) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._next = time.monotonic() + silent if self._stream.isatty() else float("inf")
         self._lock = threading.Lock()
         self._total = self._read = self._width = 0
+        self._what = "targets"
+
+    def steps(self, total: int, what: str) -> Callable[[], None]:
+        """To be called after each of `total` things; what was counted before is over."""
+        self._total, self._read, self._what = total, 0, what
+        return self._step
 
     def watch(self, adapter: Adapter) -> Adapter:
         """The same adapter, whose reading is counted."""
+        if self._what != "targets":
+            self._total, self._read, self._what = 0, 0, "targets"
         self._total += len(adapter.entries)
         entries = {t: replace(e, read=self._counted(e.read)) for t, e in adapter.entries.items()}
         return replace(adapter, entries=entries)
@@ -47,12 +55,15 @@ class Progress:
     def _counted(self, read: Callable[[], Update]) -> Callable[[], Update]:
         def counted() -> Update:
             update = read()
-            with self._lock:
-                self._read += 1
-                self._draw()
+            self._step()
             return update
 
         return counted
+
+    def _step(self) -> None:
+        with self._lock:
+            self._read += 1
+            self._draw()
 
     def _draw(self) -> None:
         now = time.monotonic()
@@ -60,7 +71,7 @@ class Progress:
             return
         self._next = now + _BETWEEN_SECONDS
         turn, done = divmod(self._read - 1, self._total)  # spectra first and factors after are two turns
-        self._write(f"{done + 1} of {self._total} targets" + (f", turn {turn + 1}" if turn else ""))
+        self._write(f"{done + 1} of {self._total} {self._what}" + (f", turn {turn + 1}" if turn else ""))
 
     def _write(self, text: str) -> None:
         self._stream.write(f"\r{text:<{self._width}}" + ("" if text else "\r"))

@@ -149,6 +149,10 @@ class Format(ABC):
         """Slot -> extra key, for tensors that the target shares with others."""
         return {}
 
+    def copies(self) -> Mapping[str, str]:
+        """Extra key -> the extra key of the same tensor, which is all that a reader needs."""
+        return {}
+
     def settings(self, target: str) -> Mapping[str, Any]:
         """The numbers that the target's family keeps in a config."""
         return {}

@@ -227,6 +227,15 @@ class PeftMethod(Format):
             shapes.append(shape[::-1] if self.layout(target).transposed else shape)
         return (max(m for m, _ in shapes), max(n for _, n in shapes)) if shapes else None
 
+    def copies(self) -> Mapping[str, str]:
+        """PEFT saves RandLoRA's shared projections once more for every module, and does not ask for these."""
+        found = {}
+        for key in self.extras:
+            slot = self.method.shared.get(key.removesuffix(".weight").rpartition(".")[2], "")
+            if slot in self.shared and key != self.shared[slot]:
+                found[key] = self.shared[slot]
+        return found
+
     def as_lora(self, parts: Mapping[str, Part], extras: tuple[str, ...]) -> Peft:
         kept = {field: self.config[field] for field in _SHARED_FIELDS if field in self.config}
         if not extras:

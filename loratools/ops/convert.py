@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from loratools._lazy import torch
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
 from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
 from loratools.families import Update
@@ -23,6 +24,7 @@ from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.placing import model_named, module_shape, modules_of, without_biases
 from loratools.ops.regroup import Job, jobs_for, made
 from loratools.reports.convert import ConvertedTarget, ConvertReport
+from loratools.storage.header import spec_of
 
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
@@ -91,6 +93,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
     refuse_mutated(adapter, "another file cannot say which base weight that leaves")
+    if _stays(adapter, to, options):
+        return _without_copies(adapter, options)
     destination = _destination(adapter, to, options)
     if options.dtype == "q8_0" and destination.container != "gguf":
         raise UsageError(f"q8_0 is for GGUF files; {to} holds f32, f16 and bf16")
@@ -131,11 +135,48 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
         kept = kept_config(adapter, destination, set(builds), portable=options.portable, without_extras=without)
         order = replace(order, config=kept)
     bound, builds = _bind(destination, builds, order, options, notes)
+    _note_changes(adapter, builds, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
     metadata = metadata_for(adapter, destination, order, lambda: _odd_names(adapter, options))
     record = Record("convert", _arguments(to, options), adapter.origin.sha256 if adapter.origin else lambda: "")
     result = Adapter(bound, entries, extras, metadata, (), adapter.origin, record if options.metadata else None)
-    return result, _report(adapter, result, builds, model, notes)
+    return result, _report(adapter, result, _told(adapter, builds), model, notes)
+
+
+def _note_changes(adapter: Adapter, builds: Mapping[str, Build], options: Convert, notes: _Notes) -> None:
+    """What of the file is no longer as it was, beside scales and ranks."""
+    split = {s for b in builds.values() if not b.job.is_copy for s in b.job.sources}
+    if split:
+        notes.notices["I_SPLIT_FUSED"] = f"rows of {len(split)} targets were taken apart or joined, as names have it"
+    dtypes = {spec.dtype for entry in adapter.entries.values() for spec in entry.specs.values()}
+    asked = STORED.get(options.dtype or "")
+    if asked is not None and dtypes - {spec_of(torch.empty(0, dtype=asked)).dtype}:
+        notes.notices["W_DTYPE_CAST"] = f"{', '.join(sorted(dtypes))} was rounded to {options.dtype}"
+    if not options.metadata and adapter.metadata:
+        notes.notices["W_METADATA_DROPPED"] = f"metadata was left out: {', '.join(sorted(adapter.metadata))}"
+
+
+def _stays(adapter: Adapter, to: str, options: Convert) -> bool:
+    """Whether the file is asked for in its own dialect, in a method that is read there and not made."""
+    families = {entry.family.family for entry in adapter.entries.values()}
+    made = any(families <= kind.holds for kind in writable_formats()[to])
+    return adapter.format.name == to and not made and options == Convert(base=options.base, metadata=options.metadata)
+
+
+def _without_copies(adapter: Adapter, options: Convert) -> tuple[Adapter, ConvertReport]:
+    """The file as it is, but for tensors that it holds twice."""
+    notes = _Notes()
+    for key, other in adapter.format.copies().items():
+        one, two = adapter.extras[key].read(), adapter.extras[other].read()
+        if one.dtype == two.dtype and one.shape == two.shape and bool((one == two).all()):
+            notes.dropped[key] = f"a copy of {other}"
+    extras = {key: extra for key, extra in adapter.extras.items() if key not in notes.dropped}
+    digest = adapter.origin.sha256 if adapter.origin else lambda: ""
+    record = Record("convert", _arguments(adapter.format.name, options), digest) if options.metadata else None
+    result = replace(adapter, extras=extras, warnings=(), record=record)
+    rule = "as it was"
+    targets = {t: ConvertedTarget((t,), rule, e.family.family, e.rank) for t, e in adapter.entries.items()}
+    return result, _report(adapter, result, targets, None, notes)
 
 
 def convert_file(
@@ -380,10 +421,9 @@ def _arguments(to: str, options: Convert) -> dict[str, object]:
     return chosen
 
 
-def _report(
-    adapter: Adapter, result: Adapter, builds: Mapping[str, Build], model: Model | None, notes: _Notes
-) -> ConvertReport:
-    targets = {
+def _told(adapter: Adapter, builds: Mapping[str, Build]) -> dict[str, ConvertedTarget]:
+    """What the report says of every target."""
+    return {
         target: ConvertedTarget(
             build.job.sources,
             " and ".join(dict.fromkeys(p.rule for s in build.job.sources if (p := adapter.format.place(s)))),
@@ -395,6 +435,15 @@ def _report(
         for target, build in builds.items()
         for b in (build.entry,)
     }
+
+
+def _report(
+    adapter: Adapter,
+    result: Adapter,
+    targets: Mapping[str, ConvertedTarget],
+    model: Model | None,
+    notes: _Notes,
+) -> ConvertReport:
     total = sum(len(e.specs) for e in adapter.entries.values())
     scales = sum(adapter.format.scale_key(t) is not None for t in adapter.entries)
     keys = {

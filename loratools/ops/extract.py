@@ -14,10 +14,12 @@ from loratools.adapter import Adapter, Entry, Record
 from loratools.errors import AdapterError, UnchangedError
 from loratools.families.base import Layout
 from loratools.families.full import Full
-from loratools.formats.base import Order, Part
+from loratools.formats.base import Order as Request
+from loratools.formats.base import Part
 from loratools.formats.peft import Peft
 from loratools.ops.merge import Merge, fit_jobs
 from loratools.ops.merge_output import draft_of
+from loratools.ops.reorder import SUSPICIOUS, Order, candidates, matched_rows
 from loratools.ranks import Fixed, Limits, Policy
 from loratools.reports.extract import ExtractedTarget, ExtractReport
 from loratools.reports.merge import totals
@@ -58,46 +60,83 @@ class Differences:
     left_out: Mapping[str, Change]
     unchanged: int
     sha256: str  # of all tensors compared, in turn
+    reordered: tuple[str, ...] = ()  # parameters whose rows or columns lay in another order
 
 
-def differences(base: BaseWeights, tuned: BaseWeights) -> Differences:
+def differences(base: BaseWeights, tuned: BaseWeights, *, step: Callable[[], None] | None = None) -> Differences:
     """What fine-tuning changed, by parameter; every tensor of both is read once, one pair at a time.
 
-    Raises AdapterError where the two are no versions of one model: other shapes, another vocabulary, or weights that
+    Channels in another order, as S2FT leaves them, are put back first. `step` is called after each parameter. Raises
+    AdapterError where the two are no versions of one model: other shapes, another vocabulary, or weights that
     are not related.
     """
     pairs = _pairs(base, tuned)
     matrices: dict[str, Change] = {}
     left: dict[str, Change] = {}
-    unchanged, unrelated, compared = 0, 0, 0
     digest = hashlib.sha256()
+    changes: dict[str, Change] = {}
+    known: dict[str, Tensor] = {}
     for name, other in pairs.items():
         before, after = base.source.read(other), tuned.source.read(name)
         for tensor in (before, after):
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        change = _measured(before, after, name)
-        is_matrix = len(tuned.source.specs[name].shape) in (2, 4) and name.endswith(".weight") and not _is_table(name)
-        compared += is_matrix
-        unrelated += is_matrix and change.relative > _UNRELATED
-        if not change.change:
-            unchanged += 1
-        elif is_matrix:
-            matrices[name] = change
-        else:
-            left[name] = change
+        changes[name] = _measured(before, after, name)
+        if changes[name].relative > SUSPICIOUS and (order := matched_rows(before, after)) is not None:
+            known[name.rpartition(".")[0]] = order
+        if step is not None:
+            step()
+    orders = _reordered(base, tuned, pairs, changes, known) if known else {}
+    changes |= {name: change for name, (_, change) in orders.items()}
+    for name, change in changes.items():
+        is_matrix = _is_matrix(name, tuned.source.specs[name].shape)
+        if change.change:
+            (matrices if is_matrix else left)[name] = change
+    compared = sum(_is_matrix(name, tuned.source.specs[name].shape) for name in changes)
+    unrelated = sum(change.relative > _UNRELATED for change in matrices.values())
     if unrelated * 2 > compared:
         raise AdapterError(
             f"{printable(tuned.source.path)}: {unrelated} of {compared} matrices have nothing in common with those of "
             f"{printable(base.source.path)}; is it the right base?"
         )
     transposed = tuned.config.get("model_type") in _TRANSPOSED
-    entries = {name.removesuffix(".weight"): _entry(base, tuned, name, pairs[name], transposed) for name in matrices}
+    entries = {
+        name.removesuffix(".weight"): _entry(
+            base, tuned, name, pairs[name], transposed, orders[name][0] if name in orders else Order()
+        )
+        for name in matrices
+    }
     parts = {t: Part(("down", "up"), e.layout, e.base_shape) for t, e in entries.items()}
     origin = base.config.get("_name_or_path")
     kept = {"base_model_name_or_path": origin if isinstance(origin, str) else None}
-    adapter = Adapter(Peft.compose(parts, Order(config=kept)), entries, {}, {})
-    changes = {name.removesuffix(".weight"): change for name, change in matrices.items()}
-    return Differences(adapter, changes, left, unchanged, digest.hexdigest())
+    adapter = Adapter(Peft.compose(parts, Request(config=kept)), entries, {}, {})
+    of_targets = {name.removesuffix(".weight"): change for name, change in matrices.items()}
+    unchanged = len(changes) - len(matrices) - len(left)
+    return Differences(adapter, of_targets, left, unchanged, digest.hexdigest(), tuple(orders))
+
+
+def _reordered(
+    base: BaseWeights,
+    tuned: BaseWeights,
+    pairs: Mapping[str, str],
+    changes: Mapping[str, Change],
+    known: Mapping[str, Tensor],
+) -> dict[str, tuple[Order, Change]]:
+    """Parameters that are nearer to the base in another order, with that order and the change that is left."""
+    found: dict[str, tuple[Order, Change]] = {}
+    for name, change in changes.items():
+        module, _, leaf = name.rpartition(".")
+        shape = tuned.source.specs[name].shape
+        own = [Order(rows=known[module])] if module in known and leaf == "weight" else []
+        tried = own or (candidates(name, shape, known) if change.relative > SUSPICIOUS else [])
+        if not tried:
+            continue
+        before, after = base.source.read(pairs[name]), tuned.source.read(name)
+        best = change
+        for order in tried:
+            left = _measured(before, order.restored(after), name)
+            if left.change < 0.5 * best.change:
+                found[name], best = (order, left), left
+    return found
 
 
 def extract(
@@ -131,6 +170,11 @@ def extract(
         for change in (found.changes[target],)
     }
     warnings = [*fitted.notes]
+    if found.reordered:
+        warnings.append(
+            f"the channels of {len(found.reordered)} parameters lay in another order, as S2FT leaves them, and were "
+            f"put back: the adapter is for the base as it is; first: {found.reordered[0]}"
+        )
     if found.left_out:
         worst = max(found.left_out, key=lambda name: found.left_out[name].relative)
         warnings.append(
@@ -174,6 +218,10 @@ def _pairs(base: BaseWeights, tuned: BaseWeights) -> dict[str, str]:
     return pairs
 
 
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) in (2, 4) and name.endswith(".weight") and not _is_table(name)
+
+
 def _is_table(name: str) -> bool:
     return any(word in name.removesuffix(".weight").rpartition(".")[2] for word in _TABLES)
 
@@ -197,12 +245,13 @@ def _rounding(tensor: Tensor) -> float:
     return float(steps.norm()) * torch.finfo(tensor.dtype).eps / math.sqrt(12)
 
 
-def _entry(base: BaseWeights, tuned: BaseWeights, name: str, other: str, transposed: bool) -> Entry:
+def _entry(base: BaseWeights, tuned: BaseWeights, name: str, other: str, transposed: bool, order: Order) -> Entry:
     spec = tuned.source.specs[name]
     layout = Layout(transposed=transposed and len(spec.shape) == 2)
-    read: Callable[[], Full] = partial(_difference, base, tuned, name, other, layout)
+    read: Callable[[], Full] = partial(_difference, base, tuned, name, other, layout, order)
     return Entry(Full, {"diff": TensorSpec(spec.dtype, spec.shape)}, layout, 0, 1.0, read)
 
 
-def _difference(base: BaseWeights, tuned: BaseWeights, name: str, other: str, layout: Layout) -> Full:
-    return Full(tuned.source.read(name).double() - base.source.read(other).double(), 1.0, layout)
+def _difference(base: BaseWeights, tuned: BaseWeights, name: str, other: str, layout: Layout, order: Order) -> Full:
+    after = order.restored(tuned.source.read(name))
+    return Full(after.double() - base.source.read(other).double(), 1.0, layout)

@@ -72,6 +72,7 @@ CONTAINERS: Final = (
 )
 
 _LFS_POINTER: Final = b"version https://git-lfs"
+_HDF5: Final = b"\x89HDF\r\n\x1a\n"
 
 
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
@@ -83,6 +84,11 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
         head = stream.read(64)
     if head.startswith(_LFS_POINTER):
         raise InputError(f"{printable(file)}: is a Git LFS pointer, not the file itself; run git lfs pull")
+    if head.startswith(_HDF5):
+        raise InputError(
+            f"{printable(file)}: is an HDF5 file; a .lora.h5 of Keras numbers layers by their place in the model, so "
+            "that the model is needed: save the adapter as PEFT with Keras itself"
+        )
     for container in CONTAINERS:
         if container.matches(head):
             return container.open(file)

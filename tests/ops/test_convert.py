@@ -461,3 +461,15 @@ def test_a_model_that_names_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     assert "--model" in report.notices["W_MODEL_UNKNOWN"]
     assert list(result) == ["lora_unet_transformer_blocks_0_attn_to_q"]
     assert "W_MODEL_UNKNOWN" not in convert(adapter, "kohya", Convert(model="sd3"))[1].notices
+
+
+def test_what_is_no_longer_as_it_was_is_said(samples: Samples) -> None:
+    adapter = opened(samples, "kohya/flux_bfl")
+    plain = convert(adapter, "diffusers")[1].notices
+    assert set(plain) == {"I_SPLIT_FUSED"}
+    options = Convert(dtype="bf16", metadata=False)
+    told = convert(adapter, "diffusers", options)[1].notices
+    assert told["W_DTYPE_CAST"] == "F32 was rounded to bf16"
+    assert all(key in told["W_METADATA_DROPPED"] for key in adapter.metadata)
+    assert "I_SPLIT_FUSED" not in convert(adapter, "comfy")[1].notices
+    assert "W_DTYPE_CAST" not in convert(adapter, "comfy", Convert(dtype="f32"))[1].notices

@@ -205,3 +205,74 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         made.append(loratools.save(adapter, tmp_path / f"out{i}").weights.read_bytes())
     assert made[0] == made[1]
     assert {t.dtype for t in load_file(tmp_path / "out0" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+def s2ft(folder: Path, *, bias: bool, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A base and what S2FT makes of it: trained rows of up and v, columns of down and o, all channels in another order.
+
+    Also the true deltas, in the order of the base.
+    """
+    generator = torch.Generator().manual_seed(11)
+    block, heads, size, hidden, width = "model.layers.0", 4, 6, 40, 24
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    attention = {f"{block}.self_attn.{n}_proj.weight": rand(width, width) for n in "qkvo"}
+    feed = {f"{block}.mlp.{n}_proj.weight": rand(hidden, width) for n in ("gate", "up")}
+    base = attention | feed | {f"{block}.mlp.down_proj.weight": rand(width, hidden)}
+    if bias:
+        base[f"{block}.self_attn.q_proj.bias"] = rand(width)
+    channels = torch.tensor([7, 19, 33] + [i for i in range(hidden) if i not in (7, 19, 33)])
+    order = torch.tensor([2, 0, 1, 3])
+    by_head = (order[:, None] * size + torch.arange(size)).reshape(-1)
+    assert len(by_head) == heads * size
+    trained = {name: t.clone() for name, t in base.items()}
+    trained[f"{block}.mlp.up_proj.weight"][channels[:3]] += 0.3 * rand(3, width)
+    trained[f"{block}.mlp.down_proj.weight"][:, channels[:3]] += 0.3 * rand(width, 3)
+    trained[f"{block}.self_attn.o_proj.weight"][:, by_head[:size]] += 0.3 * rand(width, size)
+    deltas = {n: trained[n].double() - base[n].double() for n in base if not torch.equal(trained[n], base[n])}
+    after = dict(trained)
+    for n in "qkv":
+        after[f"{block}.self_attn.{n}_proj.weight"] = trained[f"{block}.self_attn.{n}_proj.weight"][by_head]
+    if bias:
+        after[f"{block}.self_attn.q_proj.bias"] = trained[f"{block}.self_attn.q_proj.bias"][by_head]
+    after[f"{block}.self_attn.o_proj.weight"] = trained[f"{block}.self_attn.o_proj.weight"][:, by_head]
+    for n in ("gate", "up"):
+        after[f"{block}.mlp.{n}_proj.weight"] = trained[f"{block}.mlp.{n}_proj.weight"][channels]
+    after[f"{block}.mlp.down_proj.weight"] = trained[f"{block}.mlp.down_proj.weight"][:, channels]
+    model(folder / "base", base)
+    model(folder / "tuned", {n: t.contiguous() for n, t in after.items()})
+    return base, deltas
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_channels_that_s2ft_moved_are_put_back(tmp_path: Path, bias: bool, dtype: torch.dtype) -> None:
+    _, deltas = s2ft(tmp_path, bias=bias, dtype=dtype)
+    apart = found(tmp_path / "base", tmp_path / "tuned")
+    assert {f"{t}.weight" for t in apart.adapter} == set(deltas)
+    assert apart.left_out == {}
+    for name, delta in deltas.items():
+        assert torch.equal(apart.adapter[name.removesuffix(".weight")].delta().double(), delta.float().double()), name
+    adapter, report = loratools.extract(apart, 6)
+    for name, delta in deltas.items():  # of ranks 3, 3 and 6
+        got = adapter[name.removesuffix(".weight")].delta().double()
+        assert (got - delta).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * delta.norm()
+    assert any("S2FT" in warning for warning in report.warnings)
+    assert len(apart.reordered) == 7 + bias
+
+
+def test_another_model_is_not_taken_for_another_order(tmp_path: Path) -> None:
+    model(tmp_path / "base", weights(0))
+    model(tmp_path / "tuned", weights(9))
+    with pytest.raises(AdapterError, match="is it the right base"):
+        found(tmp_path / "base", tmp_path / "tuned")
+
+
+def test_every_parameter_counts_as_a_step(tmp_path: Path) -> None:
+    two(tmp_path)
+    steps: list[None] = []
+    bases = (loratools.load_base(tmp_path / name) for name in ("base", "tuned"))
+    loratools.differences(*bases, step=lambda: steps.append(None))
+    assert len(steps) == len(SHAPES)

@@ -284,6 +284,20 @@ def test_peft_merges_what_we_decode(tmp_path: Path, name: str) -> None:
     assert_equal(ours(folder), merged(CASES[name], folder))
 
 
+@pytest.mark.parametrize("name", ["randlora", "randlora, Conv1D"])
+def test_peft_needs_no_copies_of_the_projections(tmp_path: Path, name: str) -> None:
+    folder = trained(CASES[name], tmp_path)
+    adapter = loratools.load(folder)
+    saved, report = loratools.convert_file(adapter, tmp_path / "slim", "peft")
+    copies = {key for key in adapter.extras if not key.startswith(("base_model.randlora", "base_model.model.randlora"))}
+    assert copies
+    assert set(report.dropped) == copies
+    before, after = (load_file(p / "adapter_model.safetensors") for p in (folder, saved.path))
+    assert set(before) - set(after) == copies
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+    assert_equal(merged(CASES[name], saved.path), merged(CASES[name], folder))
+
+
 @pytest.mark.parametrize("name", ["vera, projections not saved", "pvera, projections not saved"])
 def test_projections_are_drawn_in_the_precision_of_the_base(tmp_path: Path, name: str) -> None:
     folder = trained(CASES[name], tmp_path, torch.bfloat16)

@@ -46,3 +46,9 @@ def test_a_name_that_would_break_the_line_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         open_source(path)
     assert str(error.value).isprintable()
+
+
+def test_a_keras_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.lora.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 100)
+    with pytest.raises(InputError, match=r"is an HDF5 file; a \.lora\.h5 of Keras"):
+        open_source(tmp_path / "a.lora.h5")
