@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratools._lazy import torch
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
 from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
 from loratools.families import Update
@@ -24,7 +23,6 @@ from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.placing import model_named, module_shape, modules_of, without_biases
 from loratools.ops.regroup import Job, jobs_for, made
 from loratools.reports.convert import ConvertedTarget, ConvertReport
-from loratools.storage.header import spec_of
 
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
@@ -149,8 +147,7 @@ def _note_changes(adapter: Adapter, builds: Mapping[str, Build], options: Conver
     if split:
         notes.notices["I_SPLIT_FUSED"] = f"rows of {len(split)} targets were taken apart or joined, as names have it"
     dtypes = {spec.dtype for entry in adapter.entries.values() for spec in entry.specs.values()}
-    asked = STORED.get(options.dtype or "")
-    if asked is not None and dtypes - {spec_of(torch.empty(0, dtype=asked)).dtype}:
+    if options.dtype is not None and dtypes - {options.dtype.upper()}:
         notes.notices["W_DTYPE_CAST"] = f"{', '.join(sorted(dtypes))} was rounded to {options.dtype}"
     if not options.metadata and adapter.metadata:
         notes.notices["W_METADATA_DROPPED"] = f"metadata was left out: {', '.join(sorted(adapter.metadata))}"
