@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
 from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
-from loratools.families import Update
+from loratools.families import LoRA
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
@@ -22,10 +22,13 @@ from loratools.ops.initial import refuse_mutated
 from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.placing import model_named, module_shape, modules_of, without_biases
 from loratools.ops.regroup import Job, jobs_for, made
+from loratools.pipeline import begun, ordered_map, worker_count
 from loratools.reports.convert import ConvertedTarget, ConvertReport
+from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
+    from loratools.families.base import Update
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 _SAME = 1e-6  # scales that differ by less were one number before a dialect rounded its alpha to float32
@@ -179,9 +182,13 @@ def _without_copies(adapter: Adapter, options: Convert) -> tuple[Adapter, Conver
 def convert_file(
     adapter: Adapter, path: str | os.PathLike[str], to: str, options: Convert = Convert(), *, force: bool = False
 ) -> tuple[Saved, ConvertReport]:
-    """As `convert`, streamed to `path`, one target at a time."""
+    """As `convert`, streamed to `path`, a few targets at a time."""
     result, report = convert(adapter, to, options)
-    saved = write(result, ((t, e.read()) for t, e in result.entries.items()), Path(path), force=force)
+    if result.record:  # its hash of the input is needed last, so it is computed meanwhile
+        result = replace(result, record=replace(result.record, source_sha256=begun(result.record.source_sha256)))
+    entries = result.entries
+    updates = ordered_map(lambda t: (t, entries[t].read()), list(entries), workers=worker_count("cpu"))
+    saved = write(result, updates, Path(path), force=force)
     before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
     return saved, replace(report, output=str(saved.path), bytes_before=before, bytes_after=saved.nbytes)
 
@@ -216,8 +223,9 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
         state = Lowered()
         for name in job.sources:
             try:
-                update = adapter.entries[name].read()
-                update, how = lowered(update, destination, weights[name](), options.lowering, plain=not job.is_copy)
+                update, how = lowered(
+                    adapter.entries[name].read(), destination, weights[name](), options.lowering, plain=not job.is_copy
+                )
             except AdapterError as error:
                 raise type(error)(f"{name}: {error}") from error
             parts[name] = update
@@ -228,9 +236,29 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
             raise type(error)(f"{job.target}: {error}") from error
         return update, state.worse(Lowered(actions))
 
+    if held and (specs := _cut(job, entry)) is not None:
+        entry = replace(entry, specs=specs, read=lambda: build()[0], alpha=None)
+        return Build(job, entry, (f"rows of {job.sources[0]}",))
     first, state = build()
     entry = replace(entry_of(first), read=lambda: build()[0])
     return Build(job, entry, state.actions, state.relative_error)
+
+
+def _cut(job: Job, entry: Entry) -> dict[str, TensorSpec] | None:
+    """What is stored of a target that is some rows of another, where the shapes alone tell it: no value is read."""
+    piece = job.pieces[0]
+    plain = issubclass(entry.family, LoRA) and "mid" not in entry.specs and entry.layout.experts == 1
+    shared_out = (
+        piece.part[1] > 1 and entry.rank % piece.part[1] == 0
+    )  # components that change one part alone fall away
+    outputs = entry.specs["up"].shape[0] if plain else 0
+    if job.is_copy or not plain or shared_out or len(job.pieces) > 1 or not piece.into.is_whole:
+        return None
+    if outputs % piece.rows.units:
+        return None
+    rows = outputs // piece.rows.units * piece.rows.count
+    by_row = ("up", "up_bias")
+    return {k: TensorSpec(s.dtype, (rows, *s.shape[1:])) if k in by_row else s for k, s in entry.specs.items()}
 
 
 def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], Any]:
