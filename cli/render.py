@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -291,13 +292,27 @@ def _(report: ConvertReport, everything: bool) -> Iterator[RenderableType]:
         f"keys: {keys['updates']} of updates, {keys['scales']} scales, {keys['carried']} carried over, "
         f"{keys['dropped']} dropped"
     )
-    actions = {
-        f"{name}: {action}": "" if t.relative_error is None else f"relative error {number(t.relative_error)}"
-        for name, t in report.targets.items()
-        for action in t.actions
-    }
-    yield from _reasons("rewritten", actions, everything)
+    actions = [(name, t, action) for name, t in report.targets.items() for action in t.actions]
+    if everything:
+        for name, t, action in actions:
+            error = "" if t.relative_error is None else f", relative error {number(t.relative_error)}"
+            yield _indented(f"{name}: {action}{error}")
+    else:
+        for kind, count in Counter(_kind_of_action(action) for _, _, action in actions).items():
+            yield Text(f"rewritten: {kind}, {count} targets")
+    errors = [t.relative_error for t in report.targets.values() if t.relative_error is not None]
+    if errors:
+        yield Text(f"relative error: {span(errors, number)} for {len(errors)} approximated targets")
     yield from _reasons("dropped", report.dropped, everything)
+
+
+def _kind_of_action(action: str) -> str:
+    """What was done, without the name of what it was done to."""
+    return "rows of a fused projection" if action.startswith("rows of ") else action
+
+
+def _indented(text: str) -> RenderableType:
+    return Padding(Text(text), (0, 0, 0, 2))
 
 
 @blocks.register
@@ -306,10 +321,10 @@ def _(report: CheckReport, everything: bool) -> Iterator[RenderableType]:
         kind = {"refused": "refused", "wrong": "computed wrongly", "old": "a problem in old versions"}[finding.severity]
         more = f" and {finding.count - len(finding.where)} more" if finding.count > len(finding.where) else ""
         yield Text.assemble((finding.requirement, "bold"), f": {kind}: {finding.reason}")
-        yield Text(f"  here: {', '.join(map(plain, finding.where))}{more}")
-        yield Text(f"  fix: {finding.fix}")
+        yield _indented(f"here: {', '.join(map(plain, finding.where))}{more}")
+        yield _indented(f"fix: {finding.fix}")
         if everything:
-            yield Text(f"  source: {finding.source}")
+            yield _indented(f"source: {finding.source}")
     if everything and report.met:
         yield Text(f"met: {', '.join(report.met)}")
     if report.setting and report.loads:

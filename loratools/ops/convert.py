@@ -487,5 +487,5 @@ def _report(
         notes.notices,
         adapter.nbytes,
         result.nbytes,
-        (*adapter.warnings, *(f"{text} ({code})" for code, text in notes.notices.items())),
+        (*adapter.warnings, *(f"{text} ({code})" for code, text in notes.notices.items() if code.startswith("W_"))),
     )
