@@ -19,6 +19,7 @@ from loratools_cli.fuse import fuse
 from loratools_cli.info import info
 from loratools_cli.inspect import inspect
 from loratools_cli.interrupts import Interrupts
+from loratools_cli.intruders import intruders
 from loratools_cli.merge import merge
 from loratools_cli.output import say
 from loratools_cli.squeeze import squeeze
@@ -31,7 +32,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (info, inspect, squeeze, truncate, convert, check, merge, extract, fuse, diff, delta, formats, families):
+for command in (
+    info,
+    inspect,
+    squeeze,
+    truncate,
+    convert,
+    check,
+    merge,
+    extract,
+    fuse,
+    intruders,
+    diff,
+    delta,
+    formats,
+    families,
+):
     app.command()(command)
 
 

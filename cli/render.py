@@ -27,11 +27,13 @@ from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
+from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
 from loratools_cli.render_inspect import render_inspect
+from loratools_cli.render_intruders import render_intruders
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -128,6 +130,13 @@ def _(report: CheckReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}\n" if report.output else ""
 
 
+@closing.register
+def _(report: IntrudersReport, planned: Path | None = None) -> str:
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written\n"
+    return f"wrote {plain(report.output)}\n" if report.output else ""
+
+
 @singledispatch
 def blocks(report: object, everything: bool) -> Iterator[RenderableType]:
     """What to print for a report, from top to bottom."""
@@ -137,6 +146,11 @@ def blocks(report: object, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: InspectReport, everything: bool) -> Iterator[RenderableType]:
     yield render_inspect(replace(report, warnings=()), 2 * _WIDTH, every=everything)
+
+
+@blocks.register
+def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_intruders(report, everything=everything)
 
 
 @blocks.register

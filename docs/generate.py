@@ -51,6 +51,7 @@ REPORTS = {
     "loratools merge": "merge",
     "loratools extract": "extract",
     "loratools fuse": "fuse",
+    "loratools intruders": "intruders",
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",

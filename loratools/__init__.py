@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loratools.ops.info import info
     from loratools.ops.initial import subtract_initial
     from loratools.ops.inspect import inspect
+    from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.truncate import truncate, truncate_file
@@ -65,9 +66,11 @@ __all__ = [
     "hydra",
     "info",
     "inspect",
+    "intruders",
     "load",
     "load_base",
     "merge",
+    "mitigate",
     "save",
     "squeeze",
     "squeeze_file",
@@ -91,6 +94,7 @@ _HOMES = {
     "loratools.ops.info": ("info",),
     "loratools.ops.initial": ("subtract_initial",),
     "loratools.ops.inspect": ("inspect",),
+    "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
     "loratools.ops.truncate": ("truncate", "truncate_file"),

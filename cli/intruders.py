@@ -1,0 +1,75 @@
+"""`loratools intruders`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from loratools_cli import options
+
+
+def intruders(
+    base: Annotated[Path, Argument(metavar="BASE", help="Base model: its folder, index or weights file.")],
+    path: Annotated[Path, Argument(metavar="ADAPTER", help="Adapter: a weights file, or a folder with one.")],
+    top_k: Annotated[int, Option(metavar="K", help="How many leading singular vectors to look at.")] = 10,
+    epsilon: Annotated[float, Option(metavar="E", help="Intruders have no cosine of E with any vector.")] = 0.5,
+    target: options.Target = None,
+    sweep: Annotated[bool, Option("--sweep", help="Count at thresholds from 0.1 to 0.9, too.")] = False,
+    mitigate: Annotated[
+        float | None, Option(metavar="X", help="Write the adapter with intruders at X times their value.")
+    ] = None,
+    keep_rank: Annotated[
+        bool, Option("--keep-rank", help="Mitigate at the old rank, as PEFT does: not exactly.")
+    ] = False,
+    alpha: options.Alpha = None,
+    initial_adapter: options.InitialAdapter = None,
+    output: options.OutputPath = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find singular vectors that the base model does not have.
+
+    Of W0 + delta, for every matrix: the leading ones that are like none of W0. Few singular vectors of full fine-tuning
+    are; see docs/guide.md for what that may mean, and what not.
+
+    \b
+    Examples:
+      loratools intruders llama my_adapter --sweep
+      loratools intruders llama my_adapter --mitigate 0.75 -o calmer
+    """
+    from dataclasses import replace
+
+    import loratools
+    from loratools.errors import UsageError
+    from loratools.files import save
+    from loratools_cli.destination import destination
+    from loratools_cli.opening import open_adapter, open_base
+    from loratools_cli.output import Output
+    from loratools_cli.progress import Progress
+
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything or sweep)
+    if mitigate is None and (output or keep_rank):
+        raise UsageError("-o and --keep-rank go with --mitigate X, which writes an adapter")
+    if mitigate is not None and target is not None:
+        raise UsageError("--mitigate works on all targets; leave --target out")
+    weights = open_base(base)
+    assert weights is not None
+    adapter = open_adapter(path, alpha=alpha, initial=initial_adapter, base=weights)
+    with Progress() as progress:
+        step = progress.steps(len(adapter.select(target) if target else adapter), "targets decomposed")
+        if mitigate is None:
+            report = loratools.intruders(adapter, weights, top_k=top_k, epsilon=epsilon, target=target, step=step)
+            shown.show(report)
+            return
+        place = destination(adapter, output, "calmer", force=force or dry_run)
+        result, report = loratools.mitigate(
+            adapter, weights, mitigate, top_k=top_k, epsilon=epsilon, keep_rank=keep_rank, step=step
+        )
+        if not dry_run:
+            report = replace(report, output=str(save(result, place, force=force).path))
+    shown.show(report, planned=place if dry_run else None)
