@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from real.smollm2 import ADAPTERS, RealModel, load_real_model, missing, recorded
 
