@@ -114,7 +114,10 @@ def mitigate(
         degenerate += found.degenerate
         update = adapter[name]
         part = low_rank_part(update)
-        assert isinstance(part, LowRank)
+        if not isinstance(part, LowRank):
+            raise AdapterError(
+                f"{name}: is a grouped convolution, whose groups have no common singular vectors to shrink"
+            )
         norm = frobenius(part.to(torch.float64))
         share = 1.0
         if found.left.count:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import loratools
 from loratools.adapter import Adapter
 from loratools.base_weights import BaseWeights, load_base
-from loratools.errors import MutatedBaseError, UnchangedError, UsageError
+from loratools.errors import AdapterError, MutatedBaseError, UnchangedError, UsageError
 
 TARGET = "model.layers.0.q_proj"
 
@@ -161,3 +161,20 @@ def test_settings_of_mitigation(tmp_path: Path) -> None:
 def test_factors_relative_to_another_base_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MutatedBaseError, match="--initial-adapter"):
         loratools.intruders(*example(tmp_path / "x", init_lora_weights="pissa"))
+
+
+def test_groups_of_a_convolution_are_not_mitigated(tmp_path: Path) -> None:
+    prefix = "base_model.model.conv"
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        f"{prefix}.lora_A.weight": torch.randn(4, 4, 3, 3, generator=generator),
+        f"{prefix}.lora_B.weight": 9 * torch.randn(8, 2, 1, 1, generator=generator),
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["conv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    save_file({"conv.weight": torch.randn(8, 4, 3, 3, generator=generator)}, tmp_path / "base.safetensors")
+    adapter, base = loratools.load(tmp_path), load_base(tmp_path / "base.safetensors")
+    assert loratools.intruders(adapter, base).total["targets"] == 1
+    with pytest.raises(AdapterError, match="grouped convolution"):
+        loratools.mitigate(adapter, base, 0.5)
