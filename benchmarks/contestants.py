@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -63,6 +64,35 @@ def in_own_process(script: Path, *arguments: str) -> Run:
     if done.returncode:
         raise RuntimeError(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr}")
     return Run(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def with_output(script: str, name: str, weights: Path) -> Run:
+    """One run of the contestant `name` of `script`, which reads `weights`; its output is removed."""
+    with tempfile.TemporaryDirectory(prefix="out-", dir=weights.parent.parent) as folder:
+        return in_own_process(Path(script), "--contestant", name, str(weights), str(Path(folder) / "out.safetensors"))
+
+
+def command_line(
+    description: str | None, contestants: dict[str, Callable[[Path, Path], None]], main: Callable[..., str]
+) -> None:
+    """What a script does: be one contestant, for `with_output`, or print its table."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--contestant", choices=contestants)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("paths", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.contestant:
+        contestants[options.contestant](*options.paths)
+    else:
+        print(main(quick=options.quick))
 
 
 def interleaved(contestants: dict[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:

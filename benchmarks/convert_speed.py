@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 
-from contestants import Run, clock, fastest, in_own_process, interleaved, median, report, table
-from squeeze_speed import sync
+from contestants import clock, command_line, fastest, interleaved, median, report, sync, table, with_output
 from synthetic import flux_like
 
 GOAL = "at most 1.5 times the time of reading the file and writing it"
@@ -58,17 +55,12 @@ NAMES = {
 }
 
 
-def run_one(name: str, weights: Path) -> Run:
-    with tempfile.TemporaryDirectory(prefix="out-", dir=weights.parent.parent) as folder:
-        return in_own_process(Path(__file__), "--contestant", name, str(weights), str(Path(folder) / "out.safetensors"))
-
-
 def main(*, quick: bool = False) -> str:
     """The table, as Markdown."""
     repeats = 3 if quick else 9
     weights = flux_like()
     size = len(weights.read_bytes())  # into the page cache
-    runs = interleaved({name: partial(run_one, name, weights) for name in NAMES}, repeats)
+    runs = interleaved({name: partial(with_output, __file__, name, weights) for name in NAMES}, repeats)
     base, base_median = fastest(runs["floor"]), median(runs["floor"])
     rows = []
     for name, label in NAMES.items():
@@ -87,12 +79,4 @@ def main(*, quick: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contestant", choices=CONTESTANTS)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("paths", nargs="*", type=Path)
-    options = parser.parse_args()
-    if options.contestant:
-        CONTESTANTS[options.contestant](*options.paths)
-    else:
-        print(main(quick=options.quick))
+    command_line(__doc__, CONTESTANTS, main)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
 from functools import partial
 from pathlib import Path
 
-from contestants import Run, clock, fastest, in_own_process, interleaved, median, report, table
+from contestants import clock, command_line, fastest, interleaved, median, report, sync, table, with_output
 from synthetic import PROJECTIONS, llama_like
 
 RANK = 16
@@ -102,14 +99,6 @@ def dense(weights: Path, output: Path) -> None:
     report(wall, cpu)
 
 
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 CONTESTANTS = {f.__name__: f for f in (idle, floor, floor_same_size, loratools, thin_qr, dense)}
 NAMES = {
     "floor": "read all, write a file of the output's size",
@@ -119,20 +108,15 @@ NAMES = {
 }
 
 
-def run_one(name: str, weights: Path) -> Run:
-    with tempfile.TemporaryDirectory(prefix="out-", dir=weights.parent.parent) as folder:
-        return in_own_process(Path(__file__), "--contestant", name, str(weights), str(Path(folder) / "out.safetensors"))
-
-
 def main(*, quick: bool = False) -> str:
     """The tables, as Markdown."""
     repeats, repeats_long = (3, 1) if quick else (9, 3)
     short, long = llama_like(LAYERS), llama_like(4 * LAYERS)
     for weights in (short, long):
         weights.read_bytes()  # into the page cache
-    runs = interleaved({name: partial(run_one, name, short) for name in NAMES}, repeats)
-    longer = interleaved({name: partial(run_one, name, long) for name in NAMES}, repeats_long)
-    nothing = run_one("idle", short).peak
+    runs = interleaved({name: partial(with_output, __file__, name, short) for name in NAMES}, repeats)
+    longer = interleaved({name: partial(with_output, __file__, name, long) for name in NAMES}, repeats_long)
+    nothing = with_output(__file__, "idle", short).peak
     base, base_median, base_long = fastest(runs["floor"]), median(runs["floor"]), fastest(longer["floor"])
     rows = []
     for name, label in NAMES.items():
@@ -160,7 +144,7 @@ def main(*, quick: bool = False) -> str:
     )
     parts = [f"### Squeezing a Llama-sized adapter\n\n{method}", table(header, rows)]
     if not quick:
-        one = run_one("dense", short).wall
+        one = with_output(__file__, "dense", short).wall
         parts.append(
             f"Forming the product and its full SVD took {one:.0f} s for one layer (4 modules), {one / base:.0f} times "
             f"the floor of the whole adapter. *Extrapolated, not measured:* {LAYERS} layers would take "
@@ -171,12 +155,4 @@ def main(*, quick: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contestant", choices=CONTESTANTS)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("paths", nargs="*", type=Path)
-    options = parser.parse_args()
-    if options.contestant:
-        CONTESTANTS[options.contestant](*options.paths)
-    else:
-        print(main(quick=options.quick))
+    command_line(__doc__, CONTESTANTS, main)

@@ -48,7 +48,7 @@ def check(
     """
     import loratools
     from loratools.errors import UsageError
-    from loratools.ops.check import fitted, fitted_file
+    from loratools.ops.check import fitted, write_fitted
     from loratools.ops.convert import DROPPABLE, Convert
     from loratools.ops.lowering import Lowering
     from loratools_cli.destination import destination
@@ -73,9 +73,9 @@ def check(
     how = Convert(lowering=Lowering(exact, rank), drop=frozenset(drop or ()), base=weights)
     with Progress() as progress:
         watched = progress.watch(adapter)
-        result, _ = fitted(watched, server, how)
+        result, converted = fitted(watched, server, how)
         place = destination(result, output, server, force=force or dry_run)
         report = loratools.check(result, server)
         if not dry_run:
-            report = fitted_file(watched, place, server, how, force=force)
+            report = write_fitted(result, converted, place, server, force=force)
     shown.show(report, planned=place if dry_run else None)

@@ -70,7 +70,7 @@ def convert(
       loratools convert my_peft_folder --to mlx
     """
     from loratools.errors import UsageError
-    from loratools.ops.convert import DROPPABLE, Convert, convert_file, writable_formats
+    from loratools.ops.convert import DROPPABLE, Convert, writable_formats, write_converted
     from loratools.ops.convert import convert as planned_conversion
     from loratools.ops.lowering import Lowering
     from loratools_cli.destination import destination
@@ -107,5 +107,5 @@ def convert(
         result, report = planned_conversion(watched, to, how)
         place = destination(result, output, to, force=force or dry_run)
         if not dry_run:
-            report = convert_file(watched, place, to, how, force=force)[1]
+            report = write_converted(result, report, place, force=force)[1]
     shown.show(report, planned=place if dry_run else None)

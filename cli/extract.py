@@ -14,26 +14,22 @@ def extract(
     base: Annotated[Path, Argument(metavar="BASE", help="Base model: its folder, index or weights file.")],
     tuned: Annotated[Path, Argument(metavar="TUNED", help="The model that was fine-tuned from it.")],
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="The PEFT adapter to write.")],
-    rank: Annotated[int | None, Option(metavar="N", help="The same rank everywhere.")] = None,
-    energy: Annotated[float | None, Option(metavar="SHARE", help="Share of the squared spectrum to keep.")] = None,
-    budget: Annotated[str | None, Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")] = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    budget: options.Budget = None,
     ratio: Annotated[
         float | None, Option(metavar="X", help="Size of the output: that of the changed matrices, divided by X.")
     ] = None,
-    threshold: Annotated[
-        float | None, Option(metavar="T", help="Drop singular values up to T times the largest.")
-    ] = None,
-    elbow: Annotated[bool, Option("--elbow", help="Cut each spectrum where it bends.")] = False,
-    sv_ratio: Annotated[float | None, Option(metavar="R", help="As in sd-scripts: sv_ratio.")] = None,
-    sv_fro: Annotated[float | None, Option(metavar="F", help="As in sd-scripts: sv_fro.")] = None,
-    sv_cumulative: Annotated[float | None, Option(metavar="C", help="As in sd-scripts: sv_cumulative.")] = None,
-    adaptertune: Annotated[
-        str | None, Option(metavar="NOISE:SAMPLES", help="AdapterTune's elbow, such as 1e-4:5000.")
-    ] = None,
-    max_rank: Annotated[int | None, Option(metavar="N", help="No rank above N.")] = None,
-    min_rank: Annotated[int, Option(metavar="N", help="No rank below N.")] = 1,
-    multiple_of: Annotated[int, Option(metavar="N", help="Ranks rounded up to multiples of N.")] = 1,
-    uniform: Annotated[bool, Option("--uniform", help="One rank for all targets.")] = False,
+    threshold: options.Threshold = None,
+    elbow: options.Elbow = False,
+    sv_ratio: options.SvRatio = None,
+    sv_fro: options.SvFro = None,
+    sv_cumulative: options.SvCumulative = None,
+    adaptertune: options.AdapterTune = None,
+    max_rank: options.MaxRank = None,
+    min_rank: options.MinRank = 1,
+    multiple_of: options.MultipleOf = 1,
+    uniform: options.Uniform = False,
     seed: Annotated[int, Option(metavar="N", help="For the SVD of large matrices.")] = 0,
     device: options.Device = "cpu",
     dry_run: options.DryRun = False,
@@ -55,10 +51,9 @@ def extract(
     from dataclasses import replace
 
     import loratools
-    from loratools.errors import OutputError
     from loratools.files import save
     from loratools.ranks import Limits
-    from loratools.storage.atomic import printable
+    from loratools.storage.atomic import refuse_existing
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
     from loratools_cli.rank_choice import RankChoice
@@ -67,8 +62,7 @@ def extract(
     _ = choice.given  # before anything is read: a wrong choice is known now
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
-    if output.exists() and not (force or dry_run):
-        raise OutputError(f"{printable(output)}: exists already; choose another output or pass --force")
+    refuse_existing(output, force=force or dry_run)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     with Progress() as progress:
         before, after = loratools.load_base(base), loratools.load_base(tuned)

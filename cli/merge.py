@@ -23,29 +23,23 @@ def merge(
     density: Annotated[
         float | None, Option(metavar="D", help="Share that ties, dare, knots or tsv keeps of each delta.")
     ] = None,
-    rank: Annotated[int | None, Option(metavar="N", help="The same rank everywhere.")] = None,
-    energy: Annotated[float | None, Option(metavar="SHARE", help="Share of the squared spectrum to keep.")] = None,
-    budget: Annotated[str | None, Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")] = None,
+    rank: options.Rank = None,
+    energy: options.Energy = None,
+    budget: options.Budget = None,
     ratio: Annotated[
         float | None, Option(metavar="X", help="Size of the output: that of all inputs, divided by X.")
     ] = None,
-    threshold: Annotated[
-        float | None, Option(metavar="T", help="Drop singular values up to T times the largest.")
-    ] = None,
-    elbow: Annotated[bool, Option("--elbow", help="Cut each spectrum where it bends.")] = False,
-    sv_ratio: Annotated[float | None, Option(metavar="R", help="As in sd-scripts: sv_ratio.")] = None,
-    sv_fro: Annotated[float | None, Option(metavar="F", help="As in sd-scripts: sv_fro.")] = None,
-    sv_cumulative: Annotated[float | None, Option(metavar="C", help="As in sd-scripts: sv_cumulative.")] = None,
-    adaptertune: Annotated[
-        str | None, Option(metavar="NOISE:SAMPLES", help="AdapterTune's elbow, such as 1e-4:5000.")
-    ] = None,
-    max_rank: Annotated[int | None, Option(metavar="N", help="No rank above N.")] = None,
-    min_rank: Annotated[int, Option(metavar="N", help="No rank below N.")] = 1,
-    multiple_of: Annotated[int, Option(metavar="N", help="Ranks rounded up to multiples of N.")] = 1,
-    uniform: Annotated[bool, Option("--uniform", help="One rank for all targets.")] = False,
-    relative_to: Annotated[
-        Literal["base", "self"] | None, Option(help="For a budget: errors relative to what; absolute by default.")
-    ] = None,
+    threshold: options.Threshold = None,
+    elbow: options.Elbow = False,
+    sv_ratio: options.SvRatio = None,
+    sv_fro: options.SvFro = None,
+    sv_cumulative: options.SvCumulative = None,
+    adaptertune: options.AdapterTune = None,
+    max_rank: options.MaxRank = None,
+    min_rank: options.MinRank = 1,
+    multiple_of: options.MultipleOf = 1,
+    uniform: options.Uniform = False,
+    relative_to: options.RelativeTo = None,
     seed: Annotated[int, Option(metavar="N", help="For dare, and for the SVD of large dense merges.")] = 0,
     base: options.Base = None,
     drop_extras: Annotated[bool, Option("--drop-extras", help="Leave out tensors that are no update.")] = False,

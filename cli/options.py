@@ -49,6 +49,26 @@ Everything = Annotated[bool, typer.Option("--all", help="Show every target, not 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path that was written.")]
 
+# The rules for ranks, of every command that chooses them.
+Rank = Annotated[int | None, typer.Option(metavar="N", help="The same rank everywhere.")]
+Energy = Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the squared spectrum to keep.")]
+Budget = Annotated[str | None, typer.Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")]
+Threshold = Annotated[float | None, typer.Option(metavar="T", help="Drop singular values up to T times the largest.")]
+Elbow = Annotated[bool, typer.Option("--elbow", help="Cut each spectrum where it bends.")]
+SvRatio = Annotated[float | None, typer.Option(metavar="R", help="As in sd-scripts: sv_ratio.")]
+SvFro = Annotated[float | None, typer.Option(metavar="F", help="As in sd-scripts: sv_fro.")]
+SvCumulative = Annotated[float | None, typer.Option(metavar="C", help="As in sd-scripts: sv_cumulative.")]
+AdapterTune = Annotated[
+    str | None, typer.Option(metavar="NOISE:SAMPLES", help="AdapterTune's elbow, such as 1e-4:5000.")
+]
+MaxRank = Annotated[int | None, typer.Option(metavar="N", help="No rank above N.")]
+MinRank = Annotated[int, typer.Option(metavar="N", help="No rank below N.")]
+MultipleOf = Annotated[int, typer.Option(metavar="N", help="Ranks rounded up to multiples of N.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="One rank for all targets.")]
+RelativeTo = Annotated[
+    Literal["base", "self"] | None, typer.Option(help="For a budget: errors relative to what; absolute by default.")
+]
+
 
 def check_device(device: str) -> None:
     """UsageError for an accelerator that this machine or this torch does not have."""

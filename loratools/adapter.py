@@ -170,6 +170,17 @@ class Adapter(Mapping[str, "Update"]):
         """Rank and scale of every target."""
         return {target: Written(e.rank, e.scale, e.alpha) for target, e in self.entries.items()}
 
+    @property
+    def loose_extras(self) -> tuple[str, ...]:
+        """The extra keys that no target reads."""
+        read = {key for target in self.entries for key in self.format.references(target).values()}
+        return tuple(key for key in self.extras if key not in read)
+
+    def recorded(self, verb: str, arguments: Mapping[str, Any]) -> Adapter:
+        """The same adapter with the record that saving it will store; its source is the container it was read from."""
+        digest = self.origin.sha256 if self.origin else lambda: ""
+        return replace(self, record=Record(verb, arguments, digest))
+
     def with_updates(self, updates: Mapping[str, Update]) -> Adapter:
         """The same adapter with some targets replaced; KeyError for a target that it does not have.
 

@@ -18,6 +18,7 @@ from loratools.errors import AdapterError, InputError, OutputError, naming
 from loratools.families import family_of
 from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
 from loratools.formats.packing import packed, unpacked, unpacked_spec
+from loratools.pipeline import begun
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource
@@ -213,6 +214,8 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     Nothing exists at the destination before all of it does. ValueError where a target is missing.
     """
     check_destination(adapter, path, force=force)
+    if adapter.record:  # its hash of the input is needed last, so it is computed meanwhile
+        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
     weights = destination_weights(adapter, path)
     if not is_folder_adapter(adapter):
         with _sink(adapter, weights) as sink:

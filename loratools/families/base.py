@@ -79,14 +79,14 @@ class Update(ABC):
         """What is wrong with these shapes, or None; needs no tensor data."""
 
     @classmethod
-    @abstractmethod
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         """The rank as the dialects count it; 0 for a family without one."""
+        return 0
 
     @classmethod
-    @abstractmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...] | None:
         """Shape of the base parameter that the delta is added to; None where the file does not tell."""
+        return None
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:

@@ -56,10 +56,6 @@ class BOFT(Update):
         return None
 
     @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...] | None:
         _, count, size, _ = specs["boft_R"].shape
         outputs = specs["boft_s"].shape[0]

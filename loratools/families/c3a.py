@@ -41,10 +41,6 @@ class C3A(Update):
         return None if len(shape) == 3 and 0 not in shape else f"c3a_kernel {shape} is not (rows, columns, block size)"
 
     @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
         rows, columns, size = specs["c3a_kernel"].shape
         shape = (rows * size, columns * size)

@@ -45,14 +45,6 @@ class FourierFT(Update):
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         return check_spectrum("fourierft_spectrum", specs["fourierft_spectrum"].shape)
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"fourierft_spectrum": self.spectrum}
 

@@ -40,10 +40,6 @@ class Full(Update):
         return f"a difference of shape {shape} changes nothing" if not shape or 0 in shape else None
 
     @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...]:
         return specs["diff"].shape
 

@@ -54,10 +54,6 @@ class HRA(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["hra_u"].shape[1]
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"hra_u": self.vectors}
 

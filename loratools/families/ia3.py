@@ -51,14 +51,6 @@ class IA3(Update):
         fits = len(shape) >= 2 and 1 in shape[:2] and set(shape[2:]) <= {1} and 0 not in shape
         return None if fits else f"ia3_l {shape} is no row and no column"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"ia3_l": self.factors}
 

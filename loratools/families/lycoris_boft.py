@@ -50,14 +50,6 @@ class LycorisBOFT(Update):
             return f"oft_blocks of shape {shape} make no butterfly"
         return rescale_problem(specs, blocks * size)
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"boft_blocks": self.blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
 

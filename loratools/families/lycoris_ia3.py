@@ -44,14 +44,6 @@ class LycorisIA3(Update):
             return f"a weight of shape {shape} holds no gain for each channel"
         return None if specs["on_input"].numel == 1 else f"on_input holds {specs['on_input'].numel} numbers, not one"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"ia3_weight": self.weight, "on_input": self.on_input}
 

@@ -46,14 +46,6 @@ class LycorisOFT(Update):
             return f"oft_blocks of shape {shape} are no square blocks"
         return rescale_problem(specs, shape[0] * shape[1])
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"oft_blocks": self.blocks, **({} if self.rescale is None else {"rescale": self.rescale})}
 

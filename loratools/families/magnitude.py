@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError
-from loratools.families.base import Layout, base_matrix
+from loratools.families.base import NO_SETTINGS, Layout, Settings, Update, base_matrix
 from loratools.operators import Dense
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
+    from typing_extensions import Self
 
     from loratools.operators import Operator
     from loratools.storage.base import TensorSpec
+
+
+class Decomposed(Update):
+    """A direction of another family with a magnitude for each output (`magnitude_axis` 0) or each input channel (1)."""
+
+    inner: ClassVar[type[Update]]  # the family of the direction
+    needs_base: ClassVar[bool] = True
+
+    direction: Update
+    magnitude: Tensor
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        return self.direction.scale
+
+    @property
+    def layout(self) -> Layout:  # type: ignore[override]
+        return self.direction.layout
+
+    @classmethod
+    def from_parameters(
+        cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
+    ) -> Self:
+        slots = {slot: tensor for slot, tensor in parameters.items() if slot != "magnitude"}
+        direction = cls.inner.from_parameters(slots, scale=scale, layout=layout)
+        return cls(direction, parameters["magnitude"])  # type: ignore[call-arg]  # final classes are dataclasses
+
+    @classmethod
+    def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
+        slots = {slot: spec for slot, spec in specs.items() if slot != "magnitude"}
+        if problem := cls.inner.check(slots, layout):
+            return problem
+        shape = cls.inner.base_shape(slots, layout)
+        assert shape is not None  # of LoHa and LoKr it is known
+        return magnitude_problem(specs["magnitude"], shape, layout)
+
+    @classmethod
+    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
+        return cls.inner.rank_of(specs, layout)
+
+    @classmethod
+    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...] | None:
+        return cls.inner.base_shape(specs, layout)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {**self.direction.parameters(), "magnitude": self.magnitude}
 
 
 def magnitude_problem(magnitude: TensorSpec, shape: tuple[int, ...], layout: Layout) -> str | None:

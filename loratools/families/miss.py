@@ -52,10 +52,6 @@ class MiSS(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["miss_block"].shape[-2]
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"miss_block": self.block}
 

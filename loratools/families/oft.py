@@ -61,14 +61,6 @@ class OFT(Update):
         fits = len(spec.shape) == 2 and spec.shape[0] and skew_size(spec.shape[1]) is not None
         return None if fits else f"{slot} {spec.shape} holds no triangles of square matrices"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {self.slot: self.triangles}
 

@@ -56,10 +56,6 @@ class PVeRA(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["pvera_lambda_d"].shape[0] // 2
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"pvera_lambda_b": self.lambda_b, "pvera_lambda_d": self.lambda_d}
 

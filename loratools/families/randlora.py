@@ -77,10 +77,6 @@ class RandLoRA(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["randlora_lambda"].shape[0]
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"randlora_lambda": self.left, "randlora_gamma": self.right}
 

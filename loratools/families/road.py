@@ -53,14 +53,6 @@ class RoAd(Update):
         fits = angles == lengths and len(angles) == 1 and 0 not in angles
         return None if fits else f"road_theta {angles} and road_alpha {lengths} are not a number for each angle"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"road_theta": self.angles, "road_alpha": self.lengths}
 

@@ -48,14 +48,6 @@ class SHiRA(Update):
             return None
         return f"shira_weight {values} and shira_indices {indices} do not fit together"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"shira_weight": self.values, "shira_indices": self.indices}
 

@@ -46,14 +46,6 @@ class TrainableTokens(Update):
         shape = specs["token_rows"].shape
         return None if len(shape) == 2 and 0 not in shape else f"token rows {shape} are no matrix"
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"token_rows": self.rows}
 

@@ -74,10 +74,6 @@ class VBLoRA(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return next(spec for slot, spec in specs.items() if slot.startswith(_LOGITS[0])).shape[0]
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.tensors)
 

@@ -55,10 +55,6 @@ class VeRA(Update):
     def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
         return specs["vera_lambda_d"].shape[0]
 
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"vera_lambda_b": self.lambda_b, "vera_lambda_d": self.lambda_d}
 

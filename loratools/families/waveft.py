@@ -47,14 +47,6 @@ class WaveFT(Update):
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         return check_spectrum("waveft_spectrum", specs["waveft_spectrum"].shape)
 
-    @classmethod
-    def rank_of(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> int:
-        return 0
-
-    @classmethod
-    def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> None:
-        return None
-
     def parameters(self) -> dict[str, Tensor]:
         return {"waveft_spectrum": self.spectrum}
 

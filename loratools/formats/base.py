@@ -191,6 +191,10 @@ class Format(ABC):
         """What a file in another dialect has to keep of the config, so that a conversion back restores it."""
         return {}
 
+    def kept_config(self, targets: Set[str], *, portable: bool, without_extras: bool) -> Mapping[str, Any]:
+        """What of the config stays true in a new file of this dialect with these targets."""
+        return self.carried_config()
+
     @classmethod
     def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
         """The shape in which a DoRA magnitude of `count` numbers is stored."""

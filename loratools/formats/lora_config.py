@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 DEFAULT_ALPHA = 8  # what PEFT assumes where a config lacks lora_alpha
 _EXACTLY = 1e-12
+# Fields by what they are about: which of the modules that match are meant, tensors beside the updates, tensors, scales.
+SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+OF_EXTRAS = ("modules_to_save", "trainable_token_indices")
+_COMPUTED = frozenset({"use_dora", "lora_bias", "fan_in_fan_out"})
+_SCALING = frozenset({"use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha"})
 
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -65,6 +70,19 @@ def rank_fields(config: Config, written: Mapping[str, Written]) -> dict[str, Any
         if states({**config, **fields}, written):
             break
     return fields
+
+
+def still_true(config: Config, *, same_targets: bool, portable: bool, without_extras: bool) -> dict[str, Any]:
+    """`config` without what a new adapter computes, and without what no longer holds: scales where the new one is
+    `portable`, the choice of modules where targets differ, and what is about tensors beside the updates."""
+    gone = {*_COMPUTED}
+    if portable:
+        gone |= _SCALING
+    if not same_targets:
+        gone |= {"target_modules", *SELECTORS}
+    if without_extras:
+        gone |= {"bias", *OF_EXTRAS}
+    return {key: value for key, value in config.items() if key not in gone}
 
 
 def target_modules(targets: list[str]) -> list[str]:

@@ -12,7 +12,16 @@ from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.kohya_names import clip_path
 from loratools.formats.layouts import whisper
-from loratools.formats.lora_config import DEFAULT_ALPHA, pattern_value, rank_fields, stated_scale, target_modules
+from loratools.formats.lora_config import (
+    DEFAULT_ALPHA,
+    OF_EXTRAS,
+    SELECTORS,
+    pattern_value,
+    rank_fields,
+    stated_scale,
+    still_true,
+    target_modules,
+)
 from loratools.formats.method_configs import KINDRED
 from loratools.formats.method_settings import token_settings
 from loratools.formats.modules import Module, Piece, Placement, lone
@@ -58,8 +67,6 @@ _EMBEDDING_SPELLINGS = {
 }
 _HARMLESS = ("lora_monteclora_sampler", "lora_velora_embed", "lora_dropout")
 _VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config")
-# Fields that say which of the modules that match are meant.
-_SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # PEFT adapters of one component of an image model do not say which: its modules' names do.
 _COMPONENTS = {
     "unet": re.compile(r"(down_blocks|up_blocks|mid_block)\."),
@@ -195,6 +202,10 @@ class Peft(Format):
     def carried_config(self) -> Mapping[str, Any]:
         return self.config or {}
 
+    def kept_config(self, targets: Set[str], *, portable: bool, without_extras: bool) -> Mapping[str, Any]:
+        same = targets == set(self.keys)
+        return still_true(self.carried_config(), same_targets=same, portable=portable, without_extras=without_extras)
+
     @classmethod
     def magnitude_shape(cls, part: Part, count: int) -> tuple[int, ...]:
         kernel = 0 if part.shape is None else len(part.shape) - 2
@@ -258,9 +269,9 @@ class Peft(Format):
             _check_transposed(parts)
         if set(parts) != set(self.keys):
             config["target_modules"] = target_modules([t for t, p in parts.items() if p.layout.experts == 1])
-            config |= {field: None for field in _SELECTORS if config.get(field) is not None}
+            config |= {field: None for field in SELECTORS if config.get(field) is not None}
         if not extras:
-            config |= {f: None for f in ("modules_to_save", "trainable_token_indices") if config.get(f) is not None}
+            config |= {f: None for f in OF_EXTRAS if config.get(f) is not None}
             config["bias"] = "none"
         return Peft(config, None, keys, layouts, extras, {}, self.warnings)
 

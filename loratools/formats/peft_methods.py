@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
-from loratools.formats.lora_config import pattern_value
+from loratools.formats.lora_config import pattern_value, still_true
 from loratools.formats.method_configs import WRITABLE, config_for
 from loratools.formats.method_settings import (
     adalora_scale,
@@ -261,6 +261,10 @@ class PeftMethod(Format):
 
     def carried_config(self) -> Mapping[str, Any]:
         return self.config
+
+    def kept_config(self, targets: Set[str], *, portable: bool, without_extras: bool) -> Mapping[str, Any]:
+        same = targets == set(self.keys)
+        return still_true(self.carried_config(), same_targets=same, portable=portable, without_extras=without_extras)
 
     def references(self, target: str) -> Mapping[str, str]:
         if not self.method.numbered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,11 +11,6 @@ if TYPE_CHECKING:
     from loratools.formats import Format, Order
 
 CARRIED_KEY = "loratools_source"
-# Fields of PEFT's config by what they are about: the tensors, scales, which modules, what is beside the updates.
-_COMPUTED = frozenset({"use_dora", "lora_bias", "fan_in_fan_out"})
-_SCALING = frozenset({"use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha"})
-_SELECTING = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
-_OF_EXTRAS = frozenset({"modules_to_save", "trainable_token_indices", "bias"})
 
 
 def carried_by(adapter: Adapter) -> dict[str, Any] | None:
@@ -55,19 +50,3 @@ def metadata_for(
         "names": names(),
     }
     return own | {CARRIED_KEY: json.dumps(kept, sort_keys=True)}
-
-
-def kept_config(
-    adapter: Adapter, destination: type[Format], targets: Set[str], *, portable: bool, without_extras: bool
-) -> dict[str, Any]:
-    """What of the config stays true in a new file of the same dialect with these targets."""
-    if type(adapter.format) is not destination:
-        return {}
-    config = {key: value for key, value in adapter.format.carried_config().items() if key not in _COMPUTED}
-    if portable:
-        config = {key: value for key, value in config.items() if key not in _SCALING}
-    if targets != set(adapter.entries):
-        config = {key: value for key, value in config.items() if key not in _SELECTING}
-    if without_extras:
-        config = {key: value for key, value in config.items() if key not in _OF_EXTRAS}
-    return config

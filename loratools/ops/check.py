@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.errors import UnchangedError, UnsupportedInTargetError, UsageError
-from loratools.ops.convert import Convert, convert, convert_file
+from loratools.files import load
+from loratools.ops.convert import Convert, convert, write_converted
 from loratools.ops.servers import SERVERS, Server
 from loratools.reports.check import CheckReport, Finding
 
@@ -85,11 +86,14 @@ def fitted_file(
     force: bool = False,
 ) -> CheckReport:
     """As `fitted`, written to `path`; the check of what was written."""
-    from loratools.files import load
+    return write_fitted(*fitted(adapter, server, options), path, server, force=force)
 
-    row = server_named(server)
-    fitted(adapter, server, options)
-    saved, converted = convert_file(adapter, path, row.dialect, _options(row, options), force=force)
+
+def write_fitted(
+    result: Adapter, converted: ConvertReport, path: str | os.PathLike[str], server: str, *, force: bool = False
+) -> CheckReport:
+    """Write what `fitted` returned to `path`; the check of what was written."""
+    saved, converted = write_converted(result, converted, path, force=force)
     with load(saved.path) as written:
         return replace(check(written, server), warnings=converted.warnings, output=str(saved.path))
 

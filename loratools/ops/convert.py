@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratools.adapter import Adapter, Entry, Extra, Record, entry_of
+from loratools.adapter import Adapter, Entry, Extra, entry_of
 from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
 from loratools.families import LoRA
 from loratools.families.regroup import STORED, padded, recast, rescaled
@@ -17,12 +17,12 @@ from loratools.files import Saved, write
 from loratools.formats import FORMATS, Format, Order, Part
 from loratools.formats.layouts import Model, model_of, whisper
 from loratools.formats.modules import Placement
-from loratools.ops.carried import carried_by, kept_config, metadata_for
+from loratools.ops.carried import carried_by, metadata_for
 from loratools.ops.initial import refuse_mutated
 from loratools.ops.lowering import Lowered, Lowering, lowered
 from loratools.ops.placing import model_named, module_shape, modules_of, without_biases
 from loratools.ops.regroup import Job, jobs_for, made
-from loratools.pipeline import begun, ordered_map, worker_count
+from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.convert import ConvertedTarget, ConvertReport
 from loratools.storage.base import TensorSpec
 
@@ -132,15 +132,18 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
         builds = _uniform(builds, notes, scale=1.0 if options.portable else None)
     extras = _extras(adapter, destination, options, notes)
     if back is None:
-        without = bool(adapter.extras) and not extras
-        kept = kept_config(adapter, destination, set(builds), portable=options.portable, without_extras=without)
+        kept: Mapping[str, Any] = {}
+        if type(adapter.format) is destination:
+            without = bool(adapter.extras) and not extras
+            kept = adapter.format.kept_config(set(builds), portable=options.portable, without_extras=without)
         order = replace(order, config=kept)
     bound, builds = _bind(destination, builds, order, options, notes)
     _note_changes(adapter, builds, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
     metadata = metadata_for(adapter, destination, order, lambda: _odd_names(adapter, options))
-    record = Record("convert", _arguments(to, options), adapter.origin.sha256 if adapter.origin else lambda: "")
-    result = Adapter(bound, entries, extras, metadata, (), adapter.origin, record if options.metadata else None)
+    result = Adapter(bound, entries, extras, metadata, (), adapter.origin)
+    if options.metadata:
+        result = result.recorded("convert", _arguments(to, options))
     return result, _report(adapter, result, _told(adapter, builds), model, notes)
 
 
@@ -171,11 +174,10 @@ def _without_copies(adapter: Adapter, options: Convert) -> tuple[Adapter, Conver
         if one.dtype == two.dtype and one.shape == two.shape and bool((one == two).all()):
             notes.dropped[key] = f"a copy of {other}"
     extras = {key: extra for key, extra in adapter.extras.items() if key not in notes.dropped}
-    digest = adapter.origin.sha256 if adapter.origin else lambda: ""
-    record = Record("convert", _arguments(adapter.format.name, options), digest) if options.metadata else None
-    result = replace(adapter, extras=extras, warnings=(), record=record)
-    rule = "as it was"
-    targets = {t: ConvertedTarget((t,), rule, e.family.family, e.rank) for t, e in adapter.entries.items()}
+    result = replace(adapter, extras=extras, warnings=(), record=None)
+    if options.metadata:
+        result = result.recorded("convert", _arguments(adapter.format.name, options))
+    targets = {t: ConvertedTarget((t,), "as it was", e.family.family, e.rank) for t, e in adapter.entries.items()}
     return result, _report(adapter, result, targets, None, notes)
 
 
@@ -183,13 +185,17 @@ def convert_file(
     adapter: Adapter, path: str | os.PathLike[str], to: str, options: Convert = Convert(), *, force: bool = False
 ) -> tuple[Saved, ConvertReport]:
     """As `convert`, streamed to `path`, a few targets at a time."""
-    result, report = convert(adapter, to, options)
-    if result.record:  # its hash of the input is needed last, so it is computed meanwhile
-        result = replace(result, record=replace(result.record, source_sha256=begun(result.record.source_sha256)))
+    return write_converted(*convert(adapter, to, options), path, force=force)
+
+
+def write_converted(
+    result: Adapter, report: ConvertReport, path: str | os.PathLike[str], *, force: bool = False
+) -> tuple[Saved, ConvertReport]:
+    """Stream to `path` what `convert` returned."""
     entries = result.entries
     updates = ordered_map(lambda t: (t, entries[t].read()), list(entries), workers=worker_count("cpu"))
     saved = write(result, updates, Path(path), force=force)
-    before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    before = result.origin.nbytes if result.origin else report.bytes_before
     return saved, replace(report, output=str(saved.path), bytes_before=before, bytes_after=saved.nbytes)
 
 
@@ -248,9 +254,8 @@ def _cut(job: Job, entry: Entry) -> dict[str, TensorSpec] | None:
     """What is stored of a target that is some rows of another, where the shapes alone tell it: no value is read."""
     piece = job.pieces[0]
     plain = issubclass(entry.family, LoRA) and "mid" not in entry.specs and entry.layout.experts == 1
-    shared_out = (
-        piece.part[1] > 1 and entry.rank % piece.part[1] == 0
-    )  # components that change one part alone fall away
+    # Where ranks come in as many parts, those that change another part alone fall away: the values tell which.
+    shared_out = piece.part[1] > 1 and entry.rank % piece.part[1] == 0
     outputs = entry.specs["up"].shape[0] if plain else 0
     if job.is_copy or not plain or shared_out or len(job.pieces) > 1 or not piece.into.is_whole:
         return None
@@ -390,8 +395,7 @@ def _extras(adapter: Adapter, destination: type[Format], options: Convert, notes
         return dict(adapter.extras)
     if not adapter.extras:
         return {}
-    shared = {key for t in adapter.entries for key in adapter.format.references(t).values()}
-    left = [key for key in adapter.extras if key not in shared]
+    left = adapter.loose_extras
     unsupported = {key for key in left for t in adapter.unsupported if key == t or key.startswith(f"{t}.")}
     for kind, keys in (
         ("unsupported", [k for k in left if k in unsupported]),

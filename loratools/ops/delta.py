@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, NeedsBaseError, OutputError, naming
+from loratools.errors import AdapterError, NeedsBaseError, naming
 from loratools.ops.spectra import is_finite_update, nonfinite_error
 from loratools.reports.delta import DeltaReport
-from loratools.storage.atomic import printable
+from loratools.storage.atomic import refuse_existing
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ def delta_file(
 ) -> DeltaReport:
     """As `delta`, streamed to a safetensors file."""
     place = Path(path)
-    if place.exists() and not force:
-        raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
+    refuse_existing(place, force=force)
     shapes: dict[str, tuple[int, ...]] = {}
     skipped = dict(adapter.unsupported)
     with SafetensorsSink(place) as sink:

@@ -71,8 +71,6 @@ def differences(base: BaseWeights, tuned: BaseWeights, *, step: Callable[[], Non
     are not related.
     """
     pairs = _pairs(base, tuned)
-    matrices: dict[str, Change] = {}
-    left: dict[str, Change] = {}
     digest = hashlib.sha256()
     changes: dict[str, Change] = {}
     known: dict[str, Tensor] = {}
@@ -87,11 +85,10 @@ def differences(base: BaseWeights, tuned: BaseWeights, *, step: Callable[[], Non
             step()
     orders = _reordered(base, tuned, pairs, changes, known) if known else {}
     changes |= {name: change for name, (_, change) in orders.items()}
-    for name, change in changes.items():
-        is_matrix = _is_matrix(name, tuned.source.specs[name].shape)
-        if change.change:
-            (matrices if is_matrix else left)[name] = change
-    compared = sum(_is_matrix(name, tuned.source.specs[name].shape) for name in changes)
+    is_matrix = {name: _is_matrix(name, tuned.source.specs[name].shape) for name in changes}
+    matrices = {name: change for name, change in changes.items() if change.change and is_matrix[name]}
+    left = {name: change for name, change in changes.items() if change.change and not is_matrix[name]}
+    compared = sum(is_matrix.values())
     unrelated = sum(change.relative > _UNRELATED for change in matrices.values())
     if unrelated * 2 > compared:
         raise AdapterError(

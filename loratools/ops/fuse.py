@@ -21,9 +21,9 @@ from loratools.errors import (
     TiedEmbeddingError,
 )
 from loratools.ops.delta import delta_of_target, parameters_of_target, replacements
-from loratools.ops.initial import refuse_mutated
+from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.reports.fuse import FusedParameter, FuseReport
-from loratools.storage.atomic import explained, printable
+from loratools.storage.atomic import explained, printable, refuse_existing
 from loratools.storage.folder import AtomicFolder
 from loratools.storage.header import header_bytes
 from loratools.storage.safetensors import SafetensorsSink
@@ -131,15 +131,14 @@ def _check_output(place: Path, base: BaseWeights, force: bool) -> None:
         raise OutputError(f"{printable(place)}: is the base model; choose another output")
     if place.is_file():
         raise OutputError(f"{printable(place)}: is a file; the fused model is a folder")
-    if place.exists() and not force:
-        raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
+    refuse_existing(place, force=force)
 
 
 def _check_adapter(adapter: Adapter) -> None:
     where = printable(adapter.origin.path) if adapter.origin else "the adapter"
     if (adapter.config or {}).get("alora_invocation_tokens"):
         raise AdapterError(f"{where}: an activated LoRA applies only after its invocation tokens; it cannot be fused")
-    refuse_mutated(adapter, "its sum with the original base means nothing")
+    refuse_mutated(adapter, ON_THE_BASE)
     if adapter.unsupported:
         name, why = next(iter(adapter.unsupported.items()))
         raise NotAWeightDeltaError(f"{where}: {len(adapter.unsupported)} parts cannot be fused, such as {name}: {why}")
@@ -202,8 +201,7 @@ def _report(
 ) -> FuseReport:
     held = adapter.format.replacements()
     used = {key for key, parameter in held.items() if base.name_of(parameter) in sums.replaced}
-    shared = {key for target in adapter.entries for key in adapter.format.references(target).values()}
-    skipped = {key: "belongs to no update" for key in adapter.extras if key not in used | shared}
+    skipped = {key: "belongs to no update" for key in adapter.loose_extras if key not in used}
     skipped |= {k: f"the base has no parameter {held[k]}" for k in skipped if k in held}
     warnings = list(adapter.warnings)
     if base.config.get("tie_word_embeddings"):

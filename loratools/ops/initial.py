@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratools.families.base import Update
 
 
+ON_THE_BASE = "its sum with the original base means nothing"
 AT_OTHER_RANKS = "at another rank, a loader would take other factors out of the base weight"
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.adapter import Adapter, Record
+from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.families.base import LowRankUpdate
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank
 from loratools.ops.delta import delta_of_target
-from loratools.ops.initial import refuse_mutated
+from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.spectra import fit_update, low_rank_part
 from loratools.reports.intruders import IntrudersReport, Side, TargetIntruders
 
@@ -131,8 +131,7 @@ def mitigate(
     if not updates:
         raise UnchangedError(f"none of {len(targets)} matrices has an intruder at epsilon {epsilon:g}")
     arguments = {"strength": strength, "top_k": top_k, "epsilon": epsilon, "keep_rank": keep_rank}
-    digest = adapter.origin.sha256 if adapter.origin else lambda: ""
-    result = replace(adapter, record=Record("intruders", arguments, digest)).with_updates(updates)
+    result = adapter.recorded("intruders", arguments).with_updates(updates)
     report = _report(targets, skipped, top_k, epsilon, (*adapter.warnings, *_notes(targets, degenerate)))
     return result, replace(report, uniform_shrink=math.sqrt(after / before))
 
@@ -142,7 +141,7 @@ def _check(adapter: Adapter, top_k: int, epsilon: float) -> None:
         raise UsageError(f"top_k is {top_k}; look at one singular vector at least")
     if not 0 < epsilon <= 1:
         raise UsageError(f"an epsilon of {epsilon} is no cosine between 0 and 1")
-    refuse_mutated(adapter, "its sum with the original base means nothing")
+    refuse_mutated(adapter, ON_THE_BASE)
 
 
 def _skipped(adapter: Adapter, name: str) -> str | None:
@@ -169,14 +168,14 @@ def _matrices(adapter: Adapter, name: str, base: BaseWeights) -> list[tuple[str,
 
 
 def _measured(weight: Tensor, change: Tensor, top_k: int, epsilon: float) -> _Found:
-    u0, s0, v0 = torch.linalg.svd(weight, full_matrices=False)
-    u, s, v = torch.linalg.svd(weight + change, full_matrices=False)
-    k = min(top_k, len(s))
-    sides = (u[:, :k].T @ u0).abs(), (v[:k] @ v0.T).abs()
-    if any(bool(((side.amax(1) - epsilon).abs() < _CLOSE).any()) for side in sides):
-        u0, s0, v0 = torch.linalg.svd(weight.double(), full_matrices=False)
-        u, s, v = torch.linalg.svd(weight.double() + change.double(), full_matrices=False)
+    for dtype in (torch.float32, torch.float64):
+        base = weight.to(dtype)
+        u0, s0, v0 = torch.linalg.svd(base, full_matrices=False)
+        u, s, v = torch.linalg.svd(base + change.to(dtype), full_matrices=False)
+        k = min(top_k, len(s))
         sides = (u[:, :k].T @ u0).abs(), (v[:k] @ v0.T).abs()
+        if not any(bool(((side.amax(1) - epsilon).abs() < _CLOSE).any()) for side in sides):
+            break
     gaps = 1 - s0[1 : k + 1] / s0[:k][: len(s0) - 1].clamp_min(1e-30)
     left, right = (_side(side, epsilon) for side in sides)
     return _Found(left, right, s[:k], u[:, :k], v[:k], bool((gaps < _DEGENERATE).any()))

@@ -102,8 +102,7 @@ def merged_extras(adapters: Sequence[Adapter], rule: ExtrasRule) -> tuple[dict[s
 
 
 def _independent(adapter: Adapter) -> dict[str, Extra]:
-    used = {key for target in adapter.entries for key in adapter.format.references(target).values()}
-    return {key: extra for key, extra in adapter.extras.items() if key not in used}
+    return {key: adapter.extras[key] for key in adapter.loose_extras}
 
 
 def _is_equal(extras: Sequence[Extra | None]) -> bool:

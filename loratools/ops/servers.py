@@ -52,6 +52,10 @@ def _families(*names: str) -> Test:
     return lambda a: (f"{t} ({e.family.family})" for t, e in a.entries.items() if e.family.family not in names)
 
 
+def _families_are(*names: str) -> Test:
+    return lambda a: (t for t, e in a.entries.items() if e.family.family in names)
+
+
 def _modules(*names: str) -> Test:
     return lambda a: (t for t in a.entries if t.rpartition(".")[2] not in names)
 
@@ -78,6 +82,10 @@ def _patterns(a: Adapter) -> Iterable[str]:
     return (f"{field}: {key}" for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {})
 
 
+def _unequal(a: Adapter) -> Iterable[str]:
+    return (*_mixed_ranks(a), *_patterns(a))
+
+
 def _rslora(a: Adapter) -> Iterable[str]:
     return ("use_rslora",) if (a.config or {}).get("use_rslora") else ()
 
@@ -90,8 +98,7 @@ def _mixed_alphas(a: Adapter) -> Iterable[str]:
 
 
 def _extras(a: Adapter) -> Iterable[str]:
-    shared = {key for t in a.entries for key in a.format.references(t).values()}
-    return (key for key in a.extras if key not in shared)
+    return a.loose_extras
 
 
 def _trained_biases(a: Adapter) -> Iterable[str]:
@@ -132,6 +139,7 @@ _MAX_VLLM: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PORTABLE = "loratools convert --to peft --portable (or check --fix)"
 _TO_LORA = "loratools convert --to peft --exact, or --rank N where there is no exact form"
 _DORA = "loratools fuse and serve the fused model, or loratools extract --rank N from it"
+_FUSE = "loratools fuse and serve the fused model"
 _DROP = "pass --drop extras to leave them out, which changes the model; or loratools fuse and serve that"
 
 
@@ -156,6 +164,23 @@ def _peft_file(source: str) -> tuple[Requirement, ...]:
     )
 
 
+def _no_convolutions(source: str) -> Requirement:
+    return Requirement("no-convolutions", "refused", "it serves matrices alone", source, _FUSE, _convolutions)
+
+
+def _no_expert_stacks(source: str) -> Requirement:
+    reason = "it has no LoRA on the stacked weights of experts"
+    return Requirement("no-expert-stacks", "refused", reason, source, _FUSE, _experts)
+
+
+def _one_rank(
+    source: str,
+    severity: Severity = "wrong",
+    reason: str = "it reads r alone; rank_pattern and alpha_pattern are ignored",
+) -> Requirement:
+    return Requirement("one-rank", severity, reason, source, _PORTABLE, _unequal)
+
+
 def _plain_lora(source: str) -> tuple[Requirement, ...]:
     return (
         Requirement("only-lora", "refused", "it knows LoRA alone", source, _TO_LORA, _families("lora", "dora")),
@@ -173,20 +198,13 @@ def _plain_lora(source: str) -> tuple[Requirement, ...]:
             "refused",
             "biases of the base model stay as they are",
             source,
-            "loratools fuse and serve the fused model",
+            _FUSE,
             _trained_biases,
         ),
         Requirement(
             "no-other-tensors", "refused", "it loads pairs of factors and no whole parameters", source, _DROP, _extras
         ),
-        Requirement(
-            "no-convolutions",
-            "refused",
-            "it serves matrices alone",
-            source,
-            "loratools fuse and serve the fused model",
-            _convolutions,
-        ),
+        _no_convolutions(source),
         Requirement(
             "original-base",
             "wrong",
@@ -196,10 +214,6 @@ def _plain_lora(source: str) -> tuple[Requirement, ...]:
             _mutated,
         ),
     )
-
-
-def _families_are(*names: str) -> Test:
-    return lambda a: (t for t, e in a.entries.items() if e.family.family in names)
 
 
 _VLLM = "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py"
@@ -217,14 +231,7 @@ SERVERS: Final[Mapping[str, Server]] = {
         (
             *_peft_file(_VLLM),
             *_plain_lora(_VLLM),
-            Requirement(
-                "one-rank",
-                "wrong",
-                "it reads r alone; rank_pattern and alpha_pattern are ignored",
-                _VLLM,
-                _PORTABLE,
-                lambda a: (*_mixed_ranks(a), *_patterns(a)),
-            ),
+            _one_rank(_VLLM),
             Requirement(
                 "rank-at-most-512",
                 "refused",
@@ -233,14 +240,7 @@ SERVERS: Final[Mapping[str, Server]] = {
                 "loratools squeeze --rank 512",
                 _rank_above(512),
             ),
-            Requirement(
-                "no-expert-stacks",
-                "refused",
-                "it has no LoRA on the stacked weights of experts",
-                _VLLM,
-                "loratools fuse and serve the fused model",
-                _experts,
-            ),
+            _no_expert_stacks(_VLLM),
         ),
         portable=True,
         max_ranks=_MAX_VLLM,
@@ -252,14 +252,7 @@ SERVERS: Final[Mapping[str, Server]] = {
         (
             *_peft_file(_SGLANG),
             *_plain_lora(_SGLANG),
-            Requirement(
-                "one-rank",
-                "old",
-                "old versions read r and lora_alpha alone, and ignore both patterns",
-                _SGLANG,
-                _PORTABLE,
-                lambda a: (*_mixed_ranks(a), *_patterns(a)),
-            ),
+            _one_rank(_SGLANG, "old", "old versions read r and lora_alpha alone, and ignore both patterns"),
             Requirement(
                 "no-rslora",
                 "old",
@@ -276,14 +269,7 @@ SERVERS: Final[Mapping[str, Server]] = {
                 "train q_proj, k_proj and v_proj, or use a newer version",
                 _incomplete_qkv,
             ),
-            Requirement(
-                "no-expert-stacks",
-                "refused",
-                "it has no LoRA on the stacked weights of experts",
-                _SGLANG,
-                "loratools fuse and serve the fused model",
-                _experts,
-            ),
+            _no_expert_stacks(_SGLANG),
         ),
         portable=True,
     ),
@@ -298,17 +284,10 @@ SERVERS: Final[Mapping[str, Server]] = {
                 "wrong",
                 "it applies LoRA to q, k, v and o of the attention and to nothing else",
                 _SLORA,
-                "loratools fuse and serve the fused model",
+                _FUSE,
                 _modules("q_proj", "k_proj", "v_proj", "o_proj"),
             ),
-            Requirement(
-                "one-rank",
-                "wrong",
-                "it reads r alone; rank_pattern and alpha_pattern are ignored",
-                _SLORA,
-                _PORTABLE,
-                lambda a: (*_mixed_ranks(a), *_patterns(a)),
-            ),
+            _one_rank(_SLORA),
             Requirement(
                 "no-rslora", "wrong", "it scales by alpha / r whatever use_rslora says", _SLORA, _PORTABLE, _rslora
             ),
@@ -353,14 +332,7 @@ SERVERS: Final[Mapping[str, Server]] = {
                 _DROP,
                 _extras,
             ),
-            Requirement(
-                "no-convolutions",
-                "refused",
-                "it serves matrices alone",
-                _LLAMACPP,
-                "loratools fuse and serve the fused model",
-                _convolutions,
-            ),
+            _no_convolutions(_LLAMACPP),
             Requirement(
                 "original-base",
                 "wrong",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.adapter import Adapter, Record, entry_of
+from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
 from loratools.linalg.factored import balanced_factors, fits_single, is_finite, squared_distance
@@ -30,7 +30,7 @@ from loratools.ops.spectra import (
     stack_blocks,
     stack_factors,
 )
-from loratools.pipeline import begun, ordered_map, worker_count
+from loratools.pipeline import ordered_map, worker_count
 from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -79,7 +79,7 @@ def squeeze(
     rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all,
     NeedsBaseError for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
     """
-    changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
+    changed = adapter.recorded("squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
     updates: dict[str, Update] = {}
     outcomes = []
@@ -104,7 +104,7 @@ def squeeze_file(
     force: bool = False,
 ) -> tuple[Saved, SqueezeReport]:
     """As `squeeze`, streamed to `path` in the adapter's dialect, in the same memory whatever the adapter's size."""
-    changed = with_record(adapter, "squeeze", arguments(rank, limits, options))
+    changed = adapter.recorded("squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
     return stream(changed, plan.unchanged, apply(changed, plan, options), path, warnings=plan.warnings, force=force)
 
@@ -119,8 +119,6 @@ def stream(
     force: bool,
 ) -> tuple[Saved, SqueezeReport]:
     """Write changed targets as they come, then the unchanged ones, and report on both."""
-    if adapter.record:  # its hash of the input is needed last, so it is computed meanwhile
-        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
     outcomes: list[Outcome] = []
 
     def updates() -> Iterator[tuple[str, Update]]:
@@ -138,12 +136,6 @@ def stream(
         outcomes, unchanged, bytes_before=before, bytes_after=saved.nbytes, warnings=notes, output=str(saved.path)
     )
     return saved, report
-
-
-def with_record(adapter: Adapter, verb: str, recorded: Mapping[str, object]) -> Adapter:
-    """`adapter` with the record that saving it will store."""
-    digest = adapter.origin.sha256 if adapter.origin else lambda: ""
-    return replace(adapter, record=Record(verb, recorded, digest))
 
 
 def arguments(rank: int | Policy, limits: Limits, options: Squeeze) -> dict[str, object]:

@@ -14,7 +14,7 @@ from loratools.families.base import LowRankUpdate
 from loratools.linalg.factored import squared_distance
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, low_rank_part, nonfinite_error, stack_blocks
-from loratools.ops.squeeze import Plan, stream, unsqueezable, with_record
+from loratools.ops.squeeze import Plan, stream, unsqueezable
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
@@ -40,7 +40,7 @@ def truncate(
     `matryoshka` the one that `scaling` gives each rank (arXiv 2605.07850). `energy_kept` is the squared cosine between
     the delta and what is kept, which for an SVD is the energy. Raises UnchangedError where no target has more of them.
     """
-    changed = with_record(adapter, "truncate", {"rank": rank, "nested": nested, "scaling": scaling})
+    changed = adapter.recorded("truncate", {"rank": rank, "nested": nested, "scaling": scaling})
     plan = _decide(changed, rank, allow_unchanged=allow_unchanged)
     updates: dict[str, Update] = {}
     outcomes = []
@@ -65,7 +65,7 @@ def truncate_file(
     force: bool = False,
 ) -> tuple[Saved, SqueezeReport]:
     """As `truncate`, streamed to `path` in the adapter's dialect."""
-    changed = with_record(adapter, "truncate", {"rank": rank, "nested": nested, "scaling": scaling})
+    changed = adapter.recorded("truncate", {"rank": rank, "nested": nested, "scaling": scaling})
     plan = _decide(changed, rank, allow_unchanged=allow_unchanged)
     return stream(changed, plan.unchanged, _apply(changed, plan, nested, scaling), Path(path), warnings=(), force=force)
 

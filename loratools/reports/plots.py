@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import AdapterError, MissingExtraError, OutputError, UsageError
-from loratools.storage.atomic import AtomicFile, printable
+from loratools.errors import AdapterError, MissingExtraError, UsageError
+from loratools.storage.atomic import AtomicFile, printable, refuse_existing
 
 if TYPE_CHECKING:
     from loratools.reports.inspect import InspectReport, TargetNumbers
@@ -57,8 +57,7 @@ def plot_spectra(report: InspectReport, path: str | os.PathLike[str], *, force: 
         raise UsageError(
             f"{printable(place)}: a plot is written as {' or '.join(SUFFIXES)}; choose one of these suffixes"
         )
-    if place.exists() and not force:
-        raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
+    refuse_existing(place, force=force)
     if not any(t.spectral_norm > 0 for t in report.targets.values()):
         raise AdapterError("nothing to plot: no measured target differs from zero")
     data = _render(report, place.suffix.lower()[1:])

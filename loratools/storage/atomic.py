@@ -29,6 +29,12 @@ _REASONS: Final = {
 }
 
 
+def refuse_existing(place: Path, *, force: bool) -> None:
+    """OutputError where there is something at `place` already, unless it may be replaced."""
+    if place.exists() and not force:
+        raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
+
+
 def printable(path: Path) -> str:
     """The path for a message of one line: as it is, or in quotes where it would break the line."""
     text = str(path)
