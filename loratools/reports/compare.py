@@ -1,0 +1,142 @@
+"""What several updates did to one base model, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MAX_VALUES = 256  # of a spectrum in a report; numbers that summarise one are of all its values
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What one update misses of the full fine-tune `of` the same base.
+
+    `error` is ||full - update|| / ||full||; `best_error` that of the nearest matrix of the update's rank (Eckart and
+    Young); `space_error` that of the nearest one in the update's own row and column spaces: what better
+    coefficients could have reached.
+    """
+
+    of: str
+    rank: int
+    error: float
+    best_error: float
+    space_error: float
+
+
+@dataclass(frozen=True)
+class UpdateNumbers:
+    """One update of one matrix.
+
+    `relative_norm` is ||delta|| / ||W0||. `spectrum` holds the leading singular values. `energy_left` and
+    `energy_right` are shares of ||delta||^2 in the spaces of the first top_k left and right singular vectors of W0.
+    `share` is that of the squared norm of the whole fine-tune. `gain` is the least, mean and greatest factor
+    that DoRA's magnitudes put on the outputs. `logit_growth` is the factor by which the data-free bound on the
+    outputs of a query, key or value projection grows: a heuristic.
+    """
+
+    family: str
+    rank: int
+    norm: float
+    relative_norm: float
+    spectrum: tuple[float, ...]
+    effective_rank: float
+    stable_rank: float
+    energy_left: float
+    energy_right: float
+    share: float
+    left_intruders: int
+    right_intruders: int
+    gain: tuple[float, float, float] | None = None
+    logit_growth: float | None = None
+    missed: Missed | None = None
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """Two updates of one matrix. Overlaps are mean squared cosines of the principal angles between output and input
+    spaces, of equal dimension: the rank of the lower-ranked update, at most the report's `max_overlap_rank`."""
+
+    a: str
+    b: str
+    cosine: float | None
+    relative_distance: float | None  # ||a - b|| / ||a||
+    output_overlap: float | None
+    input_overlap: float | None
+
+
+@dataclass(frozen=True)
+class ComparedTarget:
+    """One matrix of the base: `base_values` are its leading singular values."""
+
+    layer: str
+    module: str
+    shape: tuple[int, int]
+    base_norm: float
+    base_values: tuple[float, ...]
+    updates: Mapping[str, UpdateNumbers]  # by the name of the fine-tune
+    pairs: tuple[PairNumbers, ...]
+
+
+@dataclass(frozen=True)
+class OverlapMap:
+    """Mean squared cosines between the spaces of `a` in one layer (row) and of `b` in another (column).
+
+    `side` is "output" or "input"; null where a layer has no such matrix, or one of another width.
+    """
+
+    a: str
+    b: str
+    module: str
+    side: str
+    layers: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """One of the things compared: an adapter, or a model that was tuned whole (`kind` "adapter" or "full").
+
+    Means are over the matrices that it changes. `missed` sums up `Missed` over all of them: the norms of what is missed
+    relative to the norm of the full fine-tune.
+    """
+
+    path: str
+    kind: str
+    families: tuple[str, ...]
+    targets: int
+    rank_min: int
+    rank_max: int
+    norm: float
+    relative_norm: float
+    mean_effective_rank: float
+    mean_stable_rank: float
+    mean_energy_left: float
+    mean_energy_right: float
+    left_intruders: int
+    right_intruders: int
+    spectrum: tuple[float, ...]  # root mean square over the matrices, value by value
+    layers: Mapping[str, float]  # share of the squared norm
+    modules: Mapping[str, float]
+    missed: Missed | None = None
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """`fine_tunes` by the names they go under, in the order given."""
+
+    base: str
+    top_k: int
+    epsilon: float
+    max_overlap_rank: int
+    fine_tunes: Mapping[str, FineTune]
+    targets: Mapping[str, ComparedTarget]
+    pairs: tuple[PairNumbers, ...]  # over all matrices that both change
+    overlap_maps: tuple[OverlapMap, ...]
+    skipped: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
