@@ -154,6 +154,46 @@ class LowRank(Operator):
 
 @final
 @dataclass(frozen=True, eq=False)
+class Diagonal(Operator):
+    """Numbers on the main diagonal of an (m, n) matrix that is zero elsewhere, and beyond them."""
+
+    values: Tensor  # (p,), p <= min(m, n)
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1 or len(self.values) > min(self.size):
+            raise ValueError(f"numbers of shape {tuple(self.values.shape)} are no diagonal of a {self.size} matrix")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def T(self) -> Diagonal:  # noqa: N802
+        return Diagonal(self.values, (self.size[1], self.size[0]))
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.values
+
+    def matmat(self, x: Tensor) -> Tensor:
+        count = len(self.values)
+        out = x.new_zeros(self.size[0], x.shape[1])
+        out[:count] = self.values.unsqueeze(1) * x[:count]
+        return out
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Diagonal:
+        return Diagonal(self.values.to(device=device, dtype=dtype), self.size)
+
+    def __mul__(self, factor: float) -> Diagonal:
+        return Diagonal(self.values * factor, self.size)
+
+    def _dense(self) -> Tensor:
+        return self.matmat(torch.eye(self.size[1], dtype=self.values.dtype, device=self.values.device))
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class BlockDiagonal(Operator):
     """Independent maps side by side: one per expert or per convolution group."""
 

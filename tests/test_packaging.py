@@ -29,7 +29,7 @@ LAYERS = (
     ("_lazy", "_version"),
     ("quant", "pipeline"),
     ("operators", "storage"),
-    ("configs",),
+    ("cache", "configs"),
     ("base_weights",),
     ("linalg",),
     ("families",),

@@ -9,14 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a matrix: `max_cosine` of each of the first singular vectors with all of the base, and the intruders.
+    """One side of a matrix: the largest |cosine| of each of the first singular vectors with any of the base.
 
-    `matched_cosine` is that with the vector of the same index.
+    `max_cosine` is an upper and `min_cosine` a lower bound on it: one number for a dense verdict, proven for a
+    certified one. `indices` are the intruders; `matched_cosine` is that with the vector of the same index.
     """
 
     count: int
     indices: tuple[int, ...]
     max_cosine: tuple[float, ...]
+    min_cosine: tuple[float, ...]
     matched_cosine: tuple[float, ...]
 
 
@@ -24,6 +26,7 @@ class Side:
 class TargetIntruders:
     """One matrix: left is the output side. `energy_share` is that of left intruders among the squared `values`.
 
+    `verdict` is "dense" (all singular vectors of the base were computed) or "certified" (bounds decided).
     `mitigated_norm` is the norm of the mitigated update as a share of the old one, where there was a mitigation.
     """
 
@@ -37,8 +40,8 @@ class TargetIntruders:
 
 @dataclass(frozen=True)
 class IntrudersReport:
-    """`sweep`: threshold -> side -> count, over all targets; `uniform_shrink`: the factor on all updates that would
-    have changed their norm as much as the mitigation did."""
+    """`sweep`: threshold -> side -> count, over all targets, for the thresholds at which every verdict is known;
+    `uniform_shrink`: the factor on all updates that would have changed their norm as much as the mitigation did."""
 
     top_k: int
     epsilon: float

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from loratools.errors import AdapterError
-from loratools.operators import MAX_DENSE_ELEMENTS, BlockDiagonal, Dense, Kronecker, LowRank, Operator, Sum, sum_of
+from loratools.operators import (
+    MAX_DENSE_ELEMENTS,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Operator,
+    Sum,
+    sum_of,
+)
 
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -42,6 +52,13 @@ def block(*parts: Example) -> Example:
     return BlockDiagonal(tuple(op for op, _ in parts)), truth
 
 
+def diagonal(m: int, n: int, count: int) -> Example:
+    values = tensor(7, count)
+    truth = np.zeros((m, n))
+    truth[range(count), range(count)] = array(values)
+    return Diagonal(values, (m, n)), truth
+
+
 def total(*parts: Example) -> Example:
     return Sum(tuple(op for op, _ in parts)), np.add.reduce([t for _, t in parts])
 
@@ -54,6 +71,9 @@ EXAMPLES: dict[str, Example] = {
     "kronecker": kronecker(dense(2, 3), dense(4, 2, 5), -1.5),
     "kronecker_of_low": kronecker(dense(1, 7), low(5, 2, 1, 0.5), 2.0),
     "kronecker_tall": kronecker(low(3, 1, 2, 1.0), low(2, 1, 4, 1.0, 3), 1.0),
+    "diagonal": diagonal(5, 7, 5),
+    "diagonal_short": diagonal(6, 4, 2),
+    "diagonal_and_low": total(diagonal(6, 4, 3), low(6, 2, 4, 0.5)),
     "dense": dense(5, 7),
     "dense_row": dense(1, 4),
     "low_rank": low(5, 3, 7, 1.5),

@@ -1,0 +1,92 @@
+"""All singular vectors of one matrix, and what a low-rank change does to them, told in their own coordinates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.operators import Diagonal, LowRank, sum_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loratools.operators import Operator
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The thin SVD of an (m, n) matrix, p = min(m, n): u (m, p), s (p,) descending, vt (p, n)."""
+
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """W + change in the coordinates of a basis of W: the first p coordinates on either side are cosines with it.
+
+    The rest, where a side is longer than p, are along `left_rest` (m, r') and `right_rest` (n, r'), orthonormal and
+    orthogonal to the basis.
+    """
+
+    basis: Basis
+    core: Operator  # (p + r', p + r''): a diagonal and a low-rank map
+    left_rest: Tensor
+    right_rest: Tensor
+
+    def left(self, coordinates: Tensor) -> Tensor:
+        """The vectors of the output side with these coordinates, as columns."""
+        p = len(self.basis.s)
+        return self.basis.u @ coordinates[:p] + self.left_rest @ coordinates[p:]
+
+    def right(self, coordinates: Tensor) -> Tensor:
+        """The vectors of the input side with these coordinates, as columns."""
+        p = len(self.basis.s)
+        return self.basis.vt.T @ coordinates[:p] + self.right_rest @ coordinates[p:]
+
+
+def decomposed(matrix: Tensor) -> Basis:
+    """The basis of a matrix, in its dtype and on its device: a dense SVD."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return Basis(u, s, vt)
+
+
+def is_basis_of(basis: Basis, matrix: Tensor) -> bool:
+    """Whether u diag(s) vt is `matrix`, judged by one random vector on either side: a damaged file fails this."""
+    m, n = matrix.shape
+    p = min(m, n)
+    if basis.u.shape != (m, p) or basis.s.shape != (p,) or basis.vt.shape != (p, n):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(n, 1, generator=generator).to(matrix)
+    image = matrix @ probe
+    again = basis.u @ (basis.s.unsqueeze(1) * (basis.vt @ probe))
+    length = (basis.vt @ probe).norm() if n == p else probe.norm()  # vt keeps the length where it is square
+    tolerance = 1e-3
+    return bool((image - again).norm() <= tolerance * image.norm() + 1e-30) and bool(
+        (length - probe.norm()).abs() <= tolerance * probe.norm()
+    )
+
+
+def rotated(basis: Basis, change: LowRank) -> Rotated:
+    """W + change in the coordinates of the basis of W, at the cost of two products with it; W itself is not read."""
+    p = len(basis.s)
+    left, left_rest = _coordinates(basis.u, change.left.to(basis.u) * change.scale)
+    right, right_rest = _coordinates(basis.vt.T, change.right.to(basis.vt).T)
+    low = LowRank(left, right.T)
+    core = sum_of([Diagonal(basis.s, low.shape), low])
+    assert p <= min(low.shape)
+    return Rotated(basis, core, left_rest, right_rest)
+
+
+def _coordinates(vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates of the columns of `x` along `vectors` (k, p), and along the new directions that they need."""
+    inside = vectors.T @ x
+    if vectors.shape[0] == vectors.shape[1]:
+        return inside, x.new_empty(x.shape[0], 0)
+    outside = x - vectors @ inside
+    again = vectors.T @ outside
+    q, r = torch.linalg.qr(outside - vectors @ again)
+    return torch.cat([inside + again, r]), q

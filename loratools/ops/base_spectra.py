@@ -1,0 +1,99 @@
+"""What is known of the singular vectors of one base weight: found once, for all that is compared with it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from loratools._lazy import torch
+from loratools.cache import Cache, content_key
+from loratools.linalg.basis import Basis, decomposed, is_basis_of
+from loratools.linalg.krylov import Leading, leading_triplets
+from loratools.operators import Dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL = 1024  # a shorter side below this: decomposed whole in a second or less
+_IN_DOUBLE = 256  # a shorter side up to this: in float64 from the start
+
+
+class BaseSpectrum:
+    """Lazily, the whole basis of a weight (m, n), its leading triplets with proven errors, and its square factors.
+
+    A whole basis is taken from `cache` and kept there; everything is computed on `device`.
+    """
+
+    def __init__(self, parameter: str, weight: Tensor, *, cache: Cache | None = None, device: str = "cpu") -> None:
+        self.parameter = parameter
+        self.stored = weight
+        self._cache, self._device = cache, device
+        self._bases: dict[torch.dtype, Basis] = {}
+        self._factors: dict[bool, Tensor | None] = {}
+        self._leading: Leading | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(m, n) in the dtype that its basis is found in first: float64 where that costs nothing, else float32."""
+        small = min(self.stored.shape) <= _IN_DOUBLE
+        return self.stored.to(device=self._device, dtype=torch.float64 if small else torch.float32)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the whole basis costs less than avoiding it."""
+        return min(self.stored.shape) < SMALL
+
+    def known_basis(self) -> Basis | None:
+        """The whole basis where it is at hand: computed before, or in the cache."""
+        if self.weight.dtype in self._bases:
+            return self._bases[self.weight.dtype]
+        kept = None if self._cache is None else self._cache.read(self._key)
+        if kept is None or set(kept) != {"u", "s", "vt"}:
+            return None
+        basis = Basis(*(kept[name].to(self.weight) for name in ("u", "s", "vt")))
+        if not is_basis_of(basis, self.weight):
+            return None
+        self._bases[self.weight.dtype] = basis
+        return basis
+
+    def basis(self, dtype: torch.dtype | None = None) -> Basis:
+        """The whole basis, by a dense SVD where it is not known; kept in the cache, unless it is in another dtype."""
+        wanted = self.weight.dtype if dtype is None else dtype
+        if wanted in self._bases:
+            return self._bases[wanted]
+        if wanted == self.weight.dtype and (known := self.known_basis()) is not None:
+            return known
+        basis = decomposed(self.weight.to(wanted))
+        self._bases[wanted] = basis
+        if self._cache is not None and wanted == self.weight.dtype:
+            tensors = {"u": basis.u, "s": basis.s, "vt": basis.vt}
+            self._cache.write(self._key, {k: t.cpu().contiguous() for k, t in tensors.items()}, name=self.parameter)
+        return basis
+
+    def leading(self, count: int) -> Leading:
+        """`count` triplets or more: out of the basis where that is known, else with proven errors."""
+        if (basis := self.known_basis()) is not None:
+            kept = min(count, len(basis.s))
+            errors = torch.zeros(kept, dtype=torch.float64)
+            top = float(basis.s[0])
+            return Leading(basis.u[:, :kept], basis.s[:kept].double(), basis.vt[:kept], errors, top)
+        if self._leading is None or len(self._leading.s) < min(count, *self.stored.shape):
+            self._leading = leading_triplets(Dense(self.weight), count)
+        return self._leading
+
+    def square_factor(self, *, left: bool) -> Tensor | None:
+        """For the side that is longer than the other, the (p, p) triangle R with the weight, or its transpose, = Q R.
+
+        By Cholesky of the smaller Gram matrix, in float64; None where that is singular to working precision.
+        """
+        if left not in self._factors:
+            tall = (self.weight if left else self.weight.T).double()
+            factor, info = torch.linalg.cholesky_ex(tall.T @ tall, upper=True)
+            pivots = factor.diagonal()
+            sound = int(info) == 0 and bool(pivots.min() > 1e-6 * pivots.max())
+            self._factors[left] = factor if sound else None
+        return self._factors[left]
+
+    @cached_property
+    def _key(self) -> str:
+        return content_key(self.stored, f"basis in {self.weight.dtype}")
