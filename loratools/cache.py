@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".safetensors"
 _PREFIX = "base-"
-_VERSION = b"1"  # of what the files hold
+_VERSION = 1  # of what the files hold
+_THREADS = 2  # that hash or read side by side
+_CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Cache:
         try:
             source = open_source(self._place(key))
             try:
-                return {name: source.read(name) for name in source.specs}
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    return dict(zip(source.specs, pool.map(source.read, source.specs), strict=True))
             finally:
                 source.close()
         except (LoratoolsError, OSError):
@@ -109,8 +113,9 @@ def default_cache() -> Cache:
 
 def content_key(weight: Tensor, kind: str) -> str:
     """A key that stands for what `kind` is computed from: the dtype, shape and bytes of a weight."""
-    digest = hashlib.sha256(
-        b"\0".join((_VERSION, kind.encode(), str(weight.dtype).encode(), repr(tuple(weight.shape)).encode()))
-    )
-    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    chunks = [data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks)
+        described = repr((_VERSION, kind, str(weight.dtype), tuple(weight.shape)))
+        return hashlib.sha256(described.encode() + b"".join(parts)).hexdigest()

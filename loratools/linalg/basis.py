@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.operators import Diagonal, LowRank, sum_of
+from loratools.operators import Diagonal, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from loratools.operators import Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,8 @@ class Rotated:
     """
 
     basis: Basis
-    core: Operator  # (p + r', p + r''): a diagonal and a low-rank map
+    diagonal: Diagonal  # (p + r', p + r''): W
+    low: LowRank  # likewise: the change
     left_rest: Tensor
     right_rest: Tensor
 
@@ -72,13 +71,10 @@ def is_basis_of(basis: Basis, matrix: Tensor) -> bool:
 
 def rotated(basis: Basis, change: LowRank) -> Rotated:
     """W + change in the coordinates of the basis of W, at the cost of two products with it; W itself is not read."""
-    p = len(basis.s)
     left, left_rest = _coordinates(basis.u, change.left.to(basis.u) * change.scale)
     right, right_rest = _coordinates(basis.vt.T, change.right.to(basis.vt).T)
     low = LowRank(left, right.T)
-    core = sum_of([Diagonal(basis.s, low.shape), low])
-    assert p <= min(low.shape)
-    return Rotated(basis, core, left_rest, right_rest)
+    return Rotated(basis, Diagonal(basis.s, low.shape), low, left_rest, right_rest)
 
 
 def _coordinates(vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

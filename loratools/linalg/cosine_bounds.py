@@ -4,9 +4,10 @@ Golub-Kahan bidiagonalisation of A started at a unit vector x gives orthonormal 
 and p_2, p_4, ... on the right, and coefficients b_i with b_{i-1} p_{i-1} + b_i p_{i+1} = A p_i or A^T p_i. For any
 singular triplet (s, u, v) the numbers y_i = <p_i, u or v> therefore obey a three-term recurrence,
 
-    b_{i-1} y_{i-1} - s y_i + b_i y_{i+1} = 0,        y_1 = <x, u>,        sum of y_i^2 <= 2,
+    b_{i-1} y_{i-1} - s y_i + b_i y_{i+1} = 0,        y_1 = <x, u>,
 
-so y_1^2 <= 2 / sum of (y_i / y_1)^2: the Christoffel function of the spectral measure of x. Where s is only known
+and their squares sum to at most 1 on either side, so y_1^2 <= 2 / sum of (y_i / y_1)^2: the Christoffel function of the
+spectral measure of x. Where s is only known
 within h, and products round by n, the recurrence holds within h + n instead; relaxing it with a weight 1 / t^2 keeps
 the bound rigorous on a whole interval and gives it in closed form, so that a grid covers all singular values. The proof
 is in docs/certificates.md.
@@ -14,118 +15,148 @@ is in docs/certificates.md.
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
+from loratools.linalg.together import products
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from loratools.operators import Operator
 
-_FIRST_LOOK = 6  # steps on either side
-_LOOK_EVERY = 3
-_STALLED = 0.98  # of the bound three looks ago: no hope
+_FIRST_LOOK = 8  # steps on either side
+_STALLED = 0.97  # of the bound at the last look, as long as one falls with the root of the steps: no hope
+_CONFIDENT = 0.95  # of the steps that this foretells, before the next look
 _ROUNDING = 8  # units of precision, relative to the largest singular value, that a product may be off
 _ORTHOGONAL = 1e-4  # how far from orthonormal the vectors may be
-_RESOLUTION = 12  # points of the grid for each vector of the basis, and each eighth of the largest singular value
-_PAD = 16  # products with this many columns are faster than with some fewer
+_SHARES = (0.5, 0.9)  # weights of the left norm against the right one, of which any proves a bound
+_RESOLUTION = 48  # points of the grid for each vector of the basis, and each eighth of the largest singular value
 
 
-def cosine_bounds(op: Operator, starts: Tensor, *, top: float, enough: float, max_steps: int = 64) -> Tensor:
-    """Upper bounds on max_i |<x, u_i>| over all left singular vectors u_i of `op`, for each unit column x of `starts`.
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Whose cosines: of the unit columns of `starts` with the left singular vectors of `op`; below `enough` will do.
 
-    `top` bounds the largest singular value. Steps go on until a bound is below `enough`, or no longer falls, or
-    `max_steps`; each costs one product with `op` and one with its transpose for all columns that are not done. Float64
-    of shape (c,). `op` must not be taller than wide: a part of x that `op` never reaches would hide behind small
-    singular values.
+    `op` must not be taller than wide: a part of a start that `op` never reaches would hide behind small singular
+    values. `top` bounds the singular values in question. `off` allows for an `op` that maps their vectors onto each
+    other only so nearly: an upper bound on ||op v - s u|| and on ||op^T u - s v||.
     """
-    if op.shape[0] > op.shape[1]:
-        raise ValueError(f"{op.shape}: is taller than wide; ask for the bounds of its square factor")
-    bounds = starts.new_ones(starts.shape[1], dtype=torch.float64).cpu()
-    if starts.shape[1] == 0 or top <= 0:
-        return bounds
-    rest = torch.arange(starts.shape[1])
-    run = _Bidiagonal(op, starts)
-    history: list[Tensor] = []
-    limit = min(max_steps, op.shape[0])
-    for step in range(1, limit + 1):
-        run.extend()
-        if step != limit and (step < _FIRST_LOOK or (step - _FIRST_LOOK) % _LOOK_EVERY):
-            continue
-        found = _bounds(run.coefficients(), top, torch.finfo(starts.dtype).eps)
-        bounds[rest] = torch.minimum(bounds[rest], found)
-        history.append(bounds.clone())
-        going = bounds[rest] >= enough
-        if len(history) > 3:
-            going &= bounds[rest] < _STALLED * history[-4][rest]
-        if not bool(going.any()):
-            break
-        if not bool(going.all()):
-            rest = rest[going]
-            run.keep(going)
-    return bounds
+
+    op: Operator
+    starts: Tensor  # (m, c)
+    enough: float
+    top: float
+    off: float = 0.0
+
+
+def cosine_bounds(questions: Sequence[Question], *, max_steps: int = 64) -> list[Tensor]:
+    """Upper bounds on max_i |<x, u_i>| over all left singular vectors u_i in question, for each start x of each.
+
+    Steps go on until a bound is below what is enough, or no
+    longer falls, or `max_steps`; each costs one product with the operator and one with its transpose, and products
+    with one matrix are made together. Float64 of shape (c,) for each question. Raises ValueError for a tall operator.
+    """
+    for question in questions:
+        if question.op.shape[0] > question.op.shape[1]:
+            raise ValueError(f"{question.op.shape}: is taller than wide; ask for the bounds of its square factor")
+    runs = [_Bidiagonal(q, min(max_steps, q.op.shape[0])) for q in questions]
+    # Half a step apart, so that the two sides of one matrix ask for the same product at the same time.
+    turned = [i % 2 == 1 for i in range(len(runs))]
+    for half in itertools.count():
+        going = [run for run, late in zip(runs, turned, strict=True) if not run.done and (half or not late)]
+        if not going and half:
+            return [run.bounds for run in runs]
+        for run, image in zip(going, products([run.request() for run in going]), strict=True):
+            run.take(image)
+    raise AssertionError
 
 
 class _Bidiagonal:
     """One bidiagonalisation for each start, side by side, with full orthogonalisation."""
 
-    def __init__(self, op: Operator, starts: Tensor) -> None:
-        self._op = op
-        self._left = starts.T.unsqueeze(1).contiguous()  # (c, steps, m)
-        self._right = starts.new_empty(starts.shape[1], 0, op.shape[1])
-        self._norms: list[Tensor] = []
+    def __init__(self, question: Question, limit: int) -> None:
+        self._asked, self._limit = question, limit
+        starts, (m, n) = question.starts, question.op.shape
+        self._bases = [starts.new_empty(starts.shape[1], limit + 1, size) for size in (n, m)]
+        self._bases[1][:, 0] = starts.T
+        self._links: list[Tensor] = []  # what couples each vector, in turn left and right, to the next
+        self._rest = torch.arange(starts.shape[1])  # the starts still open
+        self._next_look = min(_FIRST_LOOK, limit)
+        self.bounds = torch.ones(starts.shape[1], dtype=torch.float64)
+        self.done = starts.shape[1] == 0 or question.top <= 0
 
-    def extend(self) -> None:
-        """One more vector on the right, then one on the left."""
-        self._right = self._grown(self._right, self._product(self._op.T, self._left[:, -1]))
-        self._left = self._grown(self._left, self._product(self._op, self._right[:, -1]))
+    def request(self) -> tuple[Operator, Tensor]:
+        """The product that is needed next."""
+        step, from_right = divmod(len(self._links), 2)
+        op = self._asked.op
+        return (op, self._bases[0][:, step].T) if from_right else (op.T, self._bases[1][:, step].T)
 
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with some of the starts."""
-        self._left, self._right = self._left[chosen], self._right[chosen]
-        self._norms = [b[chosen] for b in self._norms]
-
-    def coefficients(self) -> Tensor:
-        """(c, d - 1) float64: what couples each vector, of the d in turn left and right, to the next."""
-        return torch.stack(self._norms, dim=1)
-
-    def _product(self, op: Operator, rows: Tensor) -> Tensor:
-        count = rows.shape[0]
-        padded = torch.nn.functional.pad(rows.T, (0, -count % _PAD))
-        return op.matmat(padded)[:, :count].T
-
-    def _grown(self, basis: Tensor, x: Tensor) -> Tensor:
-        """`basis` with the part of x outside it, normalised; its norm is the coefficient."""
-        if basis.shape[1]:
-            for _ in range(2):
-                x = x - torch.bmm(torch.bmm(x.unsqueeze(1), basis.mT), basis).squeeze(1)
+    def take(self, image: Tensor) -> None:
+        """Go on with that product."""
+        step, side = divmod(len(self._links), 2)
+        place = step + side  # the right side has a vector less
+        basis, x = self._bases[side][:, :place], image.T
+        for _ in range(2 if place else 0):
+            x = x - torch.bmm(torch.bmm(x.unsqueeze(1), basis.mT), basis).squeeze(1)
         norm = x.norm(dim=1, keepdim=True)
-        self._norms.append(norm[:, 0].cpu().double())
-        return torch.cat([basis, (x / norm.clamp_min(torch.finfo(x.dtype).tiny)).unsqueeze(1)], dim=1)
+        self._links.append(norm[:, 0].cpu().double())
+        self._bases[side][:, place] = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
+        if side == 1:
+            self._look(step + 1)
+
+    def _look(self, steps: int) -> None:
+        if steps < self._next_look:
+            return
+        asked, eps = self._asked, torch.finfo(self._bases[0].dtype).eps
+        found = _bounds(torch.stack(self._links, dim=1), asked.top, eps, asked.off / asked.top)
+        before = self.bounds[self._rest]
+        now = torch.minimum(before, found)
+        self.bounds[self._rest] = now
+        going = (now >= asked.enough) & ((now < _STALLED * before) | (before == 1.0))
+        self.done = steps >= self._limit or not bool(going.any())
+        if self.done:
+            return
+        # bounds fall with the root of the steps, where they fall
+        wanted = steps * (float(now[going].amin()) / max(asked.enough, 1e-3)) ** 2
+        self._next_look = min(self._limit, max(steps + 2, math.ceil(_CONFIDENT * wanted)))
+        if int(going.sum()) * 2 <= len(going):  # fewer columns cost nearly as much: only a halving is worth the copies
+            self._rest = self._rest[going]
+            self._bases = [basis[going.to(basis.device)] for basis in self._bases]
+            self._links = [links[going] for links in self._links]
 
 
-def _bounds(coefficients: Tensor, top: float, eps: float) -> Tensor:
-    """The bound for each row of coefficients: the greatest over a grid that covers [0, top]."""
+def _bounds(coefficients: Tensor, top: float, eps: float, off: float) -> Tensor:
+    """The bound for each row of coefficients: the greatest over a grid that covers [0, top].
+
+    `eps` is the precision of products, and `off` as in Question, both relative to `top`.
+    """
     b = coefficients / top
     links = b.shape[1]
-    t = 1 / (_RESOLUTION * (links + 1) / 8)
+    t = 8 / (_RESOLUTION * (links + 1))
     half = t / 4
     x = half + 2 * half * torch.arange(math.ceil(1 / (2 * half)), dtype=torch.float64)  # centres of the cells
-    inverse = _first_of_inverse(b.unsqueeze(2), x, t)  # (c, cells)
-    slack = 2 * (1 + _ORTHOGONAL) * (1 + ((half + _ROUNDING * eps * math.sqrt(links)) / t) ** 2)
-    return (slack * inverse.amax(dim=1)).clamp(max=1.0).sqrt()
+    slack = 1 + _ORTHOGONAL + ((half + off + _ROUNDING * eps * math.sqrt(links)) / t) ** 2
+    found = [_first_of_inverse(b.unsqueeze(2), x, t, share) for share in _SHARES]  # (c, cells) each
+    best = torch.stack(found).amin(0)
+    return (slack * best.amax(dim=1)).clamp(max=1.0).sqrt()
 
 
-def _first_of_inverse(b: Tensor, x: Tensor, t: float) -> Tensor:
-    """Entry (1, 1) of (I + S^T S / t^2)^-1, S being the recurrence at x, by elimination from the last row upwards.
+def _first_of_inverse(b: Tensor, x: Tensor, t: float, share: float) -> Tensor:
+    """Entry (1, 1) of (D + S^T S / (2 t^2))^-1, S being the recurrence at x, by elimination from the last row upwards.
+
+    D is diagonal, `share` for vectors on the left and 1 - `share` for those on the right.
 
     S has a row for each vector but the last; S^T S has two diagonals on either side of the main one. b is
     (c, d - 1, 1), x is (g,); the result is (c, g).
     """
     count, links, _ = b.shape
-    d, weight = links + 1, 1 / t**2
+    d, weight = links + 1, 0.5 / t**2
     square = x.square()
     pivot = pivot_after = coupling_after = torch.zeros(count, len(x), dtype=torch.float64)
     for j in range(d, 0, -1):  # the j-th vector stands in the rows j - 1, j and j + 1 of those that there are
@@ -136,7 +167,7 @@ def _first_of_inverse(b: Tensor, x: Tensor, t: float) -> Tensor:
             own += square
         if j + 1 < d:
             own += b[:, j - 1].square()
-        own = 1 + weight * own
+        own = (share if j % 2 else 1 - share) + weight * own
         if j == d:
             pivot_after, pivot, coupling_after = pivot, own, torch.zeros_like(own)
             continue

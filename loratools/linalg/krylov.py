@@ -23,6 +23,8 @@ from loratools.linalg.factored import column_signs
 from loratools.linalg.svd import thin_svd
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from loratools.operators import Operator
@@ -31,6 +33,7 @@ FAILURE = 1e-12  # chance, over the seeded random start, that a bound on missed 
 BLOCK = 32
 _SPARE = 8  # columns of the block beyond an index for which it bounds the singular value well
 _DENSE_BELOW = 4 * BLOCK  # smaller sides are decomposed whole
+_GROWTH = 1.2  # of the basis between two looks at it
 _MAX_BASIS = 1024  # vectors on either side
 _ROUNDING = 8  # units of the dtype's precision, relative to the largest singular value, that a residual may lack
 
@@ -40,157 +43,183 @@ class Leading:
     """The first k singular triplets of an operator, or what is near them.
 
     `errors` bounds the distance of each column of `u`, and of each row of `vt`, from a singular vector of that index
-    (up to its sign); it is infinite where nothing is known. `top` is an upper bound on the largest singular value.
+    (up to its sign); it is infinite where nothing is known. `upper[i]` bounds the singular value of index i,
+    counted from 0, and those after it, for i up to k.
     """
 
     u: Tensor  # (m, k)
     s: Tensor  # (k,) float64, descending
     vt: Tensor  # (k, n)
     errors: Tensor  # (k,) float64
-    top: float
+    upper: tuple[float, ...]
 
 
 def leading_triplets(
-    op: Operator, count: int, *, proven: bool = True, tolerance: float = 1e-5, seed: int = 0
+    op: Operator, count: int, *, start: Tensor | None = None, tolerance: float = 1e-5, seed: int = 0
 ) -> Leading:
     """The leading `count` triplets of `op` and a few more, each within `tolerance` of the truth where that can be had.
 
-    Needs products alone, in the dtype and on the device of `op`; stops at `tolerance` for the first `count`, where
-    rounding is all that is left, or when the basis is full. Errors are bounds where `proven`; otherwise they trust the
-    Ritz values to be all the leading ones there are, as ARPACK's users do. Signs as in `balanced_factors`. A small
-    operator is decomposed whole, in float64.
+    As a `Krylov` run for all of them: errors are proven bounds, or with `start` those that trust the Ritz values.
     """
-    m, n = op.shape
-    block = BLOCK * math.ceil((count + 1 + _SPARE) / BLOCK)
-    if min(m, n) <= max(_DENSE_BELOW, 2 * block):
-        return _whole(op, min(block - _SPARE, m, n))
-    kept = block - _SPARE
-    run = _Run(op, block, seed, proven=proven)
-    limit = max(2, min(_MAX_BASIS, m, n) // block)
-    look = 4
-    for step in range(1, limit + 1):
-        run.extend()
-        if step < min(look, limit):
-            continue
-        found, settled = run.ritz(kept, limit)
-        if bool(settled[:count].all() | (found.errors <= tolerance)[:count].all()):
-            break
-        look = math.ceil(1.25 * step)
-        if proven:
-            look = max(look, _enough_steps(found.s.tolist(), count, block, limit, n))
-    return found
-
-
-def _enough_steps(values: list[float], count: int, block: int, limit: int, columns: int) -> int:
-    """How many blocks would tell the first `count` singular values from the rest, by what is known of them."""
-    for steps in range(2, limit):
-        known = range(count, len(values) - 1)
-        if any(_ceiling(values[i], i + 1, block, steps, columns) < values[count - 1] for i in known):
-            return steps
-    return limit
+    return Krylov(op, count, start=start, seed=seed).leading(range(count), tolerance, proven=start is None)
 
 
 def _whole(op: Operator, kept: int) -> Leading:
     u, s, vt = thin_svd(op)
-    values = torch.cat([s, s.new_zeros(1)])[: kept + 1]
-    gaps = torch.minimum(-values.diff(), torch.cat([values.new_full((1,), math.inf), -values.diff()])[:kept])
-    rounding = _ROUNDING * torch.finfo(s.dtype).eps * s[:1]
-    errors = torch.where(gaps > 0, math.sqrt(2) * rounding / gaps.clamp_min(1e-300), math.inf)
-    dtype = op.leaf.dtype
-    return Leading(u[:, :kept].to(dtype), s[:kept], vt[:kept].to(dtype), errors, float(s[0]) * (1 + 1e-12))
+    values = torch.cat([s, s.new_zeros(1)])[: kept + 1].tolist()
+    rounding = [_ROUNDING * torch.finfo(s.dtype).eps * float(s[0])] * (kept + 1)
+    errors, upper = _vector_errors(values, rounding, [value + rounding[0] for value in values])
+    dtype, bounds = op.leaf.dtype, torch.tensor(errors, dtype=torch.float64)
+    return Leading(u[:, :kept].to(dtype), s[:kept], vt[:kept].to(dtype), bounds, tuple(upper))
 
 
-class _Run:
-    """The two orthonormal bases as they grow, and the operator between them."""
+class Krylov:
+    """The leading triplets of an operator by products alone, in its dtype and on its device, better with every block.
 
-    def __init__(self, op: Operator, block: int, seed: int, *, proven: bool) -> None:
-        self.op, self.block, self._proven = op, block, proven
+    For at most `count` of them. Begins with a seeded Gaussian block, or with `start` (n, b): right vectors near the
+    wanted ones, with which fewer products will do, but nothing is proven. A small operator is decomposed whole, in
+    float64. Signs as in `balanced_factors`.
+    """
+
+    def __init__(self, op: Operator, count: int, *, start: Tensor | None = None, seed: int = 0) -> None:
+        m, n = op.shape
+        block = BLOCK * math.ceil((count + 1 + _SPARE) / BLOCK)
+        width = block if start is None else start.shape[1]
+        self._op, self._block, self._is_random = op, width, start is None
+        self._kept = min(block - _SPARE, 2 * width - 1)
+        self._small = _whole(op, min(self._kept, m, n)) if min(m, n) <= max(_DENSE_BELOW, 2 * width) else None
+        if self._small is not None:
+            return
         self._generator = torch.Generator().manual_seed(seed)
-        leaf = op.leaf
-        self._u = leaf.new_empty(op.shape[0], 0)
-        self._v = leaf.new_empty(op.shape[1], 0)
-        self._next_v = torch.linalg.qr(self._noise(op.shape[1]))[0]
+        self._limit = max(2, min(_MAX_BASIS, m, n) // width)
+        self._bases = op.leaf.new_empty(m, self._limit * width), op.leaf.new_empty(n, self._limit * width)
+        self._steps = 0  # blocks of the bases that are filled
+        self._right = torch.linalg.qr(self._noise(n) if start is None else start)[0]  # what comes next
         self._core = torch.zeros(0, 0, dtype=torch.float64)  # u^T op v
-        self._coupling = torch.zeros(block, block, dtype=torch.float64)  # (next v)^T op^T (last block of u)
+        self._coupling = torch.zeros(width, width, dtype=torch.float64)  # right^T op^T (last block of u)
 
-    def extend(self) -> None:
-        """One more block on either side."""
-        v = self._next_v
-        image = self.op.matmat(v)
-        u = self._orthogonal(image, self._u)
-        above, corner = (self._u.T @ image).cpu().double(), (u.T @ image).cpu().double()
-        self._u, self._v = torch.cat([self._u, u], dim=1), torch.cat([self._v, v], dim=1)
-        size = self._core.shape[0]
-        core = torch.zeros(size + self.block, size + self.block, dtype=torch.float64)
-        core[:size, :size], core[:size, size:], core[size:, size:] = self._core, above, corner
-        self._core = core
-        image = self.op.rmatmat(u)
-        self._next_v = self._orthogonal(image, self._v)
-        self._coupling = (self._next_v.T @ image).cpu().double()
+    def leading(self, wanted: Sequence[int], tolerance: float, *, proven: bool) -> Leading:
+        """All triplets as they are when the `wanted` ones are within `tolerance`, or cannot be made better.
 
-    def ritz(self, kept: int, limit: int) -> tuple[Leading, Tensor]:
-        """The best triplets in the bases with what is proven of them, and for which more blocks would add nothing:
-
-        because rounding is all that is left, or because not even `limit` blocks could tell them from the rest.
+        That is where rounding is all that is left, where the basis is full, or where not even a full one could tell
+        them from the rest. Errors are proven bounds, or else they trust the Ritz values to be all the leading ones
+        there are, as users of ARPACK do.
         """
-        p, s, qt = torch.linalg.svd(self._core)
-        measured = (self._coupling @ p[-self.block :, : kept + 1]).norm(dim=0)
-        rounding = _ROUNDING * torch.finfo(self._u.dtype).eps * s[0]
-        residuals = measured + rounding
-        steps = len(s) // self.block
+        if self._small is not None:
+            return self._small
+        if proven and not self._is_random:
+            raise ValueError("nothing is proven of a run that began with chosen vectors")
+        ones = list(wanted)
+        while self._steps < (4 if proven else 2):
+            self._extend()
+        while True:
+            look = self._next_look(max(ones, default=0)) if proven else self._steps
+            while self._steps < look:
+                self._extend()
+            found, settled = self._ritz(proven=proven)
+            if self._steps == self._limit or bool(((found.errors <= tolerance) | settled)[ones].all()):
+                return found
+            for _ in range(min(self._limit, math.ceil(_GROWTH * self._steps)) - self._steps):
+                self._extend()
+
+    def _extend(self) -> None:
+        """One more block on either side."""
+        size = self._steps * self._block
+        image = self._op.matmat(self._right.contiguous())  # products with columns side by side are slow
+        left, above = self._orthogonal(image, self._u)
+        core = torch.zeros(size + self._block, size + self._block, dtype=torch.float64)
+        core[:size, :size], core[:size, size:], core[size:, size:] = self._core, above.cpu(), (left.T @ image).cpu()
+        self._core = core
+        for basis, block in zip(self._bases, (left, self._right), strict=True):
+            basis[:, size : size + self._block] = block
+        self._steps += 1
+        image = self._op.rmatmat(left.contiguous())
+        self._right, _ = self._orthogonal(image, self._v)
+        self._coupling = (self._right.T @ image).cpu().double()
+
+    def _next_look(self, last: int) -> int:
+        """The number of blocks that may tell the triplets up to index `last` from the rest, by the present values."""
+        values = torch.linalg.svdvals(self._core.to(self._op.leaf.dtype)).tolist()
+        for steps in range(self._steps, self._limit):
+            ceilings = (self._ceiling(values[i], i + 1, steps) for i in range(last + 1, self._kept + 1))
+            if min(ceilings, default=0.0) < values[last]:
+                return steps
+        return self._steps  # none will: what there is has to do
+
+    @property
+    def _u(self) -> Tensor:
+        return self._bases[0][:, : self._steps * self._block]
+
+    @property
+    def _v(self) -> Tensor:
+        return self._bases[1][:, : self._steps * self._block]
+
+    def _ritz(self, *, proven: bool) -> tuple[Leading, Tensor]:
+        """The best triplets in the bases, and for which of them more blocks would add nothing."""
+        kept, dtype = self._kept, self._op.leaf.dtype
+        p, s, qt = torch.linalg.svd(self._core.to(dtype))
+        p, s, qt = p.double(), s.double(), qt.double()
+        measured = (self._coupling @ p[-self._block :, : kept + 1]).norm(dim=0)
+        rounding = _ROUNDING * torch.finfo(dtype).eps * s[0]
         values = s[: kept + 1].tolist()
-        ceilings = [self._ceiling(value, i + 1, steps) for i, value in enumerate(values)]
-        errors = _vector_errors(values, residuals.tolist(), ceilings)
+        ceilings = [self._ceiling(v, i + 1, self._steps) if proven else v for i, v in enumerate(values)]
+        errors, upper = _vector_errors(values, (measured + rounding).tolist(), ceilings)
         u = self._u @ p[:, :kept].to(self._u)
         vt = qt[:kept].to(self._v) @ self._v.T
         signs = column_signs(u)
         bounds = torch.tensor(errors, dtype=torch.float64)
-        last = self._ceiling(values[-1], kept + 1, limit)
         settled = (measured[:kept] <= rounding) & torch.isfinite(bounds)
-        return Leading(u * signs, s[:kept], vt * signs.T, bounds, ceilings[0]), settled | (s[:kept] < last)
+        if proven:
+            settled |= s[:kept] < self._ceiling(values[-1], kept + 1, self._limit)
+        return Leading(u * signs, s[:kept], vt * signs.T, bounds, tuple(upper)), settled
 
     def _ceiling(self, ritz: float, index: int, steps: int) -> float:
-        return _ceiling(ritz, index, self.block, steps, self.op.shape[1]) if self._proven else ritz
+        """What the `index`-th singular value is at most, by its Ritz value after `steps` blocks."""
+        shortfall = _shortfall(index, self._block, steps, self._op.shape[1])
+        return ritz / math.sqrt(1 - shortfall) if shortfall < 1 else math.inf
 
-    def _orthogonal(self, x: Tensor, basis: Tensor) -> Tensor:
-        """An orthonormal basis of the part of `x` outside `basis`; random directions where there is none."""
-        x = x - basis @ (basis.T @ x)
-        q, r = torch.linalg.qr(x)
+    def _orthogonal(self, x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of the part of `x` outside `basis`, and the coordinates of `x` inside.
+
+        Directions are random where there is no part outside.
+        """
+        inside = basis.T @ x
+        q, r = torch.linalg.qr(x - basis @ inside)
         lost = r.diagonal().abs() <= 1e-30
         if bool(lost.any()):
             q = torch.where(lost, self._noise(x.shape[0]), q)
-        return torch.linalg.qr(q - basis @ (basis.T @ q))[0]
+        if basis.shape[1] or bool(lost.any()):
+            q = q - basis @ (basis.T @ q)
+            triangle, failed = torch.linalg.cholesky_ex(q.T @ q, upper=True)
+            if int(failed):
+                return torch.linalg.qr(q)[0], inside
+            q = torch.linalg.solve_triangular(triangle, q, upper=True, left=False)  # cheaper than another QR
+        return q, inside
 
     def _noise(self, rows: int) -> Tensor:
-        return torch.randn(rows, self.block, generator=self._generator, dtype=torch.float64).to(self.op.leaf)
+        return torch.randn(rows, self._block, generator=self._generator, dtype=torch.float64).to(self._op.leaf)
 
 
-def _vector_errors(values: list[float], residuals: list[float], ceilings: list[float]) -> list[float]:
-    """For each Ritz value but the last, sqrt(2) residual / gap, with the best of the gaps that can be proven.
+def _vector_errors(
+    values: list[float], residuals: list[float], ceilings: list[float]
+) -> tuple[list[float], list[float]]:
+    """For each Ritz value but the last, sqrt(2) residual / gap, and an upper bound on the singular value of that index.
 
-    Where the (l + 1)-th singular value is at most `ceilings[l]`, and that lies below the l-th Ritz value less its
-    residuals, the first l Ritz values belong to the first l singular values, one to one.
+    Ritz values never exceed the singular values of their index, and `ceilings` bound those from above. Where just
+    `known` of them can exceed a ceiling, which lies below as many Ritz values less their residuals, the singular values
+    are within those residuals of the Ritz values, index by index.
     """
-    errors = [math.inf] * (len(values) - 1)
-    for known in range(1, len(values)):
+    count = len(values) - 1
+    upper = [*ceilings]
+    for known in range(1, count + 1):
         spread = math.hypot(*residuals[:known])
-        if not ceilings[known] < values[known - 1] - spread:
-            continue
-        for i in range(known):
-            gap = values[i] - ceilings[known]
-            if i > 0:
-                gap = min(gap, values[i - 1] - values[i] - spread)
-            if i + 1 < known:
-                gap = min(gap, values[i] - values[i + 1] - spread)
-            if gap > 0:
-                errors[i] = min(errors[i], math.sqrt(2) * residuals[i] / gap)
-    return errors
-
-
-def _ceiling(ritz: float, index: int, block: int, steps: int, columns: int) -> float:
-    """What the `index`-th singular value is at most, by its Ritz value after `steps` blocks."""
-    shortfall = _shortfall(index, block, steps, columns)
-    return ritz / math.sqrt(1 - shortfall) if shortfall < 1 else math.inf
+        if ceilings[known] + spread < values[known - 1]:
+            upper[:known] = [min(u, value + spread) for u, value in zip(upper, values[:known], strict=False)]
+    errors = []
+    for i in range(count):
+        gap = min(values[i] - upper[i + 1], values[i - 1] - values[i] if i else math.inf)
+        errors.append(math.sqrt(2) * residuals[i] / gap if gap > 0 else math.inf)
+    return errors, upper
 
 
 @cache

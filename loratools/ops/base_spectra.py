@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 from loratools._lazy import torch
 from loratools.cache import Cache, content_key
 from loratools.linalg.basis import Basis, decomposed, is_basis_of
-from loratools.linalg.krylov import Leading, leading_triplets
+from loratools.linalg.krylov import Krylov, Leading
 from loratools.operators import Dense
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 SMALL = 1024  # a shorter side below this: decomposed whole in a second or less
+_ROUGH = 3e-2  # of those by which others are found
+TOLERANCE = 1e-3  # of leading vectors found by products; what is proven with them allows for it
 _IN_DOUBLE = 256  # a shorter side up to this: in float64 from the start
 
 
@@ -30,7 +34,7 @@ class BaseSpectrum:
         self._cache, self._device = cache, device
         self._bases: dict[torch.dtype, Basis] = {}
         self._factors: dict[bool, Tensor | None] = {}
-        self._leading: Leading | None = None
+        self._run: tuple[int, Krylov] | None = None
 
     @cached_property
     def weight(self) -> Tensor:
@@ -70,16 +74,20 @@ class BaseSpectrum:
             self._cache.write(self._key, {k: t.cpu().contiguous() for k, t in tensors.items()}, name=self.parameter)
         return basis
 
-    def leading(self, count: int) -> Leading:
-        """`count` triplets or more: out of the basis where that is known, else with proven errors."""
+    def leading(self, count: int, *, prove: Sequence[int] = ()) -> Leading:
+        """`count` triplets or more: out of the basis where that is known, else by products.
+
+        Errors are proven for as many as could be, those at the indices `prove` among them unless that cannot be done.
+        """
         if (basis := self.known_basis()) is not None:
             kept = min(count, len(basis.s))
             errors = torch.zeros(kept, dtype=torch.float64)
-            top = float(basis.s[0])
-            return Leading(basis.u[:, :kept], basis.s[:kept].double(), basis.vt[:kept], errors, top)
-        if self._leading is None or len(self._leading.s) < min(count, *self.stored.shape):
-            self._leading = leading_triplets(Dense(self.weight), count)
-        return self._leading
+            upper = tuple(torch.nn.functional.pad(basis.s, (0, 1))[: kept + 1].tolist())
+            return Leading(basis.u[:, :kept], basis.s[:kept].double(), basis.vt[:kept], errors, upper)
+        if self._run is None or self._run[0] < count:
+            self._run = count, Krylov(Dense(self.weight), count)
+        run = self._run[1]
+        return run.leading(prove, TOLERANCE, proven=True) if prove else run.leading(range(count), _ROUGH, proven=False)
 
     def square_factor(self, *, left: bool) -> Tensor | None:
         """For the side that is longer than the other, the (p, p) triangle R with the weight, or its transpose, = Q R.

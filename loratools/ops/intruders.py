@@ -103,7 +103,7 @@ def mitigate(
             raise AdapterError(f"{name}: covers several matrices of the base; loratools convert takes them apart")
         matrix = matrices[0]
         known = BaseSpectrum(matrix.parameter, matrix.weight, cache=cache, device=device)
-        found = examine(known, matrix.change, top_k=top_k, thresholds=(epsilon,), precise=True)
+        found = examine(known, matrix.change, top_k=top_k, thresholds=(epsilon,), vectors=True)
         degenerate += is_degenerate(known, top_k)
         update = adapter[name]
         part = low_rank_part(update)
@@ -162,6 +162,8 @@ def _without(
     target: str,
 ) -> Update:
     ones = list(chosen)
+    assert found.up is not None
+    assert found.down is not None
     edit = found.up[:, ones].cpu().double() * (strength - 1) * found.values[ones]
     left = torch.cat([part.left.double() * part.scale, edit], dim=1)
     right = torch.cat([part.right.double(), found.down[ones].cpu().double()])
