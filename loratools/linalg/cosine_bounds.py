@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from loratools.operators import Operator
 
 _FIRST_LOOK = 8  # steps on either side
-_STALLED = 0.97  # of the bound at the last look, as long as one falls with the root of the steps: no hope
+_STALLED = 0.25  # of the fall that more steps would bring if a bound fell with their root: no hope below this
 _CONFIDENT = 0.95  # of the steps that this foretells, before the next look
 _ROUNDING = 8  # units of precision, relative to the largest singular value, that a product may be off
 _ORTHOGONAL = 1e-4  # how far from orthonormal the vectors may be
@@ -87,7 +87,7 @@ class _Bidiagonal:
         self._bases[1][:, 0] = starts.T
         self._links: list[Tensor] = []  # what couples each vector, in turn left and right, to the next
         self._rest = torch.arange(starts.shape[1])  # the starts still open
-        self._next_look = min(_FIRST_LOOK, limit)
+        self._last_look, self._next_look = 0, min(_FIRST_LOOK, limit)
         self.bounds = torch.ones(starts.shape[1], dtype=torch.float64)
         self.done = starts.shape[1] == 0 or question.top <= 0
 
@@ -118,7 +118,9 @@ class _Bidiagonal:
         before = self.bounds[self._rest]
         now = torch.minimum(before, found)
         self.bounds[self._rest] = now
-        going = (now >= asked.enough) & ((now < _STALLED * before) | (before == 1.0))
+        hoped = 1 - math.sqrt(self._last_look / steps)
+        going = (now >= asked.enough) & ((1 - now / before > _STALLED * hoped) | (before == 1.0))
+        self._last_look = steps
         self.done = steps >= self._limit or not bool(going.any())
         if self.done:
             return

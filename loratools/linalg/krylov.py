@@ -69,7 +69,8 @@ def _whole(op: Operator, kept: int) -> Leading:
     values = torch.cat([s, s.new_zeros(1)])[: kept + 1].tolist()
     rounding = [_ROUNDING * torch.finfo(s.dtype).eps * float(s[0])] * (kept + 1)
     errors, upper = _vector_errors(values, rounding, [value + rounding[0] for value in values])
-    dtype, bounds = op.leaf.dtype, torch.tensor(errors, dtype=torch.float64)
+    dtype = op.leaf.dtype
+    bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(dtype).eps
     return Leading(u[:, :kept].to(dtype), s[:kept], vt[:kept].to(dtype), bounds, tuple(upper))
 
 
@@ -167,7 +168,7 @@ class Krylov:
         u = self._u @ p[:, :kept].to(self._u)
         vt = qt[:kept].to(self._v) @ self._v.T
         signs = column_signs(u)
-        bounds = torch.tensor(errors, dtype=torch.float64)
+        bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(dtype).eps
         settled = (measured[:kept] <= rounding) & torch.isfinite(bounds)
         if proven:
             settled |= s[:kept] < self._ceiling(values[-1], kept + 1, self._limit)
