@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loratools_cli.cache import cache
 from loratools_cli.check import check
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
@@ -47,6 +48,7 @@ for command in (
     delta,
     formats,
     families,
+    cache,
 ):
     app.command()(command)
 

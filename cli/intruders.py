@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -23,6 +23,12 @@ def intruders(
     keep_rank: Annotated[
         bool, Option("--keep-rank", help="Mitigate at the old rank, as PEFT does: not exactly.")
     ] = False,
+    method: Annotated[
+        Literal["auto", "dense", "certified"],
+        Option(help="Decompose each base weight whole, or decide by bounds; auto: by bounds where that is faster."),
+    ] = "auto",
+    cached: options.Cached = True,
+    device: options.Device = "cpu",
     alpha: options.Alpha = None,
     initial_adapter: options.InitialAdapter = None,
     output: options.OutputPath = None,
@@ -45,8 +51,10 @@ def intruders(
     from dataclasses import replace
 
     import loratools
+    from loratools.cache import default_cache
     from loratools.errors import UsageError
     from loratools.files import save
+    from loratools.ops.base_spectra import Search
     from loratools_cli.destination import destination
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
@@ -57,18 +65,36 @@ def intruders(
         raise UsageError("-o and --keep-rank go with --mitigate X, which writes an adapter")
     if mitigate is not None and target is not None:
         raise UsageError("--mitigate works on all targets; leave --target out")
+    options.check_device(device)
     weights = open_base(base)
     assert weights is not None
+    search = Search(method, default_cache() if cached else None, device)
     adapter = open_adapter(path, alpha=alpha, initial=initial_adapter, base=weights)
     with Progress() as progress:
-        step = progress.steps(len(adapter.select(target) if target else adapter), "targets decomposed")
+        step = progress.steps(len(adapter.select(target) if target else adapter), "targets examined")
         if mitigate is None:
-            report = loratools.intruders(adapter, weights, top_k=top_k, epsilon=epsilon, target=target, step=step)
+            report = loratools.intruders(
+                adapter,
+                weights,
+                top_k=top_k,
+                epsilon=epsilon,
+                target=target,
+                sweep=sweep,
+                search=search,
+                step=step,
+            )
             shown.show(report)
             return
         place = destination(adapter, output, "calmer", force=force or dry_run)
         result, report = loratools.mitigate(
-            adapter, weights, mitigate, top_k=top_k, epsilon=epsilon, keep_rank=keep_rank, step=step
+            adapter,
+            weights,
+            mitigate,
+            top_k=top_k,
+            epsilon=epsilon,
+            keep_rank=keep_rank,
+            search=search,
+            step=step,
         )
         if not dry_run:
             report = replace(report, output=str(save(result, place, force=force).path))

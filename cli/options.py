@@ -33,6 +33,9 @@ InitialAdapter = Annotated[
 ]
 Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
+Cached = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep singular vectors of the base; see loratools cache.")
+]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Carry targets with NaN or infinity over as they are.")
 ]

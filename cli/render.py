@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.ops.inspect import places
+from loratools.reports.cache import CacheReport
 from loratools.reports.check import CheckReport
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
@@ -365,6 +366,20 @@ def _(report: FamiliesReport, everything: bool) -> Iterator[RenderableType]:
         ]
         yield Text.assemble((name, "bold"), f": {'; '.join(f for f in facts if f)}")
         yield Text(f"  {family.summary}")
+
+
+@blocks.register
+def _(report: CacheReport, everything: bool) -> Iterator[RenderableType]:
+    shown = report.entries if everything else report.entries[:_WORST]
+    if shown:
+        grid = _grid("weight", "size")
+        for entry in shown:
+            grid.add_row(*_texts(entry.name, format_size(entry.bytes)))
+        yield grid
+    if more := len(report.entries) - len(shown):
+        yield Text(f"... and {more} more; see --all")
+    freed = "" if report.freed is None else f", {format_size(report.freed)} freed"
+    yield Text(f"{plain(report.folder)}: {len(report.entries)} weights, {format_size(report.bytes)}{freed}")
 
 
 def _grid(first: str, *others: str) -> Table:

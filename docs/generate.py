@@ -55,6 +55,7 @@ REPORTS = {
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",
+    "loratools cache": "cache",
 }
 INTERNAL = {"Outcome"}  # records that no report holds
 

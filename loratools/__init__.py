@@ -9,8 +9,10 @@ from loratools._version import __version__
 
 if TYPE_CHECKING:
     from loratools.base_weights import load_base
+    from loratools.cache import Cache, default_cache
     from loratools.files import load, save
     from loratools.ops.aurac import aurac
+    from loratools.ops.base_spectra import Search
     from loratools.ops.check import check
     from loratools.ops.convert import Convert, convert, convert_file
     from loratools.ops.delta import delta, delta_file
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterTuneElbow",
     "Budget",
+    "Cache",
     "Convert",
     "Cumulative",
     "Elbow",
@@ -50,6 +53,7 @@ __all__ = [
     "Limits",
     "Merge",
     "Ratio",
+    "Search",
     "Squeeze",
     "Threshold",
     "__version__",
@@ -57,6 +61,7 @@ __all__ = [
     "check",
     "convert",
     "convert_file",
+    "default_cache",
     "delta",
     "delta_file",
     "diff",
@@ -82,8 +87,10 @@ __all__ = [
 # Where each name lives: a command line that needs one verb does not wait for the others to be imported.
 _HOMES = {
     "loratools.base_weights": ("load_base",),
+    "loratools.cache": ("Cache", "default_cache"),
     "loratools.files": ("load", "save"),
     "loratools.ops.aurac": ("aurac",),
+    "loratools.ops.base_spectra": ("Search",),
     "loratools.ops.check": ("check",),
     "loratools.ops.convert": ("Convert", "convert", "convert_file"),
     "loratools.ops.delta": ("delta", "delta_file"),

@@ -37,7 +37,6 @@ class CacheEntry:
 
     path: Path
     name: str
-    shape: str
     nbytes: int
 
 
@@ -61,7 +60,7 @@ class Cache:
 
     def write(self, key: str, tensors: Mapping[str, Tensor], *, name: str) -> bool:
         """Keep `tensors` under `key`; `name` is what `entries` shows. False where that was not possible."""
-        metadata = {"name": name, "shape": " x ".join(str(len(tensors[t])) for t in tensors if tensors[t].ndim == 2)}
+        metadata = {"name": name}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             room = len(header_bytes({t: spec_of(x) for t, x in tensors.items()}, metadata))
@@ -79,13 +78,11 @@ class Cache:
         for path in self.folder.glob(f"{_PREFIX}*{_SUFFIX}"):
             try:
                 source = open_source(path)
-                found.append(
-                    CacheEntry(path, source.metadata.get("name", "?"), source.metadata.get("shape", "?"), source.nbytes)
-                )
+                found.append(CacheEntry(path, source.metadata.get("name", "?"), source.nbytes))
                 source.close()
             except (LoratoolsError, OSError):
                 with contextlib.suppress(OSError):
-                    found.append(CacheEntry(path, "damaged", "?", path.stat().st_size))
+                    found.append(CacheEntry(path, "damaged", path.stat().st_size))
         return tuple(sorted(found, key=lambda e: (-e.nbytes, e.name, e.path)))
 
     def clear(self) -> int:

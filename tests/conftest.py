@@ -50,3 +50,9 @@ def samples(shared: Path) -> Callable[[str], Path]:
         return path
 
     return sample
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one, or the user, has kept of base models."""
+    monkeypatch.setenv("LORATOOLS_CACHE", str(tmp_path_factory.getbasetemp() / "no-cache" / os.urandom(4).hex()))

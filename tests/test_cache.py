@@ -28,7 +28,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert set(found) == {"u", "s"}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
     (entry,) = cache.entries()
-    assert (entry.name, entry.shape) == ("q_proj", "5")
+    assert entry.name == "q_proj"
     assert entry.nbytes == entry.path.stat().st_size
 
 

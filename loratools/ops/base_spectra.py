@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loratools._lazy import torch
 from loratools.cache import Cache, content_key
@@ -22,16 +23,33 @@ TOLERANCE = 1e-3  # of leading vectors found by products; what is proven with th
 _IN_DOUBLE = 256  # a shorter side up to this: in float64 from the start
 
 
+Method = Literal["auto", "dense", "certified"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the singular vectors of base weights are had.
+
+    `method` "dense" decomposes each weight whole; "certified" decides by proven bounds and decomposes only where they
+    leave something open; "auto" does so for large weights whose vectors are not in `cache`, where they are kept.
+    """
+
+    method: Method = "auto"
+    cache: Cache | None = None
+    device: str = "cpu"
+
+
 class BaseSpectrum:
     """Lazily, the whole basis of a weight (m, n), its leading triplets with proven errors, and its square factors.
 
-    A whole basis is taken from `cache` and kept there; everything is computed on `device`.
+    A whole basis is taken from the cache of `search` and kept there.
     """
 
-    def __init__(self, parameter: str, weight: Tensor, *, cache: Cache | None = None, device: str = "cpu") -> None:
+    def __init__(self, parameter: str, weight: Tensor, search: Search = Search()) -> None:
         self.parameter = parameter
         self.stored = weight
-        self._cache, self._device = cache, device
+        self._cache, self._device = search.cache, search.device
+        self._method = search.method
         self._bases: dict[torch.dtype, Basis] = {}
         self._factors: dict[bool, Tensor | None] = {}
         self._run: tuple[int, Krylov] | None = None
@@ -43,9 +61,11 @@ class BaseSpectrum:
         return self.stored.to(device=self._device, dtype=torch.float64 if small else torch.float32)
 
     @property
-    def is_small(self) -> bool:
-        """Whether the whole basis costs less than avoiding it."""
-        return min(self.stored.shape) < SMALL
+    def wants_basis(self) -> bool:
+        """Whether the whole basis is to be had at once: by choice, or because it costs less than avoiding it."""
+        if self._method != "auto":
+            return self._method == "dense"
+        return min(self.stored.shape) < SMALL or self.known_basis() is not None
 
     def known_basis(self) -> Basis | None:
         """The whole basis where it is at hand: computed before, or in the cache."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from loratools.ops.base_spectra import BaseSpectrum
 
-Method = Literal["auto", "dense", "certified"]
 Verdict = Literal["dense", "certified"]
 
 _CLOSE = 1e-3  # of a cosine to a threshold: decided in float64
@@ -64,16 +63,14 @@ def examine(
     *,
     top_k: int,
     thresholds: Sequence[float],
-    method: Method = "auto",
     vectors: bool = False,
 ) -> Examined:
     """The leading vectors of W0 + `change`, with every verdict at `thresholds` decided.
 
-    `certified` decides by bounds and turns to the whole basis of W0 only for what they leave open; `auto` does so for
-    large weights whose basis is not at hand. W0 + change itself is never decomposed whole, unless it is tiny. `vectors`
-    gives the vectors themselves, from float64 throughout.
+    W0 + change itself is never decomposed whole, unless it is tiny. `vectors` gives the vectors themselves, from
+    float64 throughout.
     """
-    if vectors or method == "dense" or (method == "auto" and (base.is_small or base.known_basis() is not None)):
+    if vectors or base.wants_basis:
         return _with_basis(base, change, top_k, thresholds, vectors=vectors)
     found = _with_bounds(base, change, top_k, thresholds)
     if all(bool(_decided(side, thresholds).all()) for side in (found.left, found.right)):

@@ -14,8 +14,8 @@ from loratools.families.base import LowRankUpdate
 from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank
-from loratools.ops.base_spectra import BaseSpectrum
-from loratools.ops.examine import Cosines, Examined, Method, energy_share, examine, is_degenerate
+from loratools.ops.base_spectra import BaseSpectrum, Search
+from loratools.ops.examine import Cosines, Examined, energy_share, examine, is_degenerate
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.matrices import matrices_of_target, unsuitable
 from loratools.ops.spectra import fit_update, low_rank_part
@@ -23,7 +23,6 @@ from loratools.reports.intruders import IntrudersReport, Side, TargetIntruders
 
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
-    from loratools.cache import Cache
     from loratools.families.base import Update
 
 SWEEP = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -37,18 +36,14 @@ def intruders(
     epsilon: float = 0.5,
     target: str | None = None,
     sweep: bool = False,
-    method: Method = "auto",
-    cache: Cache | None = None,
-    device: str = "cpu",
+    search: Search = Search(),
     step: Callable[[], None] | None = None,
 ) -> IntrudersReport:
     """Which of the `top_k` leading singular vectors of W0 + delta have no |cosine| of `epsilon` with any of W0.
 
-    Left vectors, of the output side, and right ones. `method` "dense" decomposes each W0 whole, "certified" decides by
-    proven bounds and decomposes only where they leave a verdict open, "auto" does so for large matrices whose singular
-    vectors are not in `cache`. With `sweep`, verdicts at all thresholds of SWEEP are decided. Embedding tables and
-    stacks of experts are skipped. Raises AdapterError for another base and for factors that are relative to a changed
-    one; `step` is called after each target.
+    Left vectors, of the output side, and right ones. With `sweep`, verdicts at all thresholds of SWEEP are decided.
+    Embedding tables and stacks of experts are skipped. Raises AdapterError for another base and for factors that are
+    relative to a changed one; `step` is called after each target.
     """
     _check(adapter, top_k, epsilon)
     thresholds = (epsilon, *(SWEEP if sweep else ()))
@@ -58,8 +53,8 @@ def intruders(
             skipped[name] = reason
         else:
             for matrix in matrices_of_target(adapter, name, base):
-                known = BaseSpectrum(matrix.parameter, matrix.weight, cache=cache, device=device)
-                found = examine(known, matrix.change, top_k=top_k, thresholds=thresholds, method=method)
+                known = BaseSpectrum(matrix.parameter, matrix.weight, search)
+                found = examine(known, matrix.change, top_k=top_k, thresholds=thresholds)
                 degenerate += is_degenerate(known, top_k)
                 targets[matrix.parameter] = _told(found, epsilon)
         if step is not None:
@@ -75,8 +70,7 @@ def mitigate(
     top_k: int = 10,
     epsilon: float = 0.5,
     keep_rank: bool = False,
-    cache: Cache | None = None,
-    device: str = "cpu",
+    search: Search = Search(),
     step: Callable[[], None] | None = None,
 ) -> tuple[Adapter, IntrudersReport]:
     """The adapter after which every left intruder of W0 + delta has `strength` times its singular value.
@@ -102,7 +96,7 @@ def mitigate(
         if len(matrices) > 1:
             raise AdapterError(f"{name}: covers several matrices of the base; loratools convert takes them apart")
         matrix = matrices[0]
-        known = BaseSpectrum(matrix.parameter, matrix.weight, cache=cache, device=device)
+        known = BaseSpectrum(matrix.parameter, matrix.weight, search)
         found = examine(known, matrix.change, top_k=top_k, thresholds=(epsilon,), vectors=True)
         degenerate += is_degenerate(known, top_k)
         update = adapter[name]

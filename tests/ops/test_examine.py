@@ -10,7 +10,7 @@ import torch
 
 from loratools.cache import Cache
 from loratools.operators import Dense, LowRank, Operator, sum_of
-from loratools.ops.base_spectra import BaseSpectrum
+from loratools.ops.base_spectra import BaseSpectrum, Method, Search
 from loratools.ops.examine import Examined, examine
 
 SIZES = ((160, 160), (150, 240), (240, 150), (300, 180), (170, 420))
@@ -62,28 +62,28 @@ def assert_agrees(
 
 @pytest.mark.parametrize("method", ["certified", "dense", "auto"])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_verdict_is_that_of_dense_svds(method: str, seed: int) -> None:
+def test_every_verdict_is_that_of_dense_svds(method: Method, seed: int) -> None:
     generator = torch.Generator().manual_seed(100 + seed)
     m, n = SIZES[seed % len(SIZES)]
     weight = base_weight(m, n, generator)
     for strength in (0.3, 1.5, 3.0, 6.0):
         change = low_rank(m, n, strength, generator)
-        found = examine(BaseSpectrum("w", weight), change, top_k=10, thresholds=(0.5,), method=method)  # type: ignore[arg-type]
+        found = examine(BaseSpectrum("w", weight, Search(method)), change, top_k=10, thresholds=(0.5,))
         assert_agrees(found, weight, change, (0.5,), 10)
         assert method != "dense" or found.verdict == "dense"
 
 
-@pytest.mark.parametrize("strength", [0.3, 2.5, 8.0])
-@pytest.mark.parametrize(("m", "n"), [(512, 512), (480, 640), (640, 480)])
-def test_bounds_decide_most_of_what_they_are_asked(m: int, n: int, strength: float) -> None:
-    generator = torch.Generator().manual_seed(m + int(strength))
-    certified = 0
-    for _ in range(3):
-        weight, change = base_weight(m, n, generator), low_rank(m, n, strength, generator)
-        found = examine(BaseSpectrum("w", weight), change, top_k=5, thresholds=(0.5,), method="certified")
-        assert_agrees(found, weight, change, (0.5,), 5)
-        certified += found.verdict == "certified"
-    assert certified >= 2
+def test_bounds_decide_most_of_what_they_are_asked() -> None:
+    certified = total = 0
+    for m, n in ((512, 512), (480, 640), (640, 480)):
+        for strength in (0.3, 2.5, 8.0):
+            generator = torch.Generator().manual_seed(m + int(strength))
+            for _ in range(2):
+                weight, change = base_weight(m, n, generator), low_rank(m, n, strength, generator)
+                found = examine(BaseSpectrum("w", weight, Search("certified")), change, top_k=5, thresholds=(0.5,))
+                assert_agrees(found, weight, change, (0.5,), 5)
+                certified, total = certified + (found.verdict == "certified"), total + 1
+    assert certified >= 0.75 * total
 
 
 def test_all_thresholds_of_a_sweep_are_decided() -> None:
@@ -91,7 +91,7 @@ def test_all_thresholds_of_a_sweep_are_decided() -> None:
     weight, change = base_weight(200, 200, generator), low_rank(200, 200, 3.0, generator)
     thresholds = (0.2, 0.4, 0.6, 0.8)
     assert_agrees(
-        examine(BaseSpectrum("w", weight), change, top_k=8, thresholds=thresholds, method="certified"),
+        examine(BaseSpectrum("w", weight, Search("certified")), change, top_k=8, thresholds=thresholds),
         weight,
         change,
         thresholds,
@@ -100,12 +100,12 @@ def test_all_thresholds_of_a_sweep_are_decided() -> None:
 
 
 @pytest.mark.parametrize("method", ["certified", "dense"])
-def test_a_dense_change_and_a_sum(method: str) -> None:
+def test_a_dense_change_and_a_sum(method: Method) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = base_weight(170, 150, generator)
     noise = Dense(0.05 * torch.randn(170, 150, generator=generator))
     for change in (noise, sum_of([noise, low_rank(170, 150, 4.0, generator)])):
-        found = examine(BaseSpectrum("w", weight), change, top_k=6, thresholds=(0.5,), method=method)  # type: ignore[arg-type]
+        found = examine(BaseSpectrum("w", weight, Search(method)), change, top_k=6, thresholds=(0.5,))
         assert_agrees(found, weight, change, (0.5,), 6)
 
 
@@ -125,43 +125,44 @@ def test_a_rank_deficient_base_has_no_square_factor_and_the_right_answer() -> No
     weight = base_weight(300, 150, generator)
     weight[:, 100:] = 0
     change = low_rank(300, 150, 4.0, generator)
-    base = BaseSpectrum("w", weight)
+    base = BaseSpectrum("w", weight, Search("certified"))
     assert base.square_factor(left=True) is None
-    assert_agrees(examine(base, change, top_k=5, thresholds=(0.5,), method="certified"), weight, change, (0.5,), 5)
+    assert_agrees(examine(base, change, top_k=5, thresholds=(0.5,)), weight, change, (0.5,), 5)
 
 
 def test_nothing_changed_and_nothing_there() -> None:
     weight = base_weight(160, 160, torch.Generator().manual_seed(0))
     nothing = LowRank(torch.zeros(160, 2), torch.zeros(2, 160))
-    for method in ("certified", "dense"):
-        found = examine(BaseSpectrum("w", weight), nothing, top_k=10, thresholds=(0.5,), method=method)  # type: ignore[arg-type]
+    methods: tuple[Method, ...] = ("certified", "dense")
+    for method in methods:
+        found = examine(BaseSpectrum("w", weight, Search(method)), nothing, top_k=10, thresholds=(0.5,))
         assert float(found.left.least.min()) > 0.99
-        empty = BaseSpectrum("w", torch.zeros(160, 160))
-        assert torch.isfinite(examine(empty, nothing, top_k=3, thresholds=(0.5,), method=method).values).all()  # type: ignore[arg-type]
+        empty = BaseSpectrum("w", torch.zeros(160, 160), Search(method))
+        assert torch.isfinite(examine(empty, nothing, top_k=3, thresholds=(0.5,)).values).all()
 
 
 def test_the_basis_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, change = base_weight(200, 160, generator), low_rank(200, 160, 3.0, generator)
     cache = Cache(tmp_path)
-    first = examine(BaseSpectrum("w", weight, cache=cache), change, top_k=5, thresholds=(0.5,))
+    first = examine(BaseSpectrum("w", weight, Search(cache=cache)), change, top_k=5, thresholds=(0.5,))
     (entry,) = cache.entries()
     assert entry.name == "w"
     monkeypatch.setattr("loratools.ops.base_spectra.decomposed", lambda _: pytest.fail("was decomposed again"))
-    again = examine(BaseSpectrum("w", weight, cache=cache), change, top_k=5, thresholds=(0.5,))
+    again = examine(BaseSpectrum("w", weight, Search(cache=cache)), change, top_k=5, thresholds=(0.5,))
     np.testing.assert_allclose(first.left.most.numpy(), again.left.most.numpy(), atol=1e-6)
-    assert BaseSpectrum("w", weight + 1e-3, cache=cache).known_basis() is None
+    assert BaseSpectrum("w", weight + 1e-3, Search(cache=cache)).known_basis() is None
 
 
 def test_a_wrong_basis_in_the_cache_is_not_believed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, other = base_weight(200, 160, generator), base_weight(200, 160, generator)
     cache = Cache(tmp_path)
-    spectrum = BaseSpectrum("w", weight, cache=cache)
+    spectrum = BaseSpectrum("w", weight, Search(cache=cache))
     wrong = torch.linalg.svd(other.double(), full_matrices=False)
     cache.write(spectrum._key, dict(zip(("u", "s", "vt"), wrong, strict=True)), name="w")
     assert spectrum.known_basis() is None
     u, s, _ = torch.linalg.svd(weight.double(), full_matrices=False)
     cache.write(spectrum._key, {"u": u, "s": s}, name="w")
-    assert BaseSpectrum("w", weight, cache=cache).known_basis() is None
+    assert BaseSpectrum("w", weight, Search(cache=cache)).known_basis() is None
     np.testing.assert_allclose(spectrum.basis().s.numpy(), s.numpy(), rtol=1e-6)
