@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from loratools_cli.check import check
+from loratools_cli.compare import compare
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
@@ -43,6 +44,7 @@ for command in (
     extract,
     fuse,
     intruders,
+    compare,
     diff,
     delta,
     formats,

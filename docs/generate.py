@@ -52,6 +52,7 @@ REPORTS = {
     "loratools extract": "extract",
     "loratools fuse": "fuse",
     "loratools intruders": "intruders",
+    "loratools compare": "compare",
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",
