@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.reports.compare import CompareReport, FineTune, PairNumbers, UpdateNumbers
-from loratools_cli.text import number, percent, plain, shortened, span
+from loratools_cli.text import number, plain, shortened, span
 
 _LISTED = 4  # module types and layers, of those that change most
 _NAME = 18  # characters of a name in a table of several
@@ -76,7 +76,7 @@ def _where(fine_tunes: Mapping[str, FineTune]) -> Table:
     for title in ("where it changes most", "modules %", "layers %"):
         grid.add_column(title, overflow="fold")
     for name, f in fine_tunes.items():
-        grid.add_row(Text(shortened(name, 2 * _NAME)), Text(_most(f.modules)), Text(_most(f.layers)))
+        grid.add_row(Text(shortened(name, _NAME)), Text(_most(f.modules)), Text(_most(f.layers)))
     return grid
 
 
@@ -137,5 +137,5 @@ def _sides(left: float, right: float) -> str:
 
 
 def _share(share: float) -> str:
-    """A percentage of three digits at most, but for what is nearly all or nearly nothing."""
-    return f"{100 * share:.0f}" if 0.1 <= share <= 0.99 or share in (0.0, 1.0) else percent(share)
+    """A percentage in two digits."""
+    return f"{100 * share:.0f}" if share >= 0.0995 or share == 0.0 else f"{100 * share:.2g}"

@@ -119,7 +119,7 @@ def _stem(place: Path) -> str:
 
 def _known_names(place: Path, base: BaseWeights) -> tuple[int, int]:
     """How many of the names that were looked at are parameters of the base, and how many were."""
-    if (place / CONFIG_NAME).is_file():  # it says that an adapter lies here
+    if ((place if place.is_dir() else place.parent) / CONFIG_NAME).is_file():  # it says that an adapter lies here
         return 0, 0
     try:
         source = open_source(place)

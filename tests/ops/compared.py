@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+import loratools
+from loratools.base_weights import BaseWeights, load_base
 
 Array = np.ndarray
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # target -> (up, down)
@@ -114,8 +117,9 @@ def share_in(space: Array, matrix: Array) -> float:
     return float(np.linalg.norm(space @ (space.T @ matrix)) ** 2 / np.linalg.norm(matrix) ** 2)
 
 
-def intruders(weight: Array, change: Array, top_k: int, epsilon: float) -> tuple[int, int]:
-    (u0, _, v0), (u, _, v) = thin(weight), thin(weight + change)
+def intruders(base: tuple[Array, Array, Array], tuned: Array, top_k: int, epsilon: float) -> tuple[int, int]:
+    """Left and right ones, by the thin SVD of the base."""
+    (u0, _, v0), (u, _, v) = base, thin(tuned)
     sides = np.abs(u[:, :top_k].T @ u0), np.abs(v[:top_k] @ v0.T)
     left, right = (int((side.max(axis=1) < epsilon).sum()) for side in sides)
     return left, right
@@ -134,3 +138,10 @@ def effective_rank(s: Array) -> float:
 def bound(weight: Array, gain: Array) -> float:
     """The greatest ||W_j * g|| of all rows j."""
     return max(float(np.linalg.norm(row * gain)) for row in weight)
+
+
+def two(tmp_path: Path, make: Callable[[], Any], **config: Any) -> tuple[BaseWeights, dict[str, Any]]:
+    """A plain adapter on a base, and what `make` writes, both opened."""
+    base = load_base(write_model(tmp_path / "base", base_tensors(), **config))
+    plain = loratools.load(write_peft(tmp_path / "plain", factors(3, 1)), base=base)
+    return base, {"plain": plain, "other": loratools.load(make(), base=base)}

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ops import compared as naive
-from safetensors.torch import save_file
 
 import loratools
 from loratools.base_weights import BaseWeights, load_base
-from loratools.errors import AdapterError, LoratoolsError, MutatedBaseError, UsageError
 from loratools.reports.compare import CompareReport, UpdateNumbers
 
 TOP_K, EPSILON = 4, 0.9
@@ -110,7 +106,9 @@ def test_energy_lies_in_the_leading_singular_spaces_of_the_base(case: Case) -> N
 
 def test_intruders_are_those_of_dense_svds(case: Case) -> None:
     counts = [(found.left_intruders, found.right_intruders) for *_, found in case.rows]
-    assert counts == [naive.intruders(case.weights[p], d, TOP_K, EPSILON) for _, p, d, _ in case.rows]
+    assert counts == [
+        naive.intruders(naive.thin(case.weights[p]), case.weights[p] + d, TOP_K, EPSILON) for _, p, d, _ in case.rows
+    ]
     assert 0 < sum(left for left, _ in counts) != sum(right for _, right in counts)  # or the test says nothing
 
 
@@ -221,6 +219,10 @@ def test_fine_tunes_sum_up_their_matrices(case: Case) -> None:
         assert f.missed is not None
         both = np.concatenate([full[n].ravel() for n in deltas])
         assert f.missed.error == pytest.approx(np.linalg.norm(both - stacked) / np.linalg.norm(both), rel=1e-5)
+        rows = [(np.linalg.norm(full[n]), u.missed) for n, u in zip(deltas, records, strict=True) if u.missed]
+        for kind in ("best_error", "space_error"):
+            apart = math.hypot(*(norm * getattr(missed, kind) for norm, missed in rows))
+            assert getattr(f.missed, kind) == pytest.approx(apart / np.linalg.norm(both), rel=1e-5)
         absent = [n for n in full if n not in deltas]
         wanted = sum(np.linalg.norm(full[n]) ** 2 for n in absent) / sum(np.linalg.norm(d) ** 2 for d in full.values())
         assert f.untouched == pytest.approx(wanted, rel=1e-6)
@@ -272,13 +274,6 @@ def test_one_alone_is_mapped_on_itself(tmp_path: Path) -> None:
         assert m.values[0][1] < 0.999
 
 
-def two(tmp_path: Path, make: Callable[[], Any], **config: Any) -> tuple[BaseWeights, dict[str, Any]]:
-    """A plain adapter on a base, and what `make` writes, both opened."""
-    base = load_base(naive.write_model(tmp_path / "base", naive.base_tensors(), **config))
-    plain = loratools.load(naive.write_peft(tmp_path / "plain", naive.factors(3, 1)), base=base)
-    return base, {"plain": plain, "other": loratools.load(make(), base=base)}
-
-
 def assert_equal(report: CompareReport) -> None:
     """That both fine-tunes are one."""
     (pair,) = report.pairs
@@ -301,21 +296,21 @@ def test_the_gauge_of_the_factors_does_not_matter(tmp_path: Path) -> None:
         }
         return naive.write_peft(tmp_path / "other", turned)
 
-    report = loratools.compare(*two(tmp_path, make))
+    report = loratools.compare(*naive.two(tmp_path, make))
     assert len(report.targets) == 6
     assert_equal(report)
 
 
 def test_dialects_meet_at_the_base(tmp_path: Path) -> None:
     report = loratools.compare(
-        *two(tmp_path, lambda: naive.write_kohya(tmp_path / "k.safetensors", naive.factors(3, 1)))
+        *naive.two(tmp_path, lambda: naive.write_kohya(tmp_path / "k.safetensors", naive.factors(3, 1)))
     )
     assert set(report.targets) == {f"{target}.weight" for target in naive.SHAPES}
     assert_equal(report)
 
 
 def test_the_same_adapter_twice(tmp_path: Path) -> None:
-    base, fine_tunes = two(tmp_path, lambda: tmp_path / "plain")
+    base, fine_tunes = naive.two(tmp_path, lambda: tmp_path / "plain")
     assert_equal(loratools.compare(base, fine_tunes))
 
 
@@ -357,208 +352,3 @@ def test_what_was_extracted_is_the_best_of_its_rank(tmp_path: Path, rank: int) -
     assert missed.error == pytest.approx(missed.space_error, abs=1e-6)
     assert (missed.error < 1e-6) == (rank == 12)
     assert report.pairs[0].output_overlap == pytest.approx(1.0)
-
-
-def test_zero_updates_have_numbers_and_no_cosine(tmp_path: Path) -> None:
-    zero = {target: (torch.zeros_like(up), down) for target, (up, down) in naive.factors(2, 5).items()}
-    base, fine_tunes = two(tmp_path, lambda: naive.write_peft(tmp_path / "zero", zero))
-    report = loratools.compare(base, fine_tunes)
-    json.dumps(report.to_dict(), allow_nan=False)
-    update = report.targets["model.layers.0.mlp.up_proj.weight"].updates["other"]
-    assert (update.norm, update.effective_rank, update.energy_left, update.left_intruders) == (0, 0, 0, 0)
-    for pair in (*report.pairs, *report.targets["model.layers.0.mlp.up_proj.weight"].pairs):
-        assert (pair.cosine, pair.output_overlap, pair.relative_distance) == (None, None, pytest.approx(1.0))
-    assert any("other: 6 updates are zero" in warning for warning in report.warnings)
-    swapped = loratools.compare(base, dict(reversed(fine_tunes.items())))
-    assert {p.relative_distance for p in swapped.pairs} == {None}
-    assert {p.relative_distance for t in swapped.targets.values() for p in t.pairs} == {None}
-    alike = loratools.compare(base, {"one": fine_tunes["other"], "two": fine_tunes["other"]})
-    assert [(p.cosine, p.relative_distance) for p in alike.pairs] == [(None, 0.0)]
-
-
-def test_a_base_of_zeros_has_no_relative_norm(tmp_path: Path) -> None:
-    tensors = naive.base_tensors() | {"model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 12)}
-    base = load_base(naive.write_model(tmp_path / "base", tensors))
-    adapter = loratools.load(naive.write_peft(tmp_path / "a", naive.factors(3, 1)))
-    report = loratools.compare(base, {"a": adapter})
-    json.dumps(report.to_dict(), allow_nan=False)
-    update = report.targets["model.layers.0.self_attn.q_proj.weight"].updates["a"]
-    assert (update.relative_norm, update.logit_growth) == (None, None)
-
-
-def test_a_pattern_chooses_modules(tmp_path: Path) -> None:
-    base, fine_tunes = two(tmp_path, lambda: naive.write_kohya(tmp_path / "k.safetensors", naive.factors(3, 1)))
-    steps = []
-    report = loratools.compare(base, fine_tunes, target="q_proj", step=lambda: steps.append(1))
-    assert list(report.targets) == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
-    assert len(steps) == 12
-    with pytest.raises(AdapterError, match=r"plain.*: changes no matrix that matches 'nothing'"):
-        loratools.compare(base, fine_tunes, target="nothing")
-
-
-def test_fine_tunes_of_other_matrices(tmp_path: Path) -> None:
-    base = load_base(naive.write_model(tmp_path / "base", naive.base_tensors()))
-    every = naive.factors(3, 1)
-    parts = [{t: f for t, f in every.items() if (module in t)} for module in ("q_proj", "up_proj")]
-    queries, ups = (loratools.load(naive.write_peft(tmp_path / f"{i}", part)) for i, part in enumerate(parts))
-    report = loratools.compare(base, {"queries": queries, "ups": ups})
-    (pair,) = report.pairs
-    assert (pair.cosine, pair.relative_distance, pair.output_overlap) == (None, None, None)
-    assert "queries and ups change no matrix in common" in report.warnings
-    assert all(len(target.updates) == 1 for target in report.targets.values())
-    assert report.overlap_maps == ()
-
-
-def test_a_fused_projection_meets_its_parts(tmp_path: Path) -> None:
-    parts = ("to_q", "to_k", "to_v")
-    path = "transformer_blocks.0.attn"
-    tensors = {f"{path}.{part}.weight": naive.normal(12, 12, seed=i) for i, part in enumerate(parts)}
-    base = load_base(naive.write_model(tmp_path / "base", tensors))
-    up, down = naive.normal(36, 3, seed=5), naive.normal(3, 12, seed=6)
-    fused = naive.write_kohya(tmp_path / "fused.safetensors", {"double_blocks.0.img_attn.qkv": (up, down)})
-    apart = {f"{path}.{part}": (up[12 * i : 12 * (i + 1)], down) for i, part in enumerate(parts)}
-    separate = naive.write_peft(tmp_path / "apart", apart)
-    report = loratools.compare(base, {"fused": loratools.load(fused), "apart": loratools.load(separate)})
-    assert set(report.targets) == set(tensors)
-    for i, part in enumerate(parts):
-        target = report.targets[f"{path}.{part}.weight"]
-        wanted = 2 * np.linalg.norm(naive.numpy_of(up[12 * i : 12 * (i + 1)] @ down))
-        assert [u.norm for u in target.updates.values()] == pytest.approx([wanted, wanted], rel=1e-5)
-        assert target.pairs[0].cosine == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_growth_grows_with_the_update_and_is_warned_of(tmp_path: Path, scale: float) -> None:
-    base = load_base(naive.write_model(tmp_path / "base", naive.base_tensors()))
-    adapter = loratools.load(naive.write_peft(tmp_path / "a", naive.factors(3, 1), scale=scale))
-    report = loratools.compare(base, {"a": adapter})
-    greatest = max(u.logit_growth or 0.0 for t in report.targets.values() for u in t.updates.values())
-    assert (greatest > 1.5) == any("grows by more than 1.5" in w for w in report.warnings) == (scale == 20.0)
-
-
-def growth(tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> CompareReport:
-    tensors = naive.base_tensors()
-    edit(tensors)
-    base = load_base(naive.write_model(tmp_path / "base", tensors, **config))
-    return loratools.compare(base, {"a": loratools.load(naive.write_peft(tmp_path / "a", naive.factors(3, 1)))})
-
-
-def bounds(report: CompareReport, module: str) -> float | None:
-    return report.targets[f"model.layers.0.self_attn.{module}.weight"].updates["a"].logit_growth
-
-
-def naive_growth(scaled: Callable[[naive.Array], naive.Array]) -> float:
-    name = "model.layers.0.self_attn.q_proj.weight"
-    weight, delta = naive.numpy_of(naive.base_tensors()[name]), naive.lora_deltas(naive.factors(3, 1))[name]
-    before, after = (np.linalg.norm(scaled(rows), axis=1).max() for rows in (weight, weight + delta))
-    return float(after / before)
-
-
-NORM = "model.layers.0.input_layernorm"
-
-
-def test_the_gain_of_gemma_is_one_more(tmp_path: Path) -> None:
-    gain = naive.numpy_of(naive.base_tensors()[f"{NORM}.weight"])
-    report = growth(tmp_path, lambda tensors: None, model_type="gemma2")
-    assert bounds(report, "q_proj") == pytest.approx(naive_growth(lambda rows: rows * (1 + gain)), rel=1e-6)
-
-
-def test_a_norm_that_centres(tmp_path: Path) -> None:
-    gain = naive.numpy_of(naive.base_tensors()[f"{NORM}.weight"])
-    centre = np.eye(12) - np.full((12, 12), 1 / 12)
-    report = growth(tmp_path, lambda tensors: tensors.update({f"{NORM}.bias": torch.zeros(12)}))
-    assert bounds(report, "q_proj") == pytest.approx(naive_growth(lambda rows: (rows * gain) @ centre), rel=1e-6)
-
-
-def test_no_known_norm_has_gain_one(tmp_path: Path) -> None:
-    report = growth(tmp_path, lambda tensors: tensors.pop(f"{NORM}.weight"))  # type: ignore[arg-type, return-value]
-    assert bounds(report, "q_proj") == pytest.approx(naive_growth(lambda rows: rows), rel=1e-6)
-
-
-def test_queries_that_are_normalised_do_not_grow(tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.q_norm.weight"
-    report = growth(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
-    assert bounds(report, "q_proj") is None
-    assert bounds(report, "k_proj") is not None
-    (warning,) = [w for w in report.warnings if "norms of queries and keys" in w]
-    assert "1 projections" in warning
-
-
-def test_equal_singular_values_are_warned_of(tmp_path: Path) -> None:
-    tensors = naive.base_tensors()
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.linalg.qr(naive.normal(20, 12, seed=0)).Q
-    base = load_base(naive.write_model(tmp_path / "base", tensors))
-    report = loratools.compare(base, {"a": loratools.load(naive.write_peft(tmp_path / "a", naive.factors(3, 1)))})
-    assert any(w.startswith("1 of 6 base weights have nearly equal") for w in report.warnings)
-
-
-def test_what_an_adapter_replaces_is_skipped(tmp_path: Path) -> None:
-    def make() -> Path:
-        folder = naive.write_peft(tmp_path / "other", naive.factors(2, 5), modules_to_save=["embed_tokens"])
-        from safetensors.torch import load_file
-
-        tensors = load_file(folder / "adapter_model.safetensors")
-        tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(30, 12)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        return folder
-
-    report = loratools.compare(*two(tmp_path, make))
-    assert report.skipped == {"other: model.embed_tokens.weight": "replaces a parameter outright"}
-
-
-def spoilt(value: float) -> naive.Factors:
-    made = dict(naive.factors(3, 1))
-    up, _ = made["model.layers.1.self_attn.k_proj"]
-    up[2, 1] = value
-    return made
-
-
-def wider(rows: int) -> naive.Factors:
-    return naive.factors(3, 1, targets={"model.layers.0.self_attn.q_proj": (rows, 12)})
-
-
-@pytest.mark.parametrize(
-    ("made", "error", "message"),
-    [
-        (
-            spoilt(math.nan),
-            AdapterError,
-            r"other.*model\.layers\.1\.self_attn\.k_proj: holds NaN or infinity; .*--target",
-        ),
-        (spoilt(math.inf), AdapterError, "holds NaN or infinity"),
-        (
-            wider(17),
-            AdapterError,
-            r"other.*q_proj.* is \(16, 12\) where the adapter has \(17, 12\); is it the right base",
-        ),
-        (
-            naive.factors(3, 1, targets={"transformer.wte": (16, 12)}),
-            AdapterError,
-            r"other.*transformer\.wte: .*has no parameter transformer\.wte\.weight; is it the right base\?",
-        ),
-    ],
-)
-def test_what_cannot_be_compared_is_named(
-    tmp_path: Path, made: naive.Factors, error: type[LoratoolsError], message: str
-) -> None:
-    base, fine_tunes = two(tmp_path, lambda: naive.write_peft(tmp_path / "other", made))
-    with pytest.raises(error, match=message) as caught:
-        loratools.compare(base, fine_tunes)
-    assert "\n" not in str(caught.value)
-
-
-def test_factors_relative_to_another_base_are_refused(tmp_path: Path) -> None:
-    pissa = lambda: naive.write_peft(tmp_path / "other", naive.factors(3, 1), init_lora_weights="pissa")  # noqa: E731
-    with pytest.raises(MutatedBaseError, match=r"other.*--initial-adapter"):
-        loratools.compare(*two(tmp_path, pissa))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"), [({"top_k": 0}, "top_k is 0"), ({"epsilon": 0.0}, "epsilon"), ({"epsilon": 1.5}, "epsilon")]
-)
-def test_impossible_settings(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    base, fine_tunes = two(tmp_path, lambda: tmp_path / "plain")
-    with pytest.raises(UsageError, match=message):
-        loratools.compare(base, fine_tunes, **options)
-    with pytest.raises(UsageError, match="no fine-tune"):
-        loratools.compare(base, {})

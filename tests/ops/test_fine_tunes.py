@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ops import compared as naive
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 from loratools.base_weights import BaseWeights, load_base
@@ -74,7 +74,21 @@ def test_an_adapter_of_many_whole_tensors_is_an_adapter(tmp_path: Path, base: Ba
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(20, 3),
     }
     save_file(saved | factors, folder / "adapter_model.safetensors")
-    assert loratools.open_fine_tune(folder, base).kind == "adapter"
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert loratools.open_fine_tune(path, base).kind == "adapter"
+
+
+def test_a_file_without_a_config_is_what_most_of_its_names_say(tmp_path: Path, base: BaseWeights) -> None:
+    written = naive.write_peft(tmp_path / "lora", naive.factors(3, 1)) / "adapter_model.safetensors"
+    path = tmp_path / "alone.safetensors"
+    save_file(load_file(written) | {"model.embed_tokens.weight": torch.ones(30, 12)}, path)
+    found = loratools.open_fine_tune(path, base, alpha=6.0)
+    assert (found.kind, len(found.adapter)) == ("adapter", 6)
+    np.testing.assert_allclose(
+        naive.numpy_of(found.adapter["model.layers.0.mlp.up_proj"].delta()),
+        naive.lora_deltas(naive.factors(3, 1))["model.layers.0.mlp.up_proj.weight"],
+        atol=1e-6,
+    )
 
 
 def test_initial_factors_are_subtracted(tmp_path: Path, base: BaseWeights) -> None:
