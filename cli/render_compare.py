@@ -13,6 +13,7 @@ from loratools_cli.text import number, plain, shortened, span
 
 _LISTED = 4  # module types and layers, of those that change most
 _NAME = 18  # characters of a name in a table of several
+_SHORT = 14  # and in the widest
 
 
 def render_compare(report: CompareReport, *, everything: bool) -> Iterator[RenderableType]:
@@ -94,7 +95,7 @@ def _targets(report: CompareReport) -> Iterator[RenderableType]:
         yield Text(f"{plain(parameter)}, {m} x {n}", style="bold")
         grid = _grid("fine-tune", "rank", "rel. norm", "eff. rank", "stable", "energy %", "intruders", "growth")
         for name, u in target.updates.items():
-            grid.add_row(Text(shortened(name, _NAME)), *_update(u))
+            grid.add_row(Text(shortened(name, _SHORT)), *_update(u))
         yield grid
         for name, u in target.updates.items():
             yield from _remarks(name, u)
