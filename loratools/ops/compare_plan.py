@@ -114,12 +114,7 @@ def matrices_of(
                 members = found.setdefault(matrix.parameter, {})
                 if name in members:
                     raise AdapterError(f"{target}: another target changes {matrix.parameter}, too; merge the two first")
-                weight = weights.setdefault(matrix.parameter, matrix.weight)
-                if tuple(weight.shape) != matrix.change.shape:
-                    raise AdapterError(
-                        f"{target}: is {matrix.change.shape} where another fine-tune has {tuple(weight.shape)}; are "
-                        "both of this base?"
-                    )
+                weights.setdefault(matrix.parameter, matrix.weight)
                 members[name] = Member(adapter.entries[target], matrix.change, matrix.gain)
         if step is not None:
             step()

@@ -161,6 +161,13 @@ def test_what_cannot_be_compared_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_two_updates_of_one_matrix_are_refused(tmp_path: Path) -> None:
+    shape = (16, 12)
+    made = naive.factors(3, 1, targets={f"{top}layers.0.self_attn.q_proj": shape for top in ("", "model.")})
+    with pytest.raises(AdapterError, match=r"other.*: another target changes model\.layers\.0\.self_attn\.q_proj"):
+        loratools.compare(*naive.two(tmp_path, lambda: naive.write_peft(tmp_path / "other", made)))
+
+
 def test_factors_relative_to_another_base_are_refused(tmp_path: Path) -> None:
     pissa = lambda: naive.write_peft(tmp_path / "other", naive.factors(3, 1), init_lora_weights="pissa")  # noqa: E731
     with pytest.raises(MutatedBaseError, match=r"other.*--initial-adapter"):
