@@ -185,7 +185,8 @@ def _refuse_absent(sources: Mapping[str, FineTuneSource], plan: Plan, pattern: s
     for name, source in sources.items():
         if name not in present:
             where = "no matrix that can be compared" if pattern is None else f"no matrix that matches {pattern!r}"
-            raise AdapterError(f"{printable(source.path)}: changes {where}; leave it out, or choose other targets")
+            why = next((f" ({t}: {r})" for t, r in plan.skipped.items() if t.startswith(f"{name}: ")), "")
+            raise AdapterError(f"{printable(source.path)}: changes {where}{why}; leave it out, or choose other targets")
 
 
 def _warnings(

@@ -51,17 +51,17 @@ def open_fine_tune(
 ) -> FineTuneSource:
     """The fine-tune of `base` at `path`: a whole model where most tensor names are the base's own, else an adapter.
 
-    The header alone decides. A whole model is then read once, for what it changed: `steps(total, what)` gives what to
+    The header alone decides, and an adapter_config.json beside it for an adapter; one of whole layers and nothing else,
+    as MLX-LM saves them, is a whole model all the same. A whole model is then read once, for what it changed: `steps(total, what)` gives what to
     call after each parameter. `alpha` and `initial`, the factors before training, are for adapters. Raises
     UnchangedError for a model that is the base, UsageError for `initial` beside a whole model, InputError for what is
     neither, and whatever `load` and `differences` raise.
     """
     place = Path(path)
-    known, total = _known_names(place, base)
+    stated = ((place if place.is_dir() else place.parent) / CONFIG_NAME).is_file()  # that an adapter lies here
+    known, total = (0, 0) if stated else _known_names(place, base)
     if known * 2 > total:
-        if initial is not None:
-            raise UsageError(f"{printable(place)}: is a whole model, which has no initial factors to subtract")
-        return _whole_model(place, base, steps)
+        return _whole_model(place, base, initial, steps)
     try:
         adapter = load(place, alpha=alpha, base=base)
     except InputError as error:
@@ -69,6 +69,8 @@ def open_fine_tune(
             raise
         missing = f"no fine-tune of {printable(base.source.path)} either, whose parameters it lacks"
         raise InputError(f"{error}; {missing}: name an adapter, or a model of that base") from error
+    if not adapter.entries and adapter.origin is not None and adapter.format.replacements():
+        return _whole_model(adapter.origin.path, base, initial, steps)  # layers that MLX-LM tuned whole
     if initial is not None:
         adapter = subtract_initial(adapter, load(initial, base=base))
     return FineTuneSource(place, kind_of(adapter), adapter)
@@ -119,8 +121,6 @@ def _stem(place: Path) -> str:
 
 def _known_names(place: Path, base: BaseWeights) -> tuple[int, int]:
     """How many of the names that were looked at are parameters of the base, and how many were."""
-    if ((place if place.is_dir() else place.parent) / CONFIG_NAME).is_file():  # it says that an adapter lies here
-        return 0, 0
     try:
         source = open_source(place)
     except InputError:  # several files, or none that it knows: an adapter's names for them are known to `load`
@@ -131,7 +131,11 @@ def _known_names(place: Path, base: BaseWeights) -> tuple[int, int]:
     return sum(base.name_of(name) is not None for name in names), len(names)
 
 
-def _whole_model(place: Path, base: BaseWeights, steps: Steps | None) -> FineTuneSource:
+def _whole_model(
+    place: Path, base: BaseWeights, initial: str | os.PathLike[str] | None, steps: Steps | None
+) -> FineTuneSource:
+    if initial is not None:
+        raise UsageError(f"{printable(place)}: is a whole model, which has no initial factors to subtract")
     tuned = load_base(place)
     step = None if steps is None else steps(len(tuned.source.specs), "parameters compared")
     found = differences(base, tuned, step=step)

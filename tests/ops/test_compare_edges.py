@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,14 @@ def test_what_cannot_be_compared_is_named(
     with pytest.raises(error, match=message) as caught:
         loratools.compare(base, fine_tunes)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_a_matrix_is_refused_with_the_reason(samples: Callable[[str], Path]) -> None:
+    folder = samples("lycoris/tlora")
+    base = load_base(folder / "base.safetensors")
+    adapter = loratools.load(folder / "adapter.safetensors")
+    with pytest.raises(AdapterError, match=r"no matrix that can be compared \(x: .*T-LoRA: its delta is relative"):
+        loratools.compare(base, {"x": adapter})
 
 
 def test_two_updates_of_one_matrix_are_refused(tmp_path: Path) -> None:

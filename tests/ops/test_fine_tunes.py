@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,19 @@ def test_a_file_without_a_config_is_what_most_of_its_names_say(tmp_path: Path, b
         naive.lora_deltas(naive.factors(3, 1))["model.layers.0.mlp.up_proj.weight"],
         atol=1e-6,
     )
+
+
+def test_whole_layers_of_mlx_are_a_whole_model(samples: Callable[[str], Path]) -> None:
+    folder = samples("mlx/llama_full")
+    whole = load_base(folder / "base.safetensors")
+    report = loratools.compare(whole, {"x": loratools.open_fine_tune(folder, whole)})
+    assert report.fine_tunes["x"].kind == "full"
+    reference = {name: t for name, t in load_file(folder / "reference_dW.safetensors").items() if t.ndim == 2}
+    assert set(report.targets) == set(reference)
+    for name, change in reference.items():
+        assert report.targets[name].updates["x"].norm == pytest.approx(float(change.double().norm()), rel=1e-5)
+    with pytest.raises(UsageError, match="is a whole model"):
+        loratools.open_fine_tune(folder, whole, initial=folder)
 
 
 def test_initial_factors_are_subtracted(tmp_path: Path, base: BaseWeights) -> None:
