@@ -52,10 +52,10 @@ def open_fine_tune(
     """The fine-tune of `base` at `path`: a whole model where most tensor names are the base's own, else an adapter.
 
     The header alone decides, and an adapter_config.json beside it for an adapter; one of whole layers and nothing else,
-    as MLX-LM saves them, is a whole model all the same. A whole model is then read once, for what it changed: `steps(total, what)` gives what to
-    call after each parameter. `alpha` and `initial`, the factors before training, are for adapters. Raises
-    UnchangedError for a model that is the base, UsageError for `initial` beside a whole model, InputError for what is
-    neither, and whatever `load` and `differences` raise.
+    as MLX-LM saves them, is a whole model all the same. A whole model is then read once, for what it changed:
+    `steps(total, what)` gives what to call after each parameter. `alpha` and `initial`, the factors before training,
+    are for adapters. Raises UnchangedError for a model that is the base, UsageError for `initial` beside a whole model,
+    InputError for what is neither, and whatever `load` and `differences` raise.
     """
     place = Path(path)
     stated = ((place if place.is_dir() else place.parent) / CONFIG_NAME).is_file()  # that an adapter lies here
