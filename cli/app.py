@@ -11,6 +11,7 @@ import typer
 
 from loratools_cli.cache import cache
 from loratools_cli.check import check
+from loratools_cli.compare import compare
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
@@ -44,6 +45,7 @@ for command in (
     extract,
     fuse,
     intruders,
+    compare,
     diff,
     delta,
     formats,

@@ -21,6 +21,7 @@ from rich.text import Text
 from loratools.ops.inspect import places
 from loratools.reports.cache import CacheReport
 from loratools.reports.check import CheckReport
+from loratools.reports.compare import CompareReport
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
@@ -33,6 +34,7 @@ from loratools.reports.merge import MergeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
+from loratools_cli.render_compare import render_compare
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
@@ -152,6 +154,12 @@ def _(report: InspectReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_intruders(report, everything=everything)
+
+
+@blocks.register
+def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_compare(report, everything=everything)
+    yield from _reasons("skipped", report.skipped, everything)
 
 
 @blocks.register

@@ -52,6 +52,7 @@ REPORTS = {
     "loratools extract": "extract",
     "loratools fuse": "fuse",
     "loratools intruders": "intruders",
+    "loratools compare": "compare",
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools formats, loratools families": "tables",
@@ -169,8 +170,9 @@ def _json_type(annotation: str, names: dict[str, Any]) -> str:
     while annotation != previous:
         previous = annotation
         annotation = re.sub(r"Mapping\[(\w+), ([^\[\]]*)\]", r"{\1: \2}", annotation)
-        annotation = re.sub(r"tuple\[([^\[\],]*), \.\.\.\]", r"(\1)*", annotation)
-    annotation = re.sub(r"\((\w+)\)\*", r"list of \1", annotation)
+        annotation = re.sub(r"tuple\[([^\[\],|]*), \.\.\.\]", r"list of \1", annotation)
+        annotation = re.sub(r"tuple\[([^\[\],]*), \.\.\.\]", r"list of (\1)", annotation)
+        annotation = re.sub(r"tuple\[(\w+)(?:, \1)+\]", r"list of \1", annotation)
     return annotation.replace("None", "null").replace("{int:", "{str:").replace("|", "or")
 
 

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from loratools.ops.aurac import aurac
     from loratools.ops.base_spectra import Search
     from loratools.ops.check import check
+    from loratools.ops.compare import compare
     from loratools.ops.convert import Convert, convert, convert_file
     from loratools.ops.delta import delta, delta_file
     from loratools.ops.diff import diff
     from loratools.ops.extract import differences, extract
+    from loratools.ops.fine_tunes import open_fine_tune
     from loratools.ops.fuse import fuse
     from loratools.ops.hydra import hydra
     from loratools.ops.info import info
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "aurac",
     "check",
+    "compare",
     "convert",
     "convert_file",
     "default_cache",
@@ -76,6 +79,7 @@ __all__ = [
     "load_base",
     "merge",
     "mitigate",
+    "open_fine_tune",
     "save",
     "squeeze",
     "squeeze_file",
@@ -92,10 +96,12 @@ _HOMES = {
     "loratools.ops.aurac": ("aurac",),
     "loratools.ops.base_spectra": ("Search",),
     "loratools.ops.check": ("check",),
+    "loratools.ops.compare": ("compare",),
     "loratools.ops.convert": ("Convert", "convert", "convert_file"),
     "loratools.ops.delta": ("delta", "delta_file"),
     "loratools.ops.diff": ("diff",),
     "loratools.ops.extract": ("differences", "extract"),
+    "loratools.ops.fine_tunes": ("open_fine_tune",),
     "loratools.ops.fuse": ("fuse",),
     "loratools.ops.hydra": ("hydra",),
     "loratools.ops.info": ("info",),

@@ -103,6 +103,13 @@ class Update(ABC):
         """The float32 change of the base bias, where the family makes one; `bias` is the base's own."""
         return None
 
+    def magnitude_gains(self, base: Tensor | None = None) -> Tensor | None:
+        """The float64 factors that a magnitude puts on the outputs, or on the inputs; None for a family without one.
+
+        Raises NeedsBaseError where they depend on the base and there is none.
+        """
+        return None
+
     def delta(self, base: Tensor | None = None) -> Tensor:
         """The dense float32 change of the base parameter, in the base's layout."""
         op = self.operator(base).to(torch.float64)

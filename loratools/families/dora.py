@@ -108,6 +108,9 @@ class DoRA(LowRankUpdate):
             magnitude = magnitude.repeat_interleave(taps)
         return _Gain(matrix, low, norms, torch.where(norms > 0, magnitude / norms, 0.0))
 
+    def magnitude_gains(self, base: Tensor | None = None) -> Tensor:
+        return self._gain(base).gain
+
     def operator(self, base: Tensor | None = None) -> Operator:
         g = self._gain(base)
         rows = g.gain.unsqueeze(1)

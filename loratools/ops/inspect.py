@@ -180,10 +180,11 @@ def _grouped(targets: Mapping[str, TargetNumbers], *, by_layer: bool) -> dict[st
     members: dict[str, list[TargetNumbers]] = {}
     for numbers in targets.values():
         members.setdefault(numbers.layer if by_layer else numbers.module, []).append(numbers)
-    return {name: group(members[name]) for name in (sorted(members, key=_depth) if by_layer else members)}
+    return {name: group(members[name]) for name in (sorted(members, key=depth) if by_layer else members)}
 
 
-def _depth(layer: str) -> tuple[str, int]:
+def depth(layer: str) -> tuple[str, int]:
+    """A key that puts layers in the order of their numbers, and what is in no layer last."""
     stage, _, number = layer.rpartition(".")
     return (stage, int(number)) if number.isdecimal() else ("\U0010ffff", 0)
 

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One weight as (outputs, inputs), whatever way the base stores it; `parameter` is its name in the base."""
+    """One weight as (outputs, inputs), whatever way the base stores it; `parameter` is its name in the base.
+
+    `gain` holds the factors that a magnitude puts on its outputs or inputs, where the update has one.
+    """
 
     parameter: str
     weight: Tensor  # (m, n), in the base's dtype
     change: Operator  # (m, n), scale included; low rank where the update is
+    gain: Tensor | None = None
 
 
 def unsuitable(adapter: Adapter, name: str) -> str | None:
@@ -49,10 +53,11 @@ def matrices_of_target(adapter: Adapter, name: str, base: BaseWeights) -> Iterat
         if not is_finite_update(update):
             raise nonfinite_error(name, "choose others with --target")
         with naming(name):
-            change = update.operator(weight if entry.family.needs_base else None)
+            needed = weight if entry.family.needs_base else None
+            change, gain = update.operator(needed), update.magnitude_gains(needed)
         matrix = _oriented(weight, transposed=entry.layout.transposed)
         if not isinstance(change, BlockDiagonal) and change.shape == tuple(matrix.shape):
-            yield Matrix(own, matrix, change)
+            yield Matrix(own, matrix, change, gain)
             return
     for parameter, dense in delta_of_target(adapter, name, base):
         weight = base.find(parameter, tuple(dense.shape))

@@ -15,7 +15,8 @@ class Missed:
 
     `error` is ||full - update|| / ||full||; `best_error` that of the nearest matrix of the update's rank (Eckart and
     Young); `space_error` that of the nearest one in the update's own row and column spaces: what better
-    coefficients could have reached.
+    coefficients could have reached. The rank and spaces of a DoRA are those of its direction's rank, with the leading
+    singular vectors of its delta; its own error may then lie below the best.
     """
 
     of: str
@@ -29,17 +30,18 @@ class Missed:
 class UpdateNumbers:
     """One update of one matrix.
 
-    `relative_norm` is ||delta|| / ||W0||. `spectrum` holds the leading singular values. `energy_left` and
-    `energy_right` are shares of ||delta||^2 in the spaces of the first top_k left and right singular vectors of W0.
-    `share` is that of the squared norm of the whole fine-tune. `gain` is the least, mean and greatest factor
-    that DoRA's magnitudes put on the outputs. `logit_growth` is the factor by which the data-free bound on the
-    outputs of a query, key or value projection grows: a heuristic.
+    `rank` is the stored one, 0 for a family without. `relative_norm` is ||delta|| / ||W0||, null for a W0 of zeros.
+    `spectrum` holds the leading singular values. `energy_left` and `energy_right` are shares of ||delta||^2 in the
+    spaces of the first top_k left and right singular vectors of W0. `share` is that of the squared norm of the whole
+    fine-tune. `gain` is the least, mean and greatest factor that DoRA's magnitudes put on the outputs (or on the
+    inputs, where they run along those). `logit_growth` is the factor by which the data-free bound on the outputs of a
+    query, key or value projection grows: a heuristic.
     """
 
     family: str
     rank: int
     norm: float
-    relative_norm: float
+    relative_norm: float | None
     spectrum: tuple[float, ...]
     effective_rank: float
     stable_rank: float
@@ -56,7 +58,8 @@ class UpdateNumbers:
 @dataclass(frozen=True)
 class PairNumbers:
     """Two updates of one matrix. Overlaps are mean squared cosines of the principal angles between output and input
-    spaces, of equal dimension: the rank of the lower-ranked update, at most the report's `max_overlap_rank`."""
+    spaces, of equal dimension `overlap_rank`: the rank of the lower-ranked update, at most the report's
+    `max_overlap_rank`, in leading singular vectors. Over all matrices it is the largest, and overlaps are means."""
 
     a: str
     b: str
@@ -64,6 +67,7 @@ class PairNumbers:
     relative_distance: float | None  # ||a - b|| / ||a||
     output_overlap: float | None
     input_overlap: float | None
+    overlap_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class ComparedTarget:
 
 @dataclass(frozen=True)
 class OverlapMap:
-    """Mean squared cosines between the spaces of `a` in one layer (row) and of `b` in another (column).
+    """Mean squared cosines between the spaces of `a` in one layer (row) and of `b` in another (column), up to rank 16.
 
     `side` is "output" or "input"; null where a layer has no such matrix, or one of another width.
     """
@@ -99,7 +103,8 @@ class FineTune:
     """One of the things compared: an adapter, or a model that was tuned whole (`kind` "adapter" or "full").
 
     Means are over the matrices that it changes. `missed` sums up `Missed` over all of them: the norms of what is missed
-    relative to the norm of the full fine-tune.
+    relative to the norm of the full fine-tune there. `untouched` is the share of the full fine-tune's squared norm in
+    the matrices that it leaves alone.
     """
 
     path: str
@@ -109,7 +114,7 @@ class FineTune:
     rank_min: int
     rank_max: int
     norm: float
-    relative_norm: float
+    relative_norm: float | None
     mean_effective_rank: float
     mean_stable_rank: float
     mean_energy_left: float
@@ -120,6 +125,7 @@ class FineTune:
     layers: Mapping[str, float]  # share of the squared norm
     modules: Mapping[str, float]
     missed: Missed | None = None
+    untouched: float | None = None
 
 
 @dataclass(frozen=True)

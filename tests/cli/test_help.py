@@ -37,6 +37,7 @@ def test_the_commands_are_the_files() -> None:
         "extract",
         "fuse",
         "intruders",
+        "compare",
         "diff",
         "delta",
         "formats",
