@@ -91,13 +91,13 @@ def _update(
     rng: random.Random, index: int, name: str, names: Sequence[str], depth: float, place: int, rank: int
 ) -> UpdateNumbers:
     whole = index == len(names) - 1
-    decay = 0.04 if whole else 0.16 + 0.1 * index
+    decay = (0.04 if whole else 0.16 + 0.1 * index) * (0.6 + 0.5 * depth + 0.4 * rng.random())
     size = (0.4 + index) * (0.3 + depth * (1.2 - 0.15 * place) + 0.4 * rng.random())
     spectrum = tuple(size * math.exp(-decay * k) for k in range(48 if whole else rank))
     squares = [s * s for s in spectrum]
     norm = math.sqrt(sum(squares))
     shares = [s / sum(spectrum) for s in spectrum]
-    best, error = 0.2 + 0.3 * rng.random() * depth, 0.0
+    best = 0.2 + 0.3 * rng.random() * depth
     error = best + (1 - best) * (0.3 + 0.2 * rng.random())
     return UpdateNumbers(
         family="full" if whole else "dora" if index == 1 else "lora",

@@ -73,6 +73,7 @@ function fmt(value) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value) && Math.abs(value) < 1e6) return value.toLocaleString("en");
   const size = Math.abs(value);
+  if (value < 0) return `−${fmt(size)}`;
   if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
   return value >= 100 ? value.toFixed(1) : value.toPrecision(3);
 }
@@ -175,7 +176,7 @@ function spectra() {
 function places() {
   choice(sections.where, "tune", "Fine-tune", tuneOptions(), drawWhere);
   choice(sections.where, "measure", "Number", MEASURES, drawWhere);
-  check(sections.where, "same", "one scale for all", drawWhere, tunes.length > 1).hidden = tunes.length < 2;
+  check(sections.where, "same", "one scale for all fine-tunes", drawWhere, false).hidden = tunes.length < 2;
   plot("where", drawWhere);
   choice(sections.shape, "x", "Across", SHAPES, drawShape, "effective_rank");
   choice(sections.shape, "y", "Up", SHAPES, drawShape, "energy_left");
@@ -273,9 +274,13 @@ function card(tune, f) {
     fact("In the base's space", percent(tune.mean_energy_left), small(` out, ${percent(tune.mean_energy_right)} in`)),
     fact("Intruders", fmt(tune.left_intruders), small(` out, ${fmt(tune.right_intruders)} in`)),
   ];
-  if (tune.missed) facts.push(fact("Misses", fmt(tune.missed.error), small(` (best of its rank ${fmt(tune.missed.best_error)})`)));
+  if (tune.missed) {
+    const best = small(` of ${tune.missed.of}; best of its rank ${fmt(tune.missed.best_error)}`);
+    facts.push(fact("Misses", fmt(tune.missed.error), best));
+    facts.at(-1).className = "whole";
+  }
   const kind = tune.kind === "full" ? "full fine-tune" : "adapter";
-  const families = tune.families.length ? `, ${tune.families.join(", ")}` : "";
+  const families = tune.kind === "full" || !tune.families.length ? "" : `, ${tune.families.join(", ")}`;
   const whole = el(
     "article",
     { class: "card" },

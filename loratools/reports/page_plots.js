@@ -60,7 +60,19 @@ function axis(title, more = {}) {
   };
 }
 
-const logarithmic = (more = {}) => ({ type: "log", dtick: 1, exponentformat: "power", minexponent: 2, ...more });
+const DECADES = 5; // shown below the largest value: what lies deeper is rounding
+
+/** A logarithmic axis over `values`, with ticks between the powers of ten where there are few of these. */
+function logarithmic(values) {
+  const high = Math.log10(Math.max(...values));
+  const low = Math.max(Math.log10(Math.min(...values)), high - DECADES);
+  if (!values.length) return { type: "log" };
+  return { type: "log", dtick: high - low > 1.5 ? 1 : "D2", tickformat: "~g", range: [low - 0.12, high + 0.12] };
+}
+
+/** Layers as the horizontal axis of a plot with points. */
+const along = (holder) =>
+  axis("layer", { ...ticks(layers, holder.clientWidth / 34, 14), showgrid: false, range: [-0.7, layers.length - 0.3] });
 
 /** Draw into the figure of a section; `label` is for those who cannot see it. */
 function show(holder, traces, layout, label) {
@@ -206,11 +218,11 @@ function drawSpectra() {
       ticktext: powers.map(String),
       range: [Math.log10(0.92), Math.log10(Math.max(2, longest) * 1.09)],
     }),
-    yaxis: axis("singular value", logarithmic()),
+    yaxis: axis("singular value", logarithmic(traces.flatMap((trace) => trace.y.filter((value) => value !== null)))),
   };
   show(holder, traces, layout, "singular values of the changes");
-  const nothing = traces.length ? "" : "Nothing was measured here.";
-  say(holder, all ? nothing : nothing || `${data.targets[chosen].name}, ${data.targets[chosen].shape.join(" × ")}`);
+  const place = all ? null : data.targets[chosen];
+  say(holder, all ? "Root mean square over the matrices that each one changes." : `${place.name}, ${place.shape.join(" × ")}`);
 }
 
 function drawWhere() {
@@ -293,24 +305,23 @@ function drawOverlap() {
       ...(width > 640 ? {} : { orientation: "h", y: 1.02, yanchor: "bottom", thickness: 8 }),
     },
   };
-  const side_length = Math.min(560, Math.max(260, width - (width > 640 ? 170 : 40)));
+  const tall = Math.min(19 * map.layers.length + 90, Math.max(320, width), 640);
   const line = (name) => esc(short(`layer of ${name}`, width > 640 ? 60 : 30));
   const layout = {
-    height: side_length + 90,
+    height: tall,
     margin: { l: 12, r: 8, t: width > 640 ? 8 : 44, b: 12 },
     plot_bgcolor: colour("--empty"),
     xaxis: axis(line(b), {
-      ...ticks(map.layers, side_length / (long ? 20 : 26), 14),
+      ...ticks(map.layers, width / (long ? 26 : 32), 14),
       showgrid: false,
       tickangle: long ? -45 : 0,
-      constrain: "domain",
+      ticks: "",
     }),
     yaxis: axis(line(a), {
-      ...ticks(map.layers, side_length / 20, 14),
+      ...ticks(map.layers, tall / 24, 14),
       autorange: "reversed",
       showgrid: false,
-      scaleanchor: "x",
-      constrain: "domain",
+      ticks: "",
     }),
   };
   show(holder, [trace], layout, `overlap of ${a} and ${b} by layers`);
@@ -360,11 +371,11 @@ function drawIntruders() {
   say(holder, `${total.toLocaleString("en")} intruders, in ${matrices} of ${cells.size} cells.`);
 }
 
+// Column, label, dash. The room between the first two is filled: what training left on the table.
 const LINES = [
-  // column, label, dash, width
-  ["missed_error", "the adapter", "solid", 2.5],
-  ["missed_space_error", "best in its spaces", "dash", 2],
-  ["missed_best_error", "best of its rank", "dot", 2],
+  ["missed_error", "the adapter", "solid"],
+  ["missed_best_error", "best of its rank", "dot"],
+  ["missed_space_error", "best in its spaces", "dash"],
 ];
 
 function drawMissed() {
@@ -372,7 +383,7 @@ function drawMissed() {
   const f = Number(holder.state.tune);
   const module = Number(holder.state.module);
   const mine = rows.filter((row) => row.fineTune === f && row.missed_error !== null && (module < 0 || row.module === module));
-  const traces = LINES.map(([key, name, dashes, width]) => {
+  const traces = LINES.map(([key, name, dashes]) => {
     const found = layers.map((_, l) => mine.filter((row) => row.layer === l && row[key] !== null)).map((list, l) => ({
       l,
       list,
@@ -384,8 +395,10 @@ function drawMissed() {
       name,
       x: found.map((point) => point.l),
       y: found.map((point) => point.value),
-      line: { color: own(f), width, dash: dashes },
+      line: { color: key === "missed_best_error" ? colour("--soft") : own(f), width: 2, dash: dashes },
       marker: { size: 5 },
+      fill: key === "missed_best_error" ? "tonexty" : "none",
+      fillcolor: `${own(f)}1f`,
       hoverinfo: "text",
       hovertext: found.map(({ l, list, value }) =>
         hover(list.length === 1 ? list[0].target : `layer ${layers[l]}: mean of ${list.length} matrices`, [["fine-tune", tunes[f].name], [name, fmt(value)]]),
@@ -394,7 +407,7 @@ function drawMissed() {
   });
   const layout = {
     margin: { l: 56, r: 12, t: 40, b: 48 },
-    xaxis: axis("layer", { ...ticks(layers, holder.clientWidth / 34, 14), showgrid: false }),
+    xaxis: along(holder),
     yaxis: axis("relative error", { rangemode: "tozero" }),
   };
   show(holder, traces, layout, "what the adapter misses by layer");
@@ -427,10 +440,10 @@ function drawGrowth() {
   });
   const layout = {
     margin: { l: 56, r: 12, t: 40, b: 48 },
-    xaxis: axis("layer", { ...ticks(layers, holder.clientWidth / 34, 14), showgrid: false }),
+    xaxis: along(holder),
     yaxis: axis("factor", {}),
     shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: colour("--soft"), width: 1, dash: "dot" } }],
   };
-  show(holder, traces, layout, "growth of the bound on attention inputs");
+  show(holder, traces, layout, "growth of the bound on attention logits");
   say(holder, "The dotted line is the base model.");
 }
