@@ -23,6 +23,7 @@ def intruders(
     keep_rank: Annotated[
         bool, Option("--keep-rank", help="Mitigate at the old rank, as PEFT does: not exactly.")
     ] = False,
+    table: options.TablePath = None,
     alpha: options.Alpha = None,
     initial_adapter: options.InitialAdapter = None,
     output: options.OutputPath = None,
@@ -39,7 +40,7 @@ def intruders(
 
     \b
     Examples:
-      loratools intruders llama my_adapter --sweep
+      loratools intruders llama my_adapter --sweep --table intruders.csv
       loratools intruders llama my_adapter --mitigate 0.75 -o calmer
     """
     from dataclasses import replace
@@ -48,6 +49,7 @@ def intruders(
     from loratools.errors import UsageError
     from loratools.files import save
     from loratools_cli.destination import destination
+    from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
@@ -57,19 +59,22 @@ def intruders(
         raise UsageError("-o and --keep-rank go with --mitigate X, which writes an adapter")
     if mitigate is not None and target is not None:
         raise UsageError("--mitigate works on all targets; leave --target out")
+    check_exports(table=table, force=force or dry_run)
     weights = open_base(base)
     assert weights is not None
     adapter = open_adapter(path, alpha=alpha, initial=initial_adapter, base=weights)
     with Progress() as progress:
         step = progress.steps(len(adapter.select(target) if target else adapter), "targets decomposed")
         if mitigate is None:
+            place = None
             report = loratools.intruders(adapter, weights, top_k=top_k, epsilon=epsilon, target=target, step=step)
-            shown.show(report)
-            return
-        place = destination(adapter, output, "calmer", force=force or dry_run)
-        result, report = loratools.mitigate(
-            adapter, weights, mitigate, top_k=top_k, epsilon=epsilon, keep_rank=keep_rank, step=step
-        )
-        if not dry_run:
-            report = replace(report, output=str(save(result, place, force=force).path))
+        else:
+            place = destination(adapter, output, "calmer", force=force or dry_run)
+            result, report = loratools.mitigate(
+                adapter, weights, mitigate, top_k=top_k, epsilon=epsilon, keep_rank=keep_rank, step=step
+            )
+            if not dry_run:
+                report = replace(report, output=str(save(result, place, force=force).path))
+    if not dry_run:
+        write_exports(report, table=table, force=force)
     shown.show(report, planned=place if dry_run else None)

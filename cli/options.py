@@ -43,6 +43,19 @@ OutputPath = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="PATH", help="Where to write, instead of beside the input."),
 ]
+ReportPath = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write an interactive page (needs loratools[report])."),
+]
+FigurePath = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw a figure, as .png or .svg (needs loratools[plot]).")
+]
+TablePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--table", metavar="FILE", help="Write all numbers, as .csv, or as .parquet (needs loratools[report])."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would come out, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, the input itself included.")]
 Everything = Annotated[bool, typer.Option("--all", help="Show every target, not a summary.")]

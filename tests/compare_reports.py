@@ -22,7 +22,7 @@ CALM = ("style-lora", "maths-dora", "tuned-whole")
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",
     "<b>x</b><a href='javascript:alert(2)'>y</a>&lt;i&gt;",
-    '"quoted\', \u202eoverridden\n%{x} $\\alpha$ 🦙 =1+1',
+    "\"quoted', \u202eoverridden\n%{x} $\\alpha$ 🦙 =1+1",
 )
 
 
@@ -124,7 +124,8 @@ def _pair(rng: random.Random, a: str, b: str) -> PairNumbers:
 
 def _map(rng: random.Random, a: str, b: str, module: str, side: str, layers: int) -> OverlapMap:
     values = [
-        [min(1.0, 0.05 * rng.random() + 0.5 * math.exp(-abs(i - j) / 1.5)) for j in range(layers)] for i in range(layers)
+        [min(1.0, 0.05 * rng.random() + 0.5 * math.exp(-abs(i - j) / 1.5)) for j in range(layers)]
+        for i in range(layers)
     ]
     rows: list[tuple[float | None, ...]] = [tuple(row) for row in values]
     if layers > 2:
@@ -132,9 +133,7 @@ def _map(rng: random.Random, a: str, b: str, module: str, side: str, layers: int
     return OverlapMap(a, b, module, side, tuple(map(str, range(layers))), tuple(rows))
 
 
-def _fine_tune(
-    index: int, name: str, names: Sequence[str], targets: dict[str, ComparedTarget], rank: int
-) -> FineTune:
+def _fine_tune(index: int, name: str, names: Sequence[str], targets: dict[str, ComparedTarget], rank: int) -> FineTune:
     updates = [t.updates[name] for t in targets.values()]
     total = sum(u.norm**2 for u in updates)
     mean = lambda values: sum(values) / len(updates)  # noqa: E731

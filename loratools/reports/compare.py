@@ -179,7 +179,7 @@ class CompareReport:
         return asdict(self)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row for each update of each target: the keys are those of `columns`; None where there is no such number."""
+        """One row for each update of each target, keyed as `columns`; None where there is no such number."""
         for name, target in self.targets.items():
             for fine_tune, update in target.updates.items():
                 gain, missed = update.gain or (None, None, None), update.missed

@@ -52,8 +52,16 @@ def write_table(report: Tabular, path: str | os.PathLike[str], *, force: bool = 
     UsageError for another suffix, MissingExtraError for Parquet without pyarrow, and OutputError where the file exists
     and `force` is not given, or cannot be written.
     """
-    place = checked(path, SUFFIXES, "a table", force=force)
+    place = place_of(path, force=force)
     return write(place, _csv(report) if place.suffix.lower() == ".csv" else _parquet(report))
+
+
+def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """`path`, where a table can be written there; raises what write_table raises."""
+    place = checked(path, SUFFIXES, "a table", force=force)
+    if place.suffix.lower() == ".parquet":
+        require("pyarrow", extra="report", what="Parquet files")
+    return place
 
 
 def _csv(report: Tabular) -> bytes:
@@ -66,7 +74,6 @@ def _csv(report: Tabular) -> bytes:
 
 
 def _parquet(report: Tabular) -> bytes:
-    require("pyarrow", extra="report", what="Parquet files")
     import pyarrow as pa
     from pyarrow import parquet
 

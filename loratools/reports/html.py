@@ -38,9 +38,14 @@ def write_html(report: CompareReport, path: str | os.PathLike[str], *, force: bo
     Raises UsageError for a suffix other than .html, MissingExtraError without plotly, and OutputError where the file
     exists and `force` is not given, or cannot be written.
     """
+    return write(place_of(path, force=force), _page(report).encode("utf-8"))
+
+
+def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """`path`, where a page can be written there; raises what write_html raises."""
     place = checked(path, SUFFIXES, "a page", force=force)
     require("plotly", extra="report", what="pages")
-    return write(place, _page(report).encode("utf-8"))
+    return place
 
 
 def _page(report: CompareReport) -> str:

@@ -7,21 +7,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratools.errors import MissingExtraError, OutputError, UsageError
+from loratools.errors import MissingExtraError, UsageError
 from loratools.storage.atomic import AtomicFile, printable, refuse_existing
 
 
 def checked(path: str | os.PathLike[str], suffixes: Sequence[str], what: str, *, force: bool) -> Path:
-    """`path`, where `what` may be written there.
+    """`path`, where `what` can be written there.
 
-    Raises UsageError for another suffix, and OutputError for a folder or for what exists already, unless `force`.
+    Raises UsageError for another suffix, and OutputError for what exists already, unless `force`, and for a place where
+    nothing can be written.
     """
     place = Path(path)
     if place.suffix.lower() not in suffixes:
         plural = "one of these suffixes" if len(suffixes) > 1 else "this suffix"
         raise UsageError(f"{printable(place)}: {what} is written as {' or '.join(suffixes)}; choose {plural}")
-    if place.is_dir():
-        raise OutputError(f"{printable(place)}: is a folder; add a file name")
+    AtomicFile(place).abort()  # to try is the one sure way to know; it leaves no trace
     refuse_existing(place, force=force)
     return place
 
