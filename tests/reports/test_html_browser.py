@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to d
 
 NAMES = (*HOSTILE, "plain", "\ud800 half a pair")
 PLOTS = 8
-Open = Callable[..., Any]
+Open = Callable[..., AbstractContextManager[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +35,61 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def open_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
-    """Open a report from disk; whatever goes wrong on a page, or leaves it, fails the module."""
-    contexts: list[Any] = []
-    trouble: list[str] = []
+def open_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Open a report from disk for a while; what went wrong on the page, or left it, is its `trouble`."""
     folder = tmp_path_factory.mktemp("pages")
 
-    def open_(report: CompareReport, **settings: Any) -> Any:
-        path = write_html(report, folder / f"{len(contexts)}.html")
+    @contextmanager
+    def open_(report: CompareReport, **settings: Any) -> Iterator[Any]:
+        path = write_html(report, folder / "a.html", force=True)
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | settings))
-        contexts.append(context)
+        context.set_default_timeout(120_000)  # a machine with other things to do
+        trouble: list[str] = []
         page = context.new_page()
         page.on("console", lambda message: trouble.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: trouble.append(request.url) if request.url != path.as_uri() else None)
-        page.goto(path.as_uri())
-        page.wait_for_selector("html[data-ready]", state="attached")
         page.trouble = trouble
-        return page
+        try:
+            page.goto(path.as_uri())
+            page.wait_for_selector("html[data-ready]", state="attached")
+            yield page
+            assert not trouble
+        finally:
+            context.close()
 
-    yield open_
-    for context in contexts:
-        context.close()
-    assert not trouble
+    return open_
+
+
+# Before the large page, which stays open for the tests after these.
+
+
+def test_a_phone_scrolls_one_way_only(open_page: Open) -> None:
+    report = compare_report(NAMES[:3], layers=6)
+    with open_page(report, viewport={"width": 390, "height": 844}, color_scheme="dark") as page:
+        assert page.locator("html").get_attribute("data-theme") == "dark"  # as the system says
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.evaluate("document.querySelector('#rows').scrollWidth") > 390  # the table has its own way
+        things = "[...document.querySelectorAll('.plot .main-svg, .card, section')]"
+        assert page.evaluate(f"{things}.length") > 20
+        assert page.evaluate(f"{things}.filter(e => e.getBoundingClientRect().right > 390.5).length") == 0
+
+
+def test_a_report_full_of_gaps_leaves_sections_out(open_page: Open) -> None:
+    with open_page(gaps(compare_report(["only one"], layers=1, modules=("m",)))) as page:
+        assert not page.locator("#missed, #growth, #overlap").locator("visible=true").count()
+        assert page.locator("#rows tbody tr").count() == 1
+        assert "Nothing was measured here." in page.locator("#where figcaption").inner_text()
+    with open_page(gaps(compare_report(layers=2))) as page:
+        assert "–" in page.locator("#pairs").inner_text()
 
 
 @pytest.fixture(scope="module")
-def page(open_page: Open) -> Any:
+def page(open_page: Open) -> Iterator[Any]:
     """Five fine-tunes of 224 matrices, with names that want to be markup."""
-    return open_page(compare_report(NAMES, layers=32))
+    with open_page(compare_report(NAMES, layers=32)) as page:
+        yield page
 
 
 def cells(page: Any, name: str) -> list[str]:
@@ -207,22 +233,3 @@ def test_gaps_sort_last_in_both_directions(page: Any) -> None:
         assert len(values) == 224 * 5
         assert values[-224:] == ["–"] * 224
         assert "–" not in values[:-224]
-
-
-def test_a_phone_scrolls_one_way_only(open_page: Open) -> None:
-    page = open_page(compare_report(NAMES[:3], layers=6), viewport={"width": 390, "height": 844}, color_scheme="dark")
-    assert page.locator("html").get_attribute("data-theme") == "dark"  # as the system says
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
-    assert page.evaluate("document.querySelector('#rows').scrollWidth") > 390  # the table has its own way
-    things = "[...document.querySelectorAll('.plot .main-svg, .card, section')]"
-    assert page.evaluate(f"{things}.length") > 20
-    assert page.evaluate(f"{things}.filter(e => e.getBoundingClientRect().right > 390.5).length") == 0
-
-
-def test_a_report_full_of_gaps_leaves_sections_out(open_page: Open) -> None:
-    page = open_page(gaps(compare_report(["only one"], layers=1, modules=("m",))))
-    assert not page.locator("#missed, #growth, #overlap").locator("visible=true").count()
-    assert page.locator("#rows tbody tr").count() == 1
-    assert "Nothing was measured here." in page.locator("#where figcaption").inner_text()
-    pairs = open_page(gaps(compare_report(layers=2)))
-    assert "–" in pairs.locator("#pairs").inner_text()
