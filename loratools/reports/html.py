@@ -120,14 +120,7 @@ def _fine_tune(name: str, tune: FineTune) -> dict[str, Any]:
 
 
 def _pair(pair: PairNumbers, fine_tunes: Mapping[str, int]) -> dict[str, Any]:
-    return {
-        "a": fine_tunes[pair.a],
-        "b": fine_tunes[pair.b],
-        "cosine": pair.cosine,
-        "distance": pair.relative_distance,
-        "output": pair.output_overlap,
-        "input": pair.input_overlap,
-    }
+    return asdict(pair) | {"a": fine_tunes[pair.a], "b": fine_tunes[pair.b]}
 
 
 def _presentable(value: Any) -> Any:

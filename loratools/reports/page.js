@@ -44,8 +44,10 @@ const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const byId = (id) => document.getElementById(id);
 const theme = () => (document.documentElement.dataset.theme === "dark" ? "dark" : "light");
 const own = (f) => OWN[theme()][f % OWN.light.length];
-const symbol = (f) => SYMBOLS[f % SYMBOLS.length];
-const dash = (f) => DASHES[f % DASHES.length];
+// Shifted with each round of colours, so that no two look the same for long.
+const round = (f) => f + Math.floor(f / OWN.light.length);
+const symbol = (f) => SYMBOLS[round(f) % SYMBOLS.length];
+const dash = (f) => DASHES[round(f) % DASHES.length];
 const colour = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
 
 function el(tag, attributes = {}, ...children) {
@@ -78,14 +80,13 @@ function fmt(value) {
   return value >= 100 ? value.toFixed(1) : value.toPrecision(3);
 }
 
-const percent = (share) => (share === null ? "–" : `${(100 * share).toPrecision(3)} %`);
+const percent = (share) => (share === null ? "–" : `${(100 * share).toPrecision(3)}\u00a0%`);
 
 function named(f) {
   const dot = el("span", { class: "dot", "aria-hidden": "true" });
   dot.style.setProperty("--own", own(f));
   dot.dataset.tune = f;
-  const whole = el("span", {}, dot, el("bdi", {}, tunes[f].name));
-  return whole;
+  return el("span", { title: tunes[f].name }, dot, el("bdi", {}, short(tunes[f].name, 48)));
 }
 
 // Rows as objects: places by number, names as text.
@@ -204,7 +205,7 @@ function overlap() {
     const titles = ["Pair", "Cosine", "Relative distance", "Overlap, output", "Overlap, input"];
     const head = el("tr", {}, ...titles.map((title, i) => el("th", { scope: "col", class: i ? "" : "text" }, title)));
     const lines = data.pairs.map((pair) => {
-      const cells = [pair.cosine, pair.distance, pair.output, pair.input].map((value) => el("td", {}, fmt(value)));
+      const cells = [pair.cosine, pair.relative_distance, pair.output_overlap, pair.input_overlap].map((value) => el("td", {}, fmt(value)));
       return el("tr", {}, el("th", { scope: "row", class: "text" }, named(pair.a), " · ", named(pair.b)), ...cells);
     });
     byId("pairs").append(el("table", {}, el("thead", {}, head), el("tbody", {}, ...lines)));
@@ -270,13 +271,14 @@ function card(tune, f) {
   const ranks = tune.rank_min === tune.rank_max ? fmt(tune.rank_max) : `${fmt(tune.rank_min)}–${fmt(tune.rank_max)}`;
   const facts = [
     fact("Relative norm", fmt(tune.relative_norm)),
-    fact("Effective rank", fmt(tune.mean_effective_rank), small(` of ${ranks}`)),
-    fact("In the base's space", percent(tune.mean_energy_left), small(` out, ${percent(tune.mean_energy_right)} in`)),
+    fact("Effective rank", fmt(tune.mean_effective_rank), small(tune.rank_max ? ` of ${ranks}` : "")),
+    fact("In the base's space", percent(tune.mean_energy_left), small(` out, ${percent(tune.mean_energy_right)}\u00a0in`)),
     fact("Intruders", fmt(tune.left_intruders), small(` out, ${fmt(tune.right_intruders)} in`)),
   ];
   if (tune.missed) {
-    const best = small(` of ${tune.missed.of}; best of its rank ${fmt(tune.missed.best_error)}`);
-    facts.push(fact("Misses", fmt(tune.missed.error), best));
+    const { of, error, best_error: best } = tune.missed;
+    const alone = tune.untouched ? `; leaves ${percent(tune.untouched)} of it alone` : "";
+    facts.push(fact("Misses", fmt(error), small(` of ${short(of, 60)}; best of its rank ${fmt(best)}${alone}`)));
     facts.at(-1).className = "whole";
   }
   const kind = tune.kind === "full" ? "full fine-tune" : "adapter";
@@ -358,9 +360,13 @@ function start() {
   let before = theme();
   addEventListener("beforeprint", () => {
     before = theme();
-    if (before === "dark") repaint("light");
+    document.documentElement.dataset.printing = "yes"; // as wide as paper, before the plots measure it
+    repaint("light");
   });
-  addEventListener("afterprint", () => before === "dark" && repaint("dark"));
+  addEventListener("afterprint", () => {
+    delete document.documentElement.dataset.printing;
+    repaint(before);
+  });
   let width = innerWidth;
   let waiting = 0;
   addEventListener("resize", () => {

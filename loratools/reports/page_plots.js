@@ -41,10 +41,12 @@ const MEASURES = [
 
 const ALIKE = [
   ["cosine", "cosine"],
-  ["distance", "relative distance"],
-  ["output", "overlap of output spaces"],
-  ["input", "overlap of input spaces"],
+  ["relative_distance", "relative distance"],
+  ["output_overlap", "overlap of output spaces"],
+  ["input_overlap", "overlap of input spaces"],
 ];
+
+const NARROW = 600; // pixels, up to which colour bars lie above the plot
 
 const scale = (name) => SCALES[name][theme()].map((colour, i, all) => [i / (all.length - 1), colour]);
 
@@ -77,12 +79,18 @@ const along = (holder) =>
 /** Draw into the figure of a section; `label` is for those who cannot see it. */
 function show(holder, traces, layout, label) {
   const div = holder.querySelector(".plot");
-  const height = layout.height ?? Number(div.dataset.height);
+  const stacked = div.clientWidth <= NARROW ? 19 * Math.max(0, traces.length - 2) : 0; // names in a column above the plot
+  const height = layout.height ?? Number(div.dataset.height) + stacked;
   div.style.height = `${height}px`;
+  const width = div.clientWidth;
+  const form = width > NARROW ? "wide" : "narrow";
+  if (div.dataset.form !== form) Plotly.purge(div); // it cannot turn a colour bar around
+  div.dataset.form = form;
   div.setAttribute("role", "group");
   div.setAttribute("aria-label", `Plot: ${label}. The table at the end of the page has the numbers.`);
   const soft = colour("--soft");
   const base = {
+    width, // given, because paper has no second measuring; a change of the window draws anew
     height,
     margin: { l: 56, r: 12, t: 12, b: 48 },
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -94,13 +102,12 @@ function show(holder, traces, layout, label) {
       font: { color: colour("--ink"), size: 12.5 },
       align: "left",
     },
-    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", itemsizing: "constant" },
+    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", itemsizing: "constant", traceorder: "normal" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: colour("--accent") },
     hovermode: "closest",
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
   };
   const config = {
-    responsive: true,
     displaylogo: false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
     toImageButtonOptions: { format: "png", scale: 2, filename: `loratools-${div.closest("section").id}` },
@@ -133,7 +140,7 @@ function byPlace(holder, { cells, name, colours, range, digits, form = fmt }) {
   const long = layers.some((layer) => layer.length > 4);
   const values = z.flat().filter((value) => value !== null);
   const [low, high] = range ?? [Math.min(0, ...values), Math.max(...values)];
-  const wide = width > 640;
+  const wide = width > NARROW;
   const trace = {
     type: "heatmap",
     z,
@@ -302,14 +309,14 @@ function drawOverlap() {
       thickness: 10,
       outlinewidth: 0,
       tickfont: { size: 11, color: colour("--soft") },
-      ...(width > 640 ? {} : { orientation: "h", y: 1.02, yanchor: "bottom", thickness: 8 }),
+      ...(width > NARROW ? {} : { orientation: "h", y: 1.02, yanchor: "bottom", thickness: 8 }),
     },
   };
   const tall = Math.min(19 * map.layers.length + 90, Math.max(320, width), 640);
-  const line = (name) => esc(short(`layer of ${name}`, width > 640 ? 60 : 30));
+  const line = (name) => esc(short(`layer of ${name}`, width > NARROW ? 60 : 30));
   const layout = {
     height: tall,
-    margin: { l: 12, r: 8, t: width > 640 ? 8 : 44, b: 12 },
+    margin: { l: 12, r: 8, t: width > NARROW ? 8 : 44, b: 12 },
     plot_bgcolor: colour("--empty"),
     xaxis: axis(line(b), {
       ...ticks(map.layers, width / (long ? 26 : 32), 14),

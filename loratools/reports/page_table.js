@@ -2,6 +2,10 @@
 
 const FIRST_ROWS = 200;
 
+// Columns for which paper has room.
+const ON_PAPER = new Set(["target", "fine_tune", "rank", "relative_norm", "effective_rank", "energy_left", "energy_right"]);
+for (const key of ["left_intruders", "right_intruders", "missed_error"]) ON_PAPER.add(key);
+
 const sorting = { column: null, descending: false };
 let limit = FIRST_ROWS;
 
@@ -29,7 +33,8 @@ function matching() {
 function headings() {
   const titles = data.columns.map((column) => {
     const button = el("button", { type: "button", title: COLUMNS[column.key][1] }, COLUMNS[column.key][0]);
-    const heading = el("th", { scope: "col", class: column.kind === "text" ? "text" : "" }, button);
+    column.class = [column.kind === "text" ? "text" : "", ON_PAPER.has(column.key) ? "" : "screen"].join(" ").trim();
+    const heading = el("th", { scope: "col", class: column.class }, button);
     button.addEventListener("click", () => {
       // Numbers from the largest, text from A, at first.
       sorting.descending = sorting.column === column ? !sorting.descending : column.kind !== "text";
@@ -50,8 +55,8 @@ function line(row) {
       const value = row.cells[i];
       if (column.key === "target") return el("th", { scope: "row", class: "text", title: value }, el("bdi", {}, value));
       if (column.key === "fine_tune") return el("td", { class: "text" }, named(row.fineTune));
-      if (column.kind === "text") return el("td", { class: "text" }, el("bdi", {}, value ?? "–"));
-      return el("td", {}, fmt(value));
+      if (column.kind === "text") return el("td", { class: column.class, title: value ?? "" }, el("bdi", {}, value ?? "–"));
+      return el("td", { class: column.class }, fmt(value));
     }),
   );
   return row.line;

@@ -99,7 +99,7 @@ def _spectra(figure: Any, fine_tunes: Mapping[str, FineTune]) -> None:
     axis.set_title("Spectra, root mean square over the matrices")
     axis.set_xlabel("index of the singular value")
     axis.set_ylabel("singular value")
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(loc="lower left", edgecolor="none", framealpha=0.85, fontsize=8 if len(fine_tunes) < 6 else 6.5)
 
 
 def _overlap(figure: Any, overlap: OverlapMap) -> None:
@@ -109,7 +109,7 @@ def _overlap(figure: Any, overlap: OverlapMap) -> None:
     axis.set_aspect("equal")
     axis.invert_yaxis()
     _layer_ticks(axis, overlap.layers)
-    axis.set_title(drawable(f"Overlap, {shorten(overlap.module, 20)}, {overlap.side} side"))
+    axis.set_title(drawable(f"Overlap, {shorten(overlap.module, 14)}, {overlap.side} side"))
     axis.set_ylabel(drawable(f"layer of {shorten(overlap.a, 24)}"))
     axis.set_xlabel(drawable(f"layer of {shorten(overlap.b, 24)}"))
     for spine in axis.spines.values():

@@ -74,6 +74,33 @@ def test_a_phone_scrolls_one_way_only(open_page: Open) -> None:
         things = "[...document.querySelectorAll('.plot .main-svg, .card, section')]"
         assert page.evaluate(f"{things}.length") > 20
         assert page.evaluate(f"{things}.filter(e => e.getBoundingClientRect().right > 390.5).length") == 0
+        page.set_viewport_size({"width": 844, "height": 390})  # turned around
+        page.wait_for_selector("#where .plot[data-form=wide]", state="attached")
+
+
+def test_paper_is_light_and_narrow(open_page: Open) -> None:
+    with open_page(compare_report(layers=2), color_scheme="dark") as page:
+        state = "[document.documentElement.dataset.theme, document.querySelector('#where .main-svg').clientWidth]"
+        screen = page.evaluate(state)
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        theme, width = page.evaluate(state)
+        assert theme == "light"
+        assert width < 700 < screen[1]  # A4 has 718 pixels between its margins
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.evaluate(state) == screen
+
+
+def test_targets_are_text_in_plots_too(open_page: Open) -> None:
+    with open_page(compare_report(layers=2, modules=(HOSTILE[1], "$x$ <br>"), rank=2)) as page:
+        ticks = page.locator("#where .ytick").all_text_contents()
+        assert ticks[0].startswith("<b>x</b><a")
+        assert ticks[1] == "$x$ <br>"
+        page.locator("#shape .plot").scroll_into_view_if_needed()
+        page.locator("#shape path.point").first.hover(force=True)
+        label = page.locator("#shape .hoverlayer .hovertext")
+        label.wait_for()
+        assert f"model.layers.0.{HOSTILE[1]}" in label.text_content()
+        assert page.locator(".plot a[href]").count() == 0
 
 
 def test_a_report_full_of_gaps_leaves_sections_out(open_page: Open) -> None:
@@ -226,10 +253,19 @@ def test_text_has_contrast(page: Any, name: str) -> None:
 
 def test_gaps_sort_last_in_both_directions(page: Any) -> None:
     column = heading(page, "Misses")
-    page.locator("#more").click()
+    page.get_by_label("Filter by words in names").fill("layers.7.")
     for _ in range(2):
         column.locator("button").click()
         values = cells(page, "Misses")
-        assert len(values) == 224 * 5
-        assert values[-224:] == ["–"] * 224
-        assert "–" not in values[:-224]
+        assert len(values) == 7 * 5
+        assert values[-7:] == ["–"] * 7  # of what was tuned whole
+        assert "–" not in values[:-7]
+    page.get_by_label("Filter by words in names").fill("")
+
+
+def test_all_rows_on_demand(page: Any) -> None:
+    assert len(cells(page, "Matrix")) == 200
+    page.evaluate("document.querySelector('#more').click()")
+    assert len(cells(page, "Matrix")) == 224 * 5
+    assert page.locator("#count").inner_text() == "1,120 rows"
+    assert not page.locator("#more").is_visible()
