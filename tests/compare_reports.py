@@ -70,7 +70,9 @@ def gaps(report: CompareReport) -> CompareReport:
         name: replace(
             target,
             updates={
-                n: replace(u, gain=None, logit_growth=None, missed=None, relative_norm=math.inf, stable_rank=math.nan)
+                n: replace(
+                    u, rank=0, gain=None, logit_growth=None, missed=None, relative_norm=math.inf, stable_rank=math.nan
+                )
                 for n, u in target.updates.items()
             },
             pairs=tuple(PairNumbers(p.a, p.b, None, None, None, None) for p in target.pairs),

@@ -22,7 +22,7 @@ from loratools.reports.output import checked, require, write
 SUFFIXES = (".html",)
 DIGITS = 6  # of numbers on the page; tables and JSON have all
 
-_SCRIPTS: Final = ("page_plots.js", "page_table.js", "page.js")
+_SCRIPTS: Final = ("page_data.js", "page_plots.js", "page_sections.js", "page_table.js", "page.js")
 
 # Nothing is fetched, and no script runs but the two of the page, whose hashes are known. Styles are not as strict:
 # Plotly writes its own.

@@ -6,6 +6,9 @@ const FIRST_ROWS = 200;
 const ON_PAPER = new Set(["target", "fine_tune", "rank", "relative_norm", "effective_rank", "energy_left", "energy_right"]);
 for (const key of ["left_intruders", "right_intruders", "missed_error"]) ON_PAPER.add(key);
 
+const LAST = new Set(["outputs", "inputs", "base_norm", "norm"]); // what one looks at least
+const shownColumns = [...data.columns].sort((a, b) => LAST.has(a.key) - LAST.has(b.key));
+
 const sorting = { column: null, descending: false };
 let limit = FIRST_ROWS;
 
@@ -31,7 +34,7 @@ function matching() {
 }
 
 function headings() {
-  const titles = data.columns.map((column) => {
+  const titles = shownColumns.map((column) => {
     const button = el("button", { type: "button", title: COLUMNS[column.key][1] }, COLUMNS[column.key][0]);
     column.class = [column.kind === "text" ? "text" : "", ON_PAPER.has(column.key) ? "" : "screen"].join(" ").trim();
     const heading = el("th", { scope: "col", class: column.class }, button);
@@ -51,12 +54,12 @@ function line(row) {
   row.line ??= el(
     "tr",
     {},
-    ...data.columns.map((column, i) => {
-      const value = row.cells[i];
+    ...shownColumns.map((column) => {
+      const value = row.cells[column.index];
       if (column.key === "target") return el("th", { scope: "row", class: "text", title: value }, el("bdi", {}, value));
       if (column.key === "fine_tune") return el("td", { class: "text" }, named(row.fineTune));
       if (column.kind === "text") return el("td", { class: column.class, title: value ?? "" }, el("bdi", {}, value ?? "–"));
-      return el("td", { class: column.class }, fmt(value));
+      return el("td", { class: column.class }, told(column.key, value));
     }),
   );
   return row.line;
@@ -96,6 +99,6 @@ function makeTable() {
     drawTable();
     byId("rows").focus();
   });
-  byId("columns").append(...data.columns.flatMap(({ key }) => [el("dt", {}, COLUMNS[key][0]), el("dd", {}, COLUMNS[key][1])]));
+  byId("columns").append(...shownColumns.flatMap(({ key }) => [el("dt", {}, COLUMNS[key][0]), el("dd", {}, COLUMNS[key][1])]));
   drawTable();
 }

@@ -73,7 +73,9 @@ def _draw(figure_class: Any, report: CompareReport) -> Any:
 def _title(figure: Any, report: CompareReport) -> None:
     count = len(report.fine_tunes)
     many = "One fine-tune" if count == 1 else f"{count} fine-tunes"
-    label = f"{many} of {shorten(Path(report.base).name or report.base, 60)}"
+    base = Path(report.base)
+    name = base.parent.name if base.suffix and base.parent.name else base.name  # of the folder that the weights are in
+    label = f"{many} of {shorten(name or report.base, 60)}"
     figure.text(0.012, 0.62, drawable(label), fontsize=14, fontweight="bold", va="center")
     facts = [f"{len(report.targets)} matrices"]
     if count > MAPS:

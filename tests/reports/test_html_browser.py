@@ -107,6 +107,7 @@ def test_a_report_full_of_gaps_leaves_sections_out(open_page: Open) -> None:
     with open_page(gaps(compare_report(["only one"], layers=1, modules=("m",)))) as page:
         assert not page.locator("#missed, #growth, #overlap").locator("visible=true").count()
         assert page.locator("#rows tbody tr").count() == 1
+        assert cells(page, "Rank") == ["–"]  # 0: its family has none
         assert "Nothing was measured here." in page.locator("#where figcaption").inner_text()
     with open_page(gaps(compare_report(layers=2))) as page:
         assert "–" in page.locator("#pairs").inner_text()
@@ -136,6 +137,9 @@ def test_every_plot_is_drawn_and_nothing_went_wrong(page: Any) -> None:
     assert page.locator(".plot .main-svg").count() >= PLOTS
     assert page.locator("section:visible").count() == 10
     assert page.trouble == []
+    headings = page.locator("#rows th[scope=col]").all_inner_texts()
+    assert len(headings) == len(CompareReport.columns) - 1  # all but the spectra
+    assert "Base norm" in headings[-4:]
 
 
 def test_names_are_text(page: Any) -> None:

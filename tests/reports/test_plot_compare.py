@@ -27,6 +27,8 @@ def test_png_and_svg(tmp_path: Path) -> None:
     assert ET.fromstring(svg.read_text()).tag.endswith("svg")
     assert all(f"<!-- {name}: relative norm by layer and module -->" in words(svg) for name in CALM)
     assert "<!-- Overlap, q_proj, output side -->" in words(svg)
+    file = plot_compare(replace(report, base="models/llama/model.safetensors"), tmp_path / "b.svg")
+    assert "<!-- 3 fine-tunes of llama -->" in words(file)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
