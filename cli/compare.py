@@ -21,9 +21,15 @@ def compare(
     name: Annotated[
         list[str] | None, Option("--name", metavar="NAME", help="What to call each of them, in their order.")
     ] = None,
+    page: options.ReportPath = None,
+    figure: options.FigurePath = None,
+    table: options.TablePath = None,
     alpha: options.Alpha = None,
     initial_adapter: options.InitialAdapter = None,
+    method: options.VerdictMethod = "auto",
+    cached: options.Cached = True,
     device: options.Device = "cpu",
+    force: Annotated[bool, Option("--force", help="Replace existing pages, figures and tables.")] = False,
     everything: options.Everything = False,
     as_json: options.Json = False,
 ) -> None:
@@ -34,17 +40,19 @@ def compare(
 
     \b
     Examples:
-      loratools compare llama my_lora my_dora
+      loratools compare llama my_lora my_dora --report compared.html
       loratools compare llama llama-tuned my_lora --top-k 20 --all
     """
     import loratools
     from loratools.errors import UsageError
     from loratools.ops.fine_tunes import names_of
+    from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, everything=everything)
     options.check_device(device)
+    check_exports(page=page, figure=figure, table=table, force=force)
     if initial_adapter is not None and len(paths) > 1:
         raise UsageError("--initial-adapter goes with one adapter; convert it first: loratools convert")
     names = names_of(paths) if name is None else tuple(name)
@@ -57,7 +65,9 @@ def compare(
             for name, path in zip(names, paths, strict=True)
         }
         step = progress.steps(sum(len(f.adapter) for f in fine_tunes.values()), "updates compared")
+        search = loratools.Search(method, loratools.default_cache() if cached else None, device)
         report = loratools.compare(
-            weights, fine_tunes, top_k=top_k, epsilon=epsilon, target=target, step=step, device=device
+            weights, fine_tunes, top_k=top_k, epsilon=epsilon, target=target, search=search, step=step
         )
+        write_exports(report, page=page, figure=figure, table=table, force=force)
     shown.show(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from typer import Option
@@ -15,9 +14,7 @@ def inspect(
     target: options.Target = None,
     base: options.Base = None,
     nested: Annotated[bool, Option("--nested", help="Compare the first components with the best ones.")] = False,
-    plot: Annotated[
-        Path | None, Option(metavar="FILE", help="Draw the spectra, as .png or .svg (needs loratools[plot]).")
-    ] = None,
+    plot: options.FigurePath = None,
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
@@ -34,12 +31,14 @@ def inspect(
     Example: loratools inspect my_lora.safetensors --target 'q_proj' --plot spectra.png
     """
     from loratools.ops.inspect import inspect as inspect_adapter
+    from loratools_cli.exports import check_exports
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, everything=everything)
     options.check_device(device)
+    check_exports(figure=plot, force=force)
     weights = open_base(base)
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
     with Progress() as progress:
@@ -52,7 +51,7 @@ def inspect(
             allow_nonfinite=allow_nonfinite,
         )
     if plot is not None:
-        from loratools.reports.plots import plot_spectra
+        from loratools.reports.plot_inspect import plot_spectra
 
         plot_spectra(report, plot, force=force)
     shown.show(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -12,7 +12,9 @@ from loratools_cli import options
 
 def intruders(
     base: Annotated[Path, Argument(metavar="BASE", help="Base model: its folder, index or weights file.")],
-    path: Annotated[Path, Argument(metavar="ADAPTER", help="Adapter: a weights file, or a folder with one.")],
+    path: Annotated[
+        Path, Argument(metavar="ADAPTER", help="Adapter: a weights file, or a folder with one. Or the tuned model.")
+    ],
     top_k: Annotated[int, Option(metavar="K", help="How many leading singular vectors to look at.")] = 10,
     epsilon: Annotated[float, Option(metavar="E", help="Intruders have no cosine of E with any vector.")] = 0.5,
     target: options.Target = None,
@@ -23,12 +25,10 @@ def intruders(
     keep_rank: Annotated[
         bool, Option("--keep-rank", help="Mitigate at the old rank, as PEFT does: not exactly.")
     ] = False,
-    method: Annotated[
-        Literal["auto", "dense", "certified"],
-        Option(help="Decompose each base weight whole, or decide by bounds; auto: by bounds where that is faster."),
-    ] = "auto",
+    method: options.VerdictMethod = "auto",
     cached: options.Cached = True,
     device: options.Device = "cpu",
+    table: options.TablePath = None,
     alpha: options.Alpha = None,
     initial_adapter: options.InitialAdapter = None,
     output: options.OutputPath = None,
@@ -45,18 +45,17 @@ def intruders(
 
     \b
     Examples:
-      loratools intruders llama my_adapter --sweep
+      loratools intruders llama my_adapter --sweep --table intruders.csv
       loratools intruders llama my_adapter --mitigate 0.75 -o calmer
     """
     from dataclasses import replace
 
     import loratools
-    from loratools.cache import default_cache
     from loratools.errors import UsageError
     from loratools.files import save
-    from loratools.ops.base_spectra import Search
     from loratools_cli.destination import destination
-    from loratools_cli.opening import open_adapter, open_base
+    from loratools_cli.exports import check_exports, write_exports
+    from loratools_cli.opening import open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
 
@@ -66,36 +65,34 @@ def intruders(
     if mitigate is not None and target is not None:
         raise UsageError("--mitigate works on all targets; leave --target out")
     options.check_device(device)
+    check_exports(table=table, force=force or dry_run)
     weights = open_base(base)
     assert weights is not None
-    search = Search(method, default_cache() if cached else None, device)
-    adapter = open_adapter(path, alpha=alpha, initial=initial_adapter, base=weights)
+    search = loratools.Search(method, loratools.default_cache() if cached else None, device)
     with Progress() as progress:
+        adapter = loratools.open_fine_tune(
+            path, weights, alpha=alpha, initial=initial_adapter, steps=progress.steps
+        ).adapter
         step = progress.steps(len(adapter.select(target) if target else adapter), "targets examined")
         if mitigate is None:
+            place = None
             report = loratools.intruders(
                 adapter,
                 weights,
-                top_k=top_k,
-                epsilon=epsilon,
                 target=target,
                 sweep=sweep,
+                top_k=top_k,
+                epsilon=epsilon,
                 search=search,
                 step=step,
             )
-            shown.show(report)
-            return
-        place = destination(adapter, output, "calmer", force=force or dry_run)
-        result, report = loratools.mitigate(
-            adapter,
-            weights,
-            mitigate,
-            top_k=top_k,
-            epsilon=epsilon,
-            keep_rank=keep_rank,
-            search=search,
-            step=step,
-        )
-        if not dry_run:
-            report = replace(report, output=str(save(result, place, force=force).path))
+        else:
+            place = destination(adapter, output, "calmer", force=force or dry_run)
+            result, report = loratools.mitigate(
+                adapter, weights, mitigate, keep_rank=keep_rank, top_k=top_k, epsilon=epsilon, search=search, step=step
+            )
+            if not dry_run:
+                report = replace(report, output=str(save(result, place, force=force).path))
+    if not dry_run:
+        write_exports(report, table=table, force=force)
     shown.show(report, planned=place if dry_run else None)

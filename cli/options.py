@@ -33,6 +33,12 @@ InitialAdapter = Annotated[
 ]
 Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
+VerdictMethod = Annotated[
+    Literal["auto", "dense", "certified"],
+    typer.Option(
+        "--method", help="Decompose each base weight whole, or decide by bounds; auto: by bounds where that is faster."
+    ),
+]
 Cached = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep singular vectors of the base; see loratools cache.")
 ]
@@ -45,6 +51,19 @@ AllowUnchanged = Annotated[
 OutputPath = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="PATH", help="Where to write, instead of beside the input."),
+]
+ReportPath = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write an interactive page (needs loratools[report])."),
+]
+FigurePath = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw a figure, as .png or .svg (needs loratools[plot]).")
+]
+TablePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--table", metavar="FILE", help="Write all numbers, as .csv, or as .parquet (needs loratools[report])."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would come out, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, the input itself included.")]

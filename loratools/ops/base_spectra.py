@@ -94,10 +94,10 @@ class BaseSpectrum:
             self._cache.write(self._key, {k: t.cpu().contiguous() for k, t in tensors.items()}, name=self.parameter)
         return basis
 
-    def leading(self, count: int, *, prove: Sequence[int] = ()) -> Leading:
-        """`count` triplets or more: out of the basis where that is known, else by products.
+    def leading(self, count: int, *, prove: Sequence[int] = (), tolerance: float = _ROUGH) -> Leading:
+        """`count` triplets or more: out of the basis where that is known, else by products, within `tolerance`.
 
-        Errors are proven for as many as could be, those at the indices `prove` among them unless that cannot be done.
+        With `prove`, errors are proven for as many as could be: those at its indices, unless that cannot be done.
         """
         if (basis := self.known_basis()) is not None:
             kept = min(count, len(basis.s))
@@ -107,7 +107,7 @@ class BaseSpectrum:
         if self._run is None or self._run[0] < count:
             self._run = count, Krylov(Dense(self.weight), count)
         run = self._run[1]
-        return run.leading(prove, TOLERANCE, proven=True) if prove else run.leading(range(count), _ROUGH, proven=False)
+        return run.leading(prove or range(count), TOLERANCE if prove else tolerance, proven=bool(prove))
 
     def square_factor(self, *, left: bool) -> Tensor | None:
         """For the side that is longer than the other, the (p, p) triangle R with the weight, or its transpose, = Q R.

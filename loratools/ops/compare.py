@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratools._lazy import torch
 from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UsageError, naming
+from loratools.ops.base_spectra import TOLERANCE, BaseSpectrum, Search
 from loratools.ops.compare_numbers import (
     AgainstBase,
     Decomposed,
@@ -20,6 +21,7 @@ from loratools.ops.compare_numbers import (
 )
 from loratools.ops.compare_plan import Member, Plan, matrices_of, planned
 from loratools.ops.compare_totals import fine_tune, pairs_over_all, with_shares
+from loratools.ops.examine import examine
 from loratools.ops.fine_tunes import FineTuneSource, fine_tune_of
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.inspect import places
@@ -46,8 +48,8 @@ def compare(
     top_k: int = 10,
     epsilon: float = 0.5,
     target: str | None = None,
+    search: Search = Search(),
     step: Callable[[], None] | None = None,
-    device: str = "cpu",
 ) -> CompareReport:
     """Every number of `CompareReport` for the fine-tunes, by the names given, of one base.
 
@@ -61,7 +63,7 @@ def compare(
     plan = planned(sources, base, target)
     _refuse_absent(sources, plan, target)
     where = places([parameter.removesuffix(".weight") for parameter in plan.parameters])
-    settings = _Settings(top_k, epsilon, _reference(sources), device)
+    settings = _Settings(top_k, epsilon, _reference(sources), search)
     targets: dict[str, ComparedTarget] = {}
     spaces: dict[str, dict[str, Spaces]] = {name: {} for name in sources}
     if step is not None:
@@ -94,7 +96,7 @@ class _Settings:
     top_k: int
     epsilon: float
     reference: str | None  # the fine-tune that others may miss something of
-    device: str
+    search: Search
 
 
 def _check(sources: Mapping[str, FineTuneSource], top_k: int, epsilon: float) -> None:
@@ -121,12 +123,13 @@ def _compared(
     base: BaseWeights,
     settings: _Settings,
 ) -> tuple[ComparedTarget, dict[str, Decomposed]]:
-    weight = weight.to(settings.device, torch.float64)
+    device = settings.search.device
+    known = BaseSpectrum(parameter, weight, settings.search)
+    weight = weight.to(device, torch.float64)
     found = {
-        name: decomposed(m.change, m.entry.rank if m.entry.is_factored else None, settings.device)
-        for name, m in members.items()
+        name: decomposed(m.change, m.entry.rank if m.entry.is_factored else None, device) for name, m in members.items()
     }
-    examined = _examined(weight, {n: own.operator for n, own in found.items()}, settings.top_k, settings.epsilon)
+    examined = _examined(known, {n: own.operator for n, own in found.items()}, settings.top_k, settings.epsilon)
     growths = _growths(parameter, weight, found, base)
     norm = float(weight.norm())
     full = found.get(settings.reference) if settings.reference is not None else None
@@ -152,21 +155,23 @@ class _Examined:
     """The base's leading singular vectors, and the left and right intruders that each update makes."""
 
     values: Tensor  # of W0, descending
-    left: Tensor  # (m, top_k)
-    right: Tensor  # (n, top_k)
+    left: Tensor  # (m, top_k) float64
+    right: Tensor  # (n, top_k) float64
     intruders: Mapping[str, tuple[int, int]]
 
 
-def _examined(weight: Tensor, changes: Mapping[str, Operator], top_k: int, epsilon: float) -> _Examined:
-    """By dense SVDs of W0, once, and of W0 + delta for each update."""
-    u0, s0, v0 = torch.linalg.svd(weight, full_matrices=False)
+def _examined(base: BaseSpectrum, changes: Mapping[str, Operator], top_k: int, epsilon: float) -> _Examined:
+    """What is known of W0 serves all changes."""
     intruders = {}
     for name, change in changes.items():
-        u, _, v = torch.linalg.svd(weight + change.dense(), full_matrices=False)
-        sides = u[:, :top_k].T @ u0, v[:top_k] @ v0.T
-        left, right = (int((side.abs().amax(1) < epsilon).sum()) for side in sides)
+        found = examine(base, change, top_k=top_k, thresholds=(epsilon,))
+        left, right = (int((side.most < epsilon).sum()) for side in (found.left, found.right))
         intruders[name] = (left, right)
-    return _Examined(s0, u0[:, :top_k], v0[:top_k].T, intruders)
+    leading = base.leading(top_k, tolerance=TOLERANCE)
+    basis = base.known_basis()
+    values = leading.s if basis is None else basis.s
+    count = min(top_k, len(leading.s))
+    return _Examined(values, leading.u[:, :count].double(), leading.vt[:count].T.double(), intruders)
 
 
 def _growths(

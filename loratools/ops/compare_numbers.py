@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratools.operators import Operator
 
 _NOISE = 1e-7  # singular values below this share of the largest are rounding
+_IN_DOUBLE = 1024  # the shorter side of a dense change that is decomposed in float64; longer ones in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,10 @@ def decomposed(change: Operator, limit: int | None, device: str = "cpu") -> Deco
     operator = change.to(torch.float64, device)
     if not isinstance(operator, LowRank):
         operator = Dense(operator.dense())
-    up, values, down = thin_svd(operator)
+    if isinstance(operator, Dense) and min(operator.shape) > _IN_DOUBLE:
+        up, values, down = (t.double() for t in torch.linalg.svd(operator.matrix.float(), full_matrices=False))
+    else:
+        up, values, down = thin_svd(operator)
     rank = int((values > _NOISE * values[:1]).sum())
     rank = rank if limit is None else min(rank, limit)
     return Decomposed(operator, up, values, down, float(values.norm()), rank, limit)

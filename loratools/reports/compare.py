@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loratools.reports.frames import Kind
 
 MAX_VALUES = 256  # of a spectrum in a report; numbers that summarise one are of all its values
 
@@ -132,6 +137,38 @@ class FineTune:
 class CompareReport:
     """`fine_tunes` by the names they go under, in the order given."""
 
+    # Of rows(), in this order.
+    columns: ClassVar[Mapping[str, Kind]] = {
+        "target": "text",
+        "fine_tune": "text",
+        "layer": "text",
+        "module": "text",
+        "outputs": "integer",
+        "inputs": "integer",
+        "base_norm": "number",
+        "family": "text",
+        "rank": "integer",
+        "norm": "number",
+        "relative_norm": "number",
+        "effective_rank": "number",
+        "stable_rank": "number",
+        "energy_left": "number",
+        "energy_right": "number",
+        "share": "number",
+        "left_intruders": "integer",
+        "right_intruders": "integer",
+        "gain_least": "number",
+        "gain_mean": "number",
+        "gain_greatest": "number",
+        "logit_growth": "number",
+        "missed_of": "text",
+        "missed_rank": "integer",
+        "missed_error": "number",
+        "missed_best_error": "number",
+        "missed_space_error": "number",
+        "spectrum": "numbers",
+    }
+
     base: str
     top_k: int
     epsilon: float
@@ -146,3 +183,45 @@ class CompareReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each update of each target, keyed as `columns`; None where there is no such number."""
+        for name, target in self.targets.items():
+            for fine_tune, update in target.updates.items():
+                gain, missed = update.gain or (None, None, None), update.missed
+                yield {
+                    "target": name,
+                    "fine_tune": fine_tune,
+                    "layer": target.layer,
+                    "module": target.module,
+                    "outputs": target.shape[0],
+                    "inputs": target.shape[1],
+                    "base_norm": target.base_norm,
+                    "family": update.family,
+                    "rank": update.rank,
+                    "norm": update.norm,
+                    "relative_norm": update.relative_norm,
+                    "effective_rank": update.effective_rank,
+                    "stable_rank": update.stable_rank,
+                    "energy_left": update.energy_left,
+                    "energy_right": update.energy_right,
+                    "share": update.share,
+                    "left_intruders": update.left_intruders,
+                    "right_intruders": update.right_intruders,
+                    "gain_least": gain[0],
+                    "gain_mean": gain[1],
+                    "gain_greatest": gain[2],
+                    "logit_growth": update.logit_growth,
+                    "missed_of": missed.of if missed else None,
+                    "missed_rank": missed.rank if missed else None,
+                    "missed_error": missed.error if missed else None,
+                    "missed_best_error": missed.best_error if missed else None,
+                    "missed_space_error": missed.space_error if missed else None,
+                    "spectrum": update.spectrum,
+                }
+
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a pandas frame; MissingExtraError without pandas."""
+        from loratools.reports.frames import to_frame
+
+        return to_frame(self)

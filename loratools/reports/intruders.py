@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from loratools.reports.frames import Kind
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,21 @@ class IntrudersReport:
     """`sweep`: threshold -> side -> count, over all targets, for the thresholds at which every verdict is known;
     `uniform_shrink`: the factor on all updates that would have changed their norm as much as the mitigation did."""
 
+    # Of rows(), in this order.
+    columns: ClassVar[Mapping[str, Kind]] = {
+        "target": "text",
+        "side": "text",
+        "index": "integer",
+        "value": "number",
+        "max_cosine": "number",
+        "min_cosine": "number",
+        "matched_cosine": "number",
+        "intruder": "flag",
+        "energy_share": "number",
+        "verdict": "text",
+        "mitigated_norm": "number",
+    }
+
     top_k: int
     epsilon: float
     targets: Mapping[str, TargetIntruders]
@@ -56,3 +76,32 @@ class IntrudersReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each examined singular vector: target, side ("left" or "right"), index from 0.
+
+        The keys are those of `columns`; the last three are of the target.
+        """
+        for name, target in self.targets.items():
+            for label, side in (("left", target.left), ("right", target.right)):
+                numbers = zip(target.values, side.max_cosine, side.min_cosine, side.matched_cosine, strict=True)
+                for index, (value, largest, least, matched) in enumerate(numbers):
+                    yield {
+                        "target": name,
+                        "side": label,
+                        "index": index,
+                        "value": value,
+                        "max_cosine": largest,
+                        "min_cosine": least,
+                        "matched_cosine": matched,
+                        "intruder": index in side.indices,
+                        "energy_share": target.energy_share,
+                        "verdict": target.verdict,
+                        "mitigated_norm": target.mitigated_norm,
+                    }
+
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a pandas frame; MissingExtraError without pandas."""
+        from loratools.reports.frames import to_frame
+
+        return to_frame(self)

@@ -15,7 +15,7 @@ from loratools.errors import AdapterError, MissingExtraError, OutputError, Usage
 from loratools.files import load
 from loratools.ops.inspect import inspect
 from loratools.reports.inspect import InspectReport
-from loratools.reports.plots import plot_spectra
+from loratools.reports.plot_inspect import plot_spectra
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,46 @@
+"""Pages, figures and tables of a report, beside what is printed: checked before the work, written after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loratools.reports.frames import Tabular
+
+
+def check_exports(
+    *, page: Path | None = None, figure: Path | None = None, table: Path | None = None, force: bool = False
+) -> None:
+    """Refuse now what could not be written later: another suffix, an existing file, a library that is missing."""
+    from loratools.reports import frames, html, plots
+
+    for path, place_of in ((page, html.place_of), (figure, plots.place_of), (table, frames.place_of)):
+        if path is not None:
+            place_of(path, force=force)
+
+
+def write_exports(
+    report: Tabular,
+    *,
+    page: Path | None = None,
+    figure: Path | None = None,
+    table: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write what is asked for; `page` and `figure` are of comparisons."""
+    from loratools.reports.compare import CompareReport
+    from loratools.reports.frames import write_table
+
+    if table is not None:
+        write_table(report, table, force=force)
+    if figure is not None:
+        from loratools.reports.plot_compare import plot_compare
+
+        assert isinstance(report, CompareReport)
+        plot_compare(report, figure, force=force)
+    if page is not None:
+        from loratools.reports.html import write_html
+
+        assert isinstance(report, CompareReport)
+        write_html(report, page, force=force)
