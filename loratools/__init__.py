@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Fixed,
         Frobenius,
         Limits,
+        PerTarget,
         Ratio,
         Threshold,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "Frobenius",
     "Limits",
     "Merge",
+    "PerTarget",
     "Ratio",
     "Squeeze",
     "Threshold",
@@ -107,6 +109,7 @@ _HOMES = {
         "Fixed",
         "Frobenius",
         "Limits",
+        "PerTarget",
         "Ratio",
         "Threshold",
     ),
