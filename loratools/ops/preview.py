@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -57,26 +57,51 @@ def preview(
 
     `unmeasured` gives the reason of targets that have no curve and will have none: a squeeze carries them over.
     """
+    return sized(adapter, unsized(adapter, curves, policy, unmeasured=unmeasured, has_base=has_base), policy)
+
+
+def unsized(
+    adapter: Adapter,
+    curves: Mapping[str, Curve],
+    policy: LocalPolicy | PerTarget,
+    *,
+    unmeasured: Mapping[str, str] | None = None,
+    has_base: bool = False,
+) -> Preview:
+    """As `preview`, without the size: a dialect that lists ranks by pattern takes long to state a thousand of them."""
     rules = policy if isinstance(policy, PerTarget) else PerTarget(policy, {})
     held = dict(adapter.unsupported) | dict(unmeasured or {}) | unsqueezable(adapter)
     targets = {
         target: preview_target(entry, curves.get(target), rules.of(target), held.get(target))
         for target, entry in adapter.entries.items()
     }
-    size, refused = None, None
-    try:
-        _refuse(adapter, targets, has_base)
-        size = file_size(adapter, targets, policy)
-    except LoratoolsError as error:
-        refused = str(error)
     return Preview(
         targets=targets,
         bytes_before=adapter.origin.nbytes if adapter.origin else adapter.nbytes,
-        bytes_after=size,
+        bytes_after=None,
         energy_kept=energy_kept(targets.values()),
         relative_error=relative_error(targets.values()),
-        refused=refused,
+        refused=_refusal(adapter, targets, has_base),
     )
+
+
+def sized(adapter: Adapter, ranks: Preview, policy: LocalPolicy | PerTarget) -> Preview:
+    """`ranks` with the size of the file, or with the reason why no file can hold them."""
+    if ranks.refused is not None:
+        return ranks
+    try:
+        return replace(ranks, bytes_after=file_size(adapter, ranks.targets, policy))
+    except LoratoolsError as error:  # a dialect with one rank for all
+        return replace(ranks, refused=str(error))
+
+
+def _refusal(adapter: Adapter, targets: Mapping[str, TargetPreview], has_base: bool) -> str | None:
+    """What a squeeze would say of this adapter whatever the ranks, as far as headers tell."""
+    try:
+        _refuse(adapter, targets, has_base)
+    except LoratoolsError as error:
+        return str(error)
+    return None
 
 
 def _refuse(adapter: Adapter, targets: Mapping[str, TargetPreview], has_base: bool) -> None:
