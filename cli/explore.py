@@ -36,7 +36,10 @@ def explore(
       loratools explore my_peft_folder path/to/model
       loratools explore before --with after
     """
-    _check_terminal(path)
+    if not _has_screen():
+        from loratools.errors import UsageError
+
+        raise UsageError(f"explore needs a terminal; without one, see loratools inspect {path}")
     try:
         from loratools_cli.explorer.app import Explorer
         from loratools_cli.explorer.session import Session
@@ -54,10 +57,5 @@ def explore(
     Explorer(Session(adapter, weights, other)).run()
 
 
-def _check_terminal(path: Path) -> None:
-    """UsageError where there is no screen to draw on."""
-    if sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-        return
-    from loratools.errors import UsageError
-
-    raise UsageError(f"explore needs a terminal; without one, see loratools inspect {path}")
+def _has_screen() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

@@ -42,7 +42,7 @@ class Explorer(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "step(-1)", "Rank", key_display="←→"),
         Binding("right,l", "step(1)", show=False),
-        Binding("shift+left,left_square_bracket", "leap(False)", "Half/twice", key_display="[ ]"),
+        Binding("shift+left,left_square_bracket", "leap(False)", "×2", key_display="[ ]"),
         Binding("shift+right,right_square_bracket", "leap(True)", show=False),
         Binding("m", "mode", "Mode"),
         Binding("o", "own", "Own"),
@@ -102,8 +102,7 @@ class Explorer(App[None]):
             with Vertical(id="left"):
                 yield Input(placeholder="text or pattern, such as *q_proj", id="filter", compact=True)
                 yield TargetTree(self.session)
-            with Vertical(id="right") as right:
-                right.border_title = Content(" Spectrum ")
+            with Vertical(id="right"):
                 yield Details(self.session)
                 yield SpectrumView(self.session)
         yield PreviewPanel(self.session)
@@ -166,7 +165,9 @@ class Explorer(App[None]):
         session = self.session
         shown, every = len(session.shown), len(session.adapter.entries)
         count = f" · {shown} of {every}" if session.pattern else ""
-        self.query_one("#left").border_title = Content(f" Targets by {session.by}{count} ")
+        means = "" if session.selected.kind == "target" else " · root mean squares"
+        self.query_one("#right").border_title = Content(f" Spectrum{means} ")
+        self.query_one("#left").border_title = Content(f" By {session.by}{count} ")
         self.query_one(Header).refresh()
         self.query_one(TargetTree).relabel()
         self.query_one(Details).refresh(layout=True)

@@ -62,12 +62,12 @@ def chart(
         role = _role(place, cut)
         for y, row in enumerate(reversed(rows)):
             filled = max(0, min(8, eighths - 8 * y))
-            row[_LABEL + x] = Cell(_BLOCKS[filled], role if filled else "blank")
+            # a whole block has its colour behind it as well, which closes the seams that some fonts leave
+            row[_LABEL + x] = Cell(_BLOCKS[filled], role if filled else "blank", role if filled == 8 else "blank")
         if place < len(other) and (level := scale.eighths(other[place])):
             y, part = divmod(level - 1, 8)
             behind = rows[height - 1 - y][_LABEL + x]
-            full = behind.sign == _BLOCKS[-1]
-            rows[height - 1 - y][_LABEL + x] = Cell(_LEVELS[part * 3 // 8], "other", role if full else "blank")
+            rows[height - 1 - y][_LABEL + x] = Cell(_LEVELS[part * 3 // 8], "other", behind.behind)
     return [*rows, _ranks(places, width, cut)]
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from loratools_cli.explorer.session import Session
 
 _LABEL = 10  # columns
-_VALUE = 9
+_VALUE = 10
+_NAME = 9
 
 
 class Details(Widget):
@@ -63,7 +64,7 @@ def lines(session: Session, width: int) -> Iterator[Content]:
                 cells.append((f"{beside:<{_VALUE}}", "$other"))
             if index < len(right):
                 name, number = right[index]
-                cells += [(f"{name:<{_LABEL}}", "$secondary"), (number, "bold")]
+                cells += [(f"{name:<{_NAME}}", "$secondary"), (number, "bold")]
             yield Content.assemble(*cells).truncate(width, ellipsis=True)
     for note in _notes(session, branch):
         yield from Content.styled(note, "$warning").fold(max(1, width))
@@ -112,8 +113,8 @@ def _target_facts(session: Session, target: str) -> str:
         entry.family.family,
         "×".join(map(str, shape)),
         dtypes(spec.dtype for spec in entry.specs.values()),
-        f"scale {entry.scale:.4g}",
         size(entry.nbytes),
+        f"scale {entry.scale:.4g}",
     ])  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _group_facts(session: Session, branch: Branch) -> str:
         f"{count} target{'s' * (count != 1)}",
         ", ".join(families),
         size(sum(e.nbytes for e in entries)),
-        "means of ranks, norm of all together",
+        "mean ranks",
     ])  # fmt: skip
 
 
@@ -135,9 +136,9 @@ def _right(session: Session, branch: Branch) -> Iterator[tuple[str, str]]:
         compared: Compared | None = session.compared.get(branch.target)
         row = None if compared is None else compared.row
         yield "cosine", figure(None if row is None else row.cosine)
-        yield "rel. error", f" {figure(None if row is None else row.relative_error)}"
-        yield "overlap ↑", figure(None if row is None else row.output_overlap)
-        yield "overlap ↓", figure(None if row is None else row.input_overlap)
+        yield "error", figure(None if row is None else row.relative_error)
+        yield "outputs", figure(None if row is None else row.output_overlap)
+        yield "inputs", figure(None if row is None else row.input_overlap)
         return
     numbers = session.numbers.get(branch.target) if branch.target else session.group(branch.targets)
     if numbers is None:

@@ -11,8 +11,6 @@ from loratools.sizes import format_size
 from loratools_cli.text import percent, plain
 
 _BAR: Final = "▏▎▍▌▋▊▉█"
-# Safetensors names as people call them.
-_DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def fitted(text: str, width: int) -> str:
@@ -58,7 +56,7 @@ def energy_style(value: float) -> str:
 
 def dtypes(names: Iterable[str]) -> str:
     """The dtypes of a target's tensors, each once."""
-    return ", ".join(dict.fromkeys(_DTYPES.get(name, name.lower()) for name in names))
+    return ", ".join(dict.fromkeys(name.lower() for name in names))
 
 
 def joined(parts: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Branch:
 
 def matching(targets: Iterable[str], pattern: str) -> list[str]:
     """Targets that hold `pattern`; one with wildcards matches the whole name, or its end at a dot."""
-    if not any(sign in pattern for sign in "*?["):
+    if not re.search(r"[*?]|\[.+\]", pattern):
         return [t for t in targets if pattern.lower() in t.lower()]
     return [t for t in targets if fnmatchcase(t, pattern) or fnmatchcase(t, f"*.{pattern}")]
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
@@ -26,8 +26,9 @@ KEYS: Final = (
     ("q", "quit"),
 )
 _NOTES: Final = (
-    "Energy is the share of squared singular values that is kept; the error is relative and that of the best "
-    "approximation, before rounding to the stored dtype. Sizes are those of the weights file that is written."
+    "Energy is the share of squared singular values that is kept; the error is relative, and that of the best "
+    "approximation, before rounding to the stored dtype. Beside another adapter, outputs and inputs say how far the "
+    "spaces overlap. Sizes are those of the weights file that is written."
 )
 
 
@@ -41,12 +42,17 @@ class HelpScreen(ModalScreen[None]):
         width: 76; max-width: 100%; height: auto; max-height: 100%;
         border: round $primary; background: $panel; padding: 0 1; border-title-color: $primary;
     }
-    HelpScreen Static { height: auto; }
+    HelpScreen Horizontal { height: auto; }
+    HelpScreen Static { height: auto; width: 1fr; }
+    HelpScreen .keys { width: 15; }
     """
 
     def compose(self) -> ComposeResult:
         frame = VerticalScroll(
-            *(Static(Content.assemble((f"{keys:<16}", "bold $accent"), what)) for keys, what in KEYS),
+            *(
+                Horizontal(Static(Content.styled(keys, "bold $accent"), classes="keys"), Static(Content(what)))
+                for keys, what in KEYS
+            ),
             Static(Content.styled(f"\n{_NOTES}", "$secondary")),
         )
         frame.border_title = Content(" Keys ")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from itertools import takewhile
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from loratools.errors import LoratoolsError
 from loratools.ops.diff import diff_target
 from loratools.ops.inspect import blind, places, target_numbers
 from loratools.ops.preview import Curve, curve_of
 from loratools.ops.spectra import group_targets, measure
-from loratools.pipeline import worker_count
+from loratools.pipeline import ordered_map, worker_count
 from loratools_cli.failures import explain
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from loratools.reports.inspect import TargetNumbers
 
 NONFINITE: Final = "holds NaN or infinity"
+_PAIRS: Final = 8  # compared before the next look at what is wanted
+T = TypeVar("T")
+R = TypeVar("R")
 # What reading and linear algebra raise; torch's own failures are RuntimeErrors.
 _FAILURES: Final = (LoratoolsError, OSError, RuntimeError, MemoryError)
 
@@ -74,13 +79,12 @@ class Measuring:
             if target in where and where[target] in batches:
                 yield self._measured(batches.pop(where[target]))
             elif target in to_compare:
-                yield [self._compared(target, to_compare.pop(target))]
+                yield self._compared({target: to_compare.pop(target)})
             elif batches:
                 chosen = [batches.pop(i) for i in list(batches)[: worker_count("cpu")]]
                 yield self._measured([target for batch in chosen for target in batch])
             else:
-                target = next(iter(to_compare))
-                yield [self._compared(target, to_compare.pop(target))]
+                yield self._compared({t: to_compare.pop(t) for t in list(to_compare)[:_PAIRS]})
 
     def _batches(self) -> tuple[dict[int, list[str]], list[Found]]:
         """What can be measured, factored families first: a dense one may take long, so it comes alone."""
@@ -94,14 +98,21 @@ class Measuring:
         return dict(enumerate(batches)), [Found(t, None, None, r) for t, r in reasons.items() if t in entries]
 
     def _measured(self, targets: Sequence[str]) -> list[Found]:
-        found = []
-        for target, measured in _spectra(self.adapter, targets, self.base).items():
-            if self.stopped():
-                break
-            found.append(self._found(target, measured))
-        return found
+        return self._each(self._found, _spectra(self.adapter, targets, self.base).items())
 
-    def _found(self, target: str, measured: Measured | str) -> Found:
+    def _compared(self, pairs: Mapping[str, str]) -> list[Compared]:
+        assert self.other is not None
+        spectra = _spectra(self.other, list(pairs.values()), self.base)
+        return self._each(self._beside, [(target, partner, spectra[partner]) for target, partner in pairs.items()])
+
+    def _each(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """The work on each of some items, side by side, as far as one comes before it is stopped."""
+        results = ordered_map(work, items, workers=worker_count("cpu"))
+        with closing(results):
+            return list(takewhile(lambda _: not self.stopped(), results))
+
+    def _found(self, item: tuple[str, Measured | str]) -> Found:
+        target, measured = item
         if isinstance(measured, str):
             return Found(target, None, None, measured)
         try:
@@ -115,9 +126,9 @@ class Measuring:
             return Found(target, None, None, explain(error)[1])
         return Found(target, numbers, curve, problem)
 
-    def _compared(self, target: str, partner: str) -> Compared:
+    def _beside(self, item: tuple[str, str, Measured | str]) -> Compared:
         assert self.other is not None
-        measured = _spectra(self.other, [partner], self.base)[partner]
+        target, partner, measured = item
         if isinstance(measured, str):
             return Compared(target, None, None, None, f"the other {measured}")
         try:

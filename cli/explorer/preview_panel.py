@@ -29,7 +29,8 @@ class PreviewPanel(Vertical):
     """Slider and totals; the border says the rule and how many targets it touches."""
 
     DEFAULT_CSS = """
-    PreviewPanel { height: 7; border: round $border; padding: 0 1; border-title-color: $primary; }
+    PreviewPanel { height: 7; border: round $border; padding: 0 1; border-title-color: $primary;
+        border-subtitle-color: $secondary; }
     PreviewPanel.-own { border: round $accent; border-title-color: $accent; }
     """
 

@@ -39,8 +39,8 @@ class SaveScreen(ModalScreen[None]):
         border: round $primary; background: $panel; padding: 0 1; border-title-color: $primary;
     }
     SaveScreen Static { height: auto; margin-bottom: 1; }
-    SaveScreen Input { border: tall $border; background: $surface; }
-    SaveScreen Input:focus { border: tall $primary; }
+    SaveScreen Input { border: round $border; background: $surface; }
+    SaveScreen Input:focus { border: round $primary; }
     SaveScreen Checkbox { border: none; background: $panel; height: 1; padding: 0; margin-bottom: 1; }
     SaveScreen Horizontal { height: 3; align-horizontal: right; }
     SaveScreen Button { margin-left: 2; }
@@ -171,7 +171,7 @@ class SaveScreen(ModalScreen[None]):
         parts: list[str | tuple[str, str]] = [
             (f"{size(found.bytes_before)} → {size(found.bytes_after)}", "bold"),
             f"   {share(found.energy_kept)} of the energy",
-            f"   {found.changed} of {len(found.targets)} targets get a lower rank",
+            f"\n{found.changed} of {len(found.targets)} targets get a lower rank",
         ]
         if carried:
             parts.append((f"\n{carried} with NaN or infinity carried over as they are", "$warning"))

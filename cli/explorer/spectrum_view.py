@@ -24,6 +24,7 @@ _COLOURS: Final[dict[Role, str]] = {
     "other": "$other",
     "axis": "$secondary",
 }
+_ROOM_ABOVE: Final = 10  # rows, from which on one is left blank
 
 
 class SpectrumView(Widget):
@@ -44,8 +45,9 @@ class SpectrumView(Widget):
             return Content.styled(self._why_not(values), "$secondary")
         if height < 2:
             return Content()
-        rows = chart(values, width, height, cut=self._cut(), other=self._others())
-        return Content("\n").join([_line(row) for row in rows])
+        apart = height >= _ROOM_ABOVE
+        rows = chart(values, width, height - apart, cut=self._cut(), other=self._others())
+        return Content("\n").join([*[Content()] * apart, *(_line(row) for row in rows)])
 
     def _values(self) -> Sequence[float] | None:
         """None where nothing is measured."""

@@ -40,7 +40,11 @@ class TargetTree(Tree["Branch"], inherit_bindings=False):
         Binding("space", "toggle_node", show=False),
     ]
     DEFAULT_CSS = """
-    TargetTree { background: $surface; padding: 0; scrollbar-size-vertical: 1; overflow-x: hidden; }
+    TargetTree {
+        background: $surface; padding: 0; overflow-x: hidden;
+        scrollbar-size-vertical: 1; scrollbar-color: $border; scrollbar-background: $surface;
+    }
+    TargetTree:focus { background-tint: transparent; }
     TargetTree > .tree--guides { color: $border; }
     TargetTree > .tree--guides-hover { color: $border; }
     TargetTree > .tree--guides-selected { color: $border; }
@@ -90,7 +94,7 @@ class TargetTree(Tree["Branch"], inherit_bindings=False):
         branch = node.data
         assert branch is not None
         depth = 0 if branch.kind == "all" else 1 if branch.kind == "group" else 2
-        width = self.size.width - depth * self.guide_depth - (2 if depth else 0)
+        width = self.scrollable_content_region.width - depth * self.guide_depth
         previews = self.session.previews(branch.targets)
         icon = "" if branch.kind == "target" else "▾ " if node.is_expanded else "▸ "
         spark = self._spark(branch) if width >= _ROOM_FOR_SPARK else None
