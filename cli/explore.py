@@ -58,4 +58,5 @@ def explore(
 
 
 def _has_screen() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # textual draws on standard error
+    return all(stream.isatty() for stream in streams) and os.environ.get("TERM") != "dumb"
