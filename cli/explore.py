@@ -16,7 +16,7 @@ def explore(
     path: options.AdapterPath,
     base: Annotated[
         Path | None,
-        Argument(metavar="[BASE]", help="Base model: makes norms relative, and DoRA exact and squeezable."),
+        Argument(metavar="BASE", help="Base model: makes norms relative, and DoRA exact and squeezable."),
     ] = None,
     beside: Annotated[
         Path | None, Option("--with", metavar="OTHER", help="A second adapter, shown beside the first.")

@@ -166,8 +166,8 @@ class Explorer(App[None]):
         shown, every = len(session.shown), len(session.adapter.entries)
         count = f" · {shown} of {every}" if session.pattern else ""
         means = "" if session.selected.kind == "target" else " · root mean squares"
-        self.query_one("#right").border_title = Content(f" Spectrum{means} ")
-        self.query_one("#left").border_title = Content(f" By {session.by}{count} ")
+        self.query_one("#right").border_title = Content(f"Spectrum{means}")
+        self.query_one("#left").border_title = Content(f"By {session.by}{count}")
         self.query_one(Header).refresh()
         self.query_one(TargetTree).relabel()
         self.query_one(Details).refresh(layout=True)

@@ -55,5 +55,5 @@ class HelpScreen(ModalScreen[None]):
             ),
             Static(Content.styled(f"\n{_NOTES}", "$secondary")),
         )
-        frame.border_title = Content(" Keys ")
+        frame.border_title = Content("Keys")
         yield frame

@@ -50,8 +50,8 @@ class PreviewPanel(Vertical):
         self.slider.own = own
         branch = self.session.selected
         rule = f"rank of its own: {branch.target or branch.name}" if own else _RULES[self.session.choice.mode]
-        self.border_title = Content(f" Squeeze preview · {fitted(rule, 48)} ")
-        self.border_subtitle = Content(f" {self._touched()} ")
+        self.border_title = Content(f"Squeeze preview · {fitted(rule, 48)}")
+        self.border_subtitle = Content(f"{self._touched()}")
         self.slider.refresh()
         self.totals.refresh()
 

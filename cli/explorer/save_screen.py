@@ -75,7 +75,7 @@ class SaveScreen(ModalScreen[None]):
             Static("", id="message"),
             Horizontal(Button("Save", id="save", variant="primary"), Button("Cancel", id="cancel")),
         )
-        frame.border_title = Content(" Save a squeezed copy ")
+        frame.border_title = Content("Save a squeezed copy")
         yield frame
 
     def on_unmount(self) -> None:

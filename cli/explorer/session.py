@@ -46,6 +46,7 @@ class Session:
         self.choice = Choice(most, max(1, most // 2))
         self.selected = self.root
         self._preview: tuple[Choice, int, Preview] | None = None
+        self._group: tuple[tuple[tuple[str, ...], int], Group] | None = None  # several widgets ask for the same
         self.sizes_at_once = len(self.adapter.entries) <= _FEW
 
     @property
@@ -121,10 +122,15 @@ class Session:
         every = self.preview.targets
         return [every[target] for target in targets]
 
-    def group(self, targets: Iterable[str]) -> Group | None:
+    def group(self, targets: tuple[str, ...]) -> Group | None:
         """Sums and means over the measured of some targets; None where none is."""
         known = [self.numbers[t] for t in targets if t in self.numbers]
-        return group(known) if known else None
+        if not known:
+            return None
+        key = (targets, len(known))
+        if self._group is None or self._group[0] != key:
+            self._group = (key, group(known))
+        return self._group[1]
 
     @property
     def own_targets(self) -> list[str]:
@@ -142,7 +148,7 @@ class Session:
         if current is None:
             return self.choice
         return self.choice.with_own({
-            t: within(current + by, e.rank) if up is None else leap(within(current, e.rank), up, e.rank)
+            t: within(current + by * e.rank_step, e.rank) if up is None else leap(within(current, e.rank), up, e.rank)
             for t in self.own_targets
             for e in (self.adapter.entries[t],)
         })  # fmt: skip

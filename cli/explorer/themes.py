@@ -23,7 +23,7 @@ DARK: Final = Theme(
     variables={
         "other": "#d2a6ff",
         "faint": "#5d6a82",
-        "lost": "#4a3542",
+        "lost": "#6a4152",
         "border": "#39445a",
         "border-blurred": "#2a3244",
         "footer-background": "#1b2230",
@@ -49,7 +49,7 @@ LIGHT: Final = Theme(
     variables={
         "other": "#7b3fc4",
         "faint": "#8490a5",
-        "lost": "#efd3d8",
+        "lost": "#eebcc6",
         "border": "#b4bfd0",
         "border-blurred": "#d0d7e3",
         "footer-background": "#e9edf4",

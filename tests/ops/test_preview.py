@@ -171,6 +171,7 @@ def test_before_anything_is_measured(source: Path) -> None:
     assert found.energy_kept is None
     blind = preview(adapter, {}, Energy(0.9))
     assert (blind.bytes_after, blind.changed) == (None, 0)
+    assert json.loads(json.dumps(found.to_dict()))["unmeasured"] == 6
     whole, _ = curves(adapter)
     some = preview(adapter, {t: whole[t] for t in list(whole)[:2]}, Fixed(3))
     assert some.unmeasured == 4
