@@ -16,6 +16,7 @@ from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
 from loratools_cli.exit_codes import ExitCode, exit_code_lines
+from loratools_cli.explore import explore
 from loratools_cli.extract import extract
 from loratools_cli.fuse import fuse
 from loratools_cli.info import info
@@ -37,6 +38,7 @@ app = typer.Typer(
 for command in (
     info,
     inspect,
+    explore,
     squeeze,
     truncate,
     convert,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Fixed,
         Frobenius,
         Limits,
+        PerTarget,
         Ratio,
         Threshold,
     )
@@ -54,6 +55,7 @@ __all__ = [
     "Frobenius",
     "Limits",
     "Merge",
+    "PerTarget",
     "Ratio",
     "Search",
     "Squeeze",
@@ -120,6 +122,7 @@ _HOMES = {
         "Fixed",
         "Frobenius",
         "Limits",
+        "PerTarget",
         "Ratio",
         "Threshold",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ def worker_count(device: str) -> int:
     return max(1, min(usable, 16))
 
 
-def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
     """fn(item) in the order of `items`, computed by `workers` threads that run at most two items ahead each.
 
     Every thread computes on one core, so that results do not depend on the number of cores. The first exception is

@@ -274,6 +274,19 @@ class Budget:
 Policy: TypeAlias = LocalPolicy | Budget
 
 
+@final
+@dataclass(frozen=True)
+class PerTarget:
+    """`rule` for every target but the `exceptions`, which have rules of their own."""
+
+    rule: LocalPolicy
+    exceptions: Mapping[str, LocalPolicy]
+
+    def of(self, target: str) -> LocalPolicy:
+        """The rule for one target."""
+        return self.exceptions.get(target, self.rule)
+
+
 @dataclass(frozen=True)
 class Allocation:
     """One rank for each target, with the squared error (as the policy weighs it) and the bytes that follow from them.
@@ -287,11 +300,12 @@ class Allocation:
     optimality_gap: float = 0.0
 
 
-def allocate(spectra: Mapping[str, Spectrum], policy: Policy, limits: Limits = Limits()) -> Allocation:
+def allocate(spectra: Mapping[str, Spectrum], policy: Policy | PerTarget, limits: Limits = Limits()) -> Allocation:
     """The ranks that `policy` chooses for `spectra` within `limits`."""
     if isinstance(policy, Budget):
         return _spend(spectra, policy, limits)
-    ranks = {name: policy.rank(spectrum) for name, spectrum in spectra.items()}
+    rules = policy if isinstance(policy, PerTarget) else PerTarget(policy, {})
+    ranks = {name: rules.of(name).rank(spectrum) for name, spectrum in spectra.items()}
     if limits.uniform and ranks:
         common = limits.fit(max(ranks.values()), _most_values(spectra))
         ranks = _common_ranks(spectra, common)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
@@ -36,28 +37,15 @@ def diff(
     """
     pairs = {x: y for x, y in matched([a, b]) if x is not None and y is not None}
 
-    def work(pair: tuple[str, str]) -> tuple[str, TargetDiff, tuple[float, float, float], str | None]:
-        name_a, name_b = pair
-        (update_a, op_a), (update_b, op_b) = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
-        if op_a.shape != op_b.shape:
-            raise AdapterError(
-                f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases"
-            )
-        distance, norm_a, norm_b = frobenius(sum_of([op_a, -op_b])), frobenius(op_a), frobenius(op_b)
-        product = inner(op_a, op_b)
-        outputs, inputs = _overlaps(op_a, op_b) if norm_a and norm_b else (None, None)
-        error = distance / norm_a if norm_a else (0.0 if norm_b == 0.0 else None)
-        cosine = max(-1.0, min(1.0, product / (norm_a * norm_b))) if norm_a and norm_b else None
-        ranks = a.entries[name_a].rank, b.entries[name_b].rank
-        row = TargetDiff(*ranks, error, cosine, outputs, inputs)
-        return name_a, row, (distance, norm_a, norm_b), _bias_difference(update_a, update_b, tolerance)
+    def work(pair: tuple[str, str]) -> tuple[str, _Pair]:
+        return pair[0], _compared(a, b, pair, base, tolerance, device)
 
     targets, sums, biases = {}, [], {}
-    for name, row, norms, bias in ordered_map(work, pairs.items(), workers=worker_count(device)):
-        targets[name] = row
-        sums.append(norms)
-        if bias is not None:
-            biases[f"{name}.bias"] = bias
+    for name, found in ordered_map(work, pairs.items(), workers=worker_count(device)):
+        targets[name] = found.row
+        sums.append((found.distance, found.norm_a, found.norm_b))
+        if found.bias is not None:
+            biases[f"{name}.bias"] = found.bias
     only_a = tuple(t for t in a.entries if t not in pairs)
     only_b = tuple(t for t in b.entries if t not in set(pairs.values()))
     extras = biases | _extras(a, b)
@@ -71,6 +59,40 @@ def diff(
         "norm_b": norm_b,
     }
     return DiffReport(same, tolerance, targets, only_a, only_b, extras, total, (*a.warnings, *b.warnings))
+
+
+def diff_target(
+    a: Adapter, b: Adapter, pair: tuple[str, str], *, base: BaseWeights | None = None, device: str = "cpu"
+) -> TargetDiff:
+    """What `diff` says of one pair of targets; raises as it does."""
+    return _compared(a, b, pair, base, 0.0, device).row
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One target's row, with the norms that totals are made of."""
+
+    row: TargetDiff
+    distance: float
+    norm_a: float
+    norm_b: float
+    bias: str | None  # how the changes of the bias differ
+
+
+def _compared(
+    a: Adapter, b: Adapter, pair: tuple[str, str], base: BaseWeights | None, tolerance: float, device: str
+) -> _Pair:
+    name_a, name_b = pair
+    (update_a, op_a), (update_b, op_b) = (_delta(x, n, base, device) for x, n in ((a, name_a), (b, name_b)))
+    if op_a.shape != op_b.shape:
+        raise AdapterError(f"{name_a}: {op_a.shape} in one and {op_b.shape} in the other; these adapt different bases")
+    distance, norm_a, norm_b = frobenius(sum_of([op_a, -op_b])), frobenius(op_a), frobenius(op_b)
+    product = inner(op_a, op_b)
+    outputs, inputs = _overlaps(op_a, op_b) if norm_a and norm_b else (None, None)
+    error = distance / norm_a if norm_a else (0.0 if norm_b == 0.0 else None)
+    cosine = max(-1.0, min(1.0, product / (norm_a * norm_b))) if norm_a and norm_b else None
+    row = TargetDiff(a.entries[name_a].rank, b.entries[name_b].rank, error, cosine, outputs, inputs)
+    return _Pair(row, distance, norm_a, norm_b, _bias_difference(update_a, update_b, tolerance))
 
 
 def _delta(adapter: Adapter, target: str, base: BaseWeights | None, device: str) -> tuple[Update, Operator]:

@@ -57,8 +57,7 @@ def inspect(
     chosen = list(adapter.entries) if target is None else list(adapter.select(target))
     unmeasured = dict(adapter.unsupported) if target is None else {}
     if base is None:
-        blind = [t for t in chosen if adapter.entries[t].family.needs_base and not adapter.entries[t].is_factored]
-        unmeasured |= {t: f"{adapter.entries[t].family.family} depends on the base weight; pass --base" for t in blind}
+        unmeasured |= {t: reason for t in chosen if (reason := blind(adapter.entries[t])) is not None}
         chosen = [t for t in chosen if t not in unmeasured]
     spectra: dict[str, Measured] = {}
     for measured in measure(
@@ -69,9 +68,12 @@ def inspect(
         else:
             unmeasured[measured.target] = "holds NaN or infinity"
     chosen = [t for t in chosen if t in spectra]
-    weights = _against_base(adapter, chosen, base, device)
     where = places(list(adapter.entries))
-    targets = {t: _numbers(adapter.entries[t], spectra[t], where[t], weights.get(t)) for t in chosen}
+
+    def numbers(target: str) -> TargetNumbers:
+        return target_numbers(adapter, spectra[target], where[target], base=base)
+
+    targets = dict(zip(chosen, ordered_map(numbers, chosen, workers=worker_count(device)), strict=True))
     layers, modules = _grouped(targets, by_layer=True), _grouped(targets, by_layer=False)
     ordered = sorted((t for t in targets if targets[t].spectral_norm > 0), key=lambda t: _compressibility(targets[t]))
     origin = adapter.origin
@@ -103,20 +105,24 @@ class _Against:
     shape: tuple[int, ...]
 
 
-def _against_base(
-    adapter: Adapter, targets: Sequence[str], base: BaseWeights | None, device: str
-) -> dict[str, _Against]:
+def blind(entry: Entry) -> str | None:
+    """Why nothing of a target can be measured without the base, where that is so."""
+    if not entry.family.needs_base or entry.is_factored:
+        return None
+    return f"{entry.family.family} depends on the base weight; pass --base"
+
+
+def target_numbers(
+    adapter: Adapter, measured: Measured, place: tuple[str, str], *, base: BaseWeights | None = None
+) -> TargetNumbers:
+    """All numbers of one measured target; AdapterError where `base` lacks its parameter."""
+    entry = adapter.entries[measured.target]
     if base is None:
-        return {}
-
-    def work(target: str) -> _Against:
-        entry = adapter.entries[target]
-        weight = base.find(adapter.format.parameter(target), entry.base_shape)
-        partial = entry.family.needs_base and entry.is_factored
-        delta = frobenius(entry.read().operator(weight)) if partial else None
-        return _Against(delta, float(weight.double().norm()), tuple(weight.shape))
-
-    return dict(zip(targets, ordered_map(work, targets, workers=worker_count(device)), strict=True))
+        return _numbers(entry, measured, place, None)
+    weight = base.find(adapter.format.parameter(measured.target), entry.base_shape)
+    partial = entry.family.needs_base and entry.is_factored
+    delta = frobenius(entry.read().operator(weight)) if partial else None
+    return _numbers(entry, measured, place, _Against(delta, float(weight.double().norm()), tuple(weight.shape)))
 
 
 def _numbers(entry: Entry, measured: Measured, place: tuple[str, str], against: _Against | None) -> TargetNumbers:

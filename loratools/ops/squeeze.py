@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from loratools.ops.spectra import (
     stack_factors,
 )
 from loratools.pipeline import ordered_map, worker_count
-from loratools.ranks import Budget, Fixed, Limits, Policy, Spectrum, allocate
+from loratools.ranks import Budget, Fixed, Limits, PerTarget, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Plan:
 
 
 def squeeze(
-    adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), options: Squeeze = Squeeze()
+    adapter: Adapter, rank: int | Policy | PerTarget, *, limits: Limits = Limits(), options: Squeeze = Squeeze()
 ) -> tuple[Adapter, SqueezeReport]:
     """The best adapter of lower rank, in memory, with what it costs.
 
@@ -97,7 +97,7 @@ def squeeze(
 def squeeze_file(
     adapter: Adapter,
     path: str | os.PathLike[str],
-    rank: int | Policy,
+    rank: int | Policy | PerTarget,
     *,
     limits: Limits = Limits(),
     options: Squeeze = Squeeze(),
@@ -138,24 +138,28 @@ def stream(
     return saved, report
 
 
-def arguments(rank: int | Policy, limits: Limits, options: Squeeze) -> dict[str, object]:
+def arguments(rank: int | Policy | PerTarget, limits: Limits, options: Squeeze) -> dict[str, object]:
     """The choices that shape the output, as the record states them."""
     policy = Fixed(rank) if isinstance(rank, int) else rank
     fields = {"policy": repr(policy), "method": options.method, "scale": options.scale, "seed": options.seed}
     return fields if limits == Limits() else fields | {"limits": repr(limits)}
 
 
-def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), options: Squeeze = Squeeze()) -> Plan:
+def decide(
+    adapter: Adapter, rank: int | Policy | PerTarget, *, limits: Limits = Limits(), options: Squeeze = Squeeze()
+) -> Plan:
     """One rank for each target that gets a lower one. Raises UnchangedError where none does."""
-    if isinstance(rank, bool) or not isinstance(rank, int | Policy):
+    if isinstance(rank, bool) or not isinstance(rank, int | Policy | PerTarget):
         raise UsageError(f"a rank is a whole number or a policy such as Energy(0.9), not {rank!r}")
     refuse_mutated(adapter, AT_OTHER_RANKS)
     policy = Fixed(rank) if isinstance(rank, int) else rank
+    if isinstance(policy, PerTarget) and (unknown := [t for t in policy.exceptions if t not in adapter.entries]):
+        raise UsageError(f"a rank of its own is given to {unknown[0]}, which the adapter does not have")
     warnings: list[str] = []
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     targets = [t for t in adapter.entries if t not in unchanged]
     if isinstance(policy, Fixed) and limits == Limits():
-        wanted = {t: _whole_steps(adapter, t, policy.value, policy) for t in targets}
+        wanted = {t: whole_steps(adapter.entries[t], policy.value, policy) for t in targets}
         measured = measure(adapter, targets, base=options.base, device=options.device, allow_nonfinite=True)
         bad = [m.target for m in measured if not m.blocks] if options.allow_nonfinite else []
     else:
@@ -167,7 +171,7 @@ def decide(adapter: Adapter, rank: int | Policy, *, limits: Limits = Limits(), o
         if target in unchanged:
             continue
         if wanted[target] >= entry.rank and not (isinstance(policy, Budget) and _shrinks_when_fitted(entry)):
-            unchanged[target] = f"rank {entry.rank} is not above the chosen {wanted[target]}"
+            unchanged[target] = not_above(entry, wanted[target])
         else:
             ranks[target] = min(wanted[target], entry.largest_rank)
     if not ranks and not options.allow_unchanged:
@@ -185,23 +189,49 @@ def unsqueezable(adapter: Adapter) -> dict[str, str]:
     return {t: f"{e.family.family} {reason}" for t, e in adapter.entries.items() if not e.is_factored}
 
 
+def not_above(entry: Entry, rank: int) -> str:
+    """Why a target is carried over that has no more than the chosen rank."""
+    return f"rank {entry.rank} is not above the chosen {rank}"
+
+
 def _shrinks_when_fitted(entry: Entry) -> bool:
     """Whether fitted factors of the same rank take fewer bytes: a budget counts those, a Tucker core may take more."""
     stored = sum(spec.nbytes for slot, spec in entry.specs.items() if slot in _FACTORS)
     return entry.rank <= entry.largest_rank and stored > entry.rank * entry.bytes_per_rank
 
 
-def _whole_steps(adapter: Adapter, target: str, rank: int, policy: Policy, maximum: int | None = None) -> int:
+def whole_steps(entry: Entry, rank: int, policy: Policy, maximum: int | None = None) -> int:
     """`rank` as whole steps of the target: down for a rank, a budget or a maximum, else up; at least one."""
-    entry = adapter.entries[target]
     step = entry.rank_step
     steps = rank // step if isinstance(policy, Fixed | Budget) else -(-rank // step)
     steps = steps if maximum is None else min(steps, maximum // step)
     return min(max(1, steps) * step, max(rank, entry.rank))
 
 
+def spectrum_of(entry: Entry, blocks: Sequence[Sequence[float]], base_norm: float | None = None) -> Spectrum:
+    """The measured `blocks` of a factored target as ranks count them: one value for each rank, and what it costs."""
+    step = entry.rank_step
+    assert entry.base_shape is not None  # of a factored family it is known
+    rows, cols = entry.base_shape[0], math.prod(entry.base_shape[1:])
+    pooled = Spectrum.pooled(blocks, 1, rows=rows, cols=cols).values
+    values = tuple(v / math.sqrt(step) for v in pooled for _ in range(step))
+    cost = entry.bytes_per_rank
+    fixed = (step - 1) * cost  # a budget for less than one step buys a whole one
+    return Spectrum(values[: entry.rank], cost, rows=rows, cols=cols, fixed_cost=fixed, base_norm=base_norm)
+
+
+def bytes_at(entry: Entry, rank: int) -> int:
+    """Bytes of a factored target's tensors once it is fitted at `rank`."""
+    return rank * entry.bytes_per_rank + _fixed_bytes(entry)
+
+
+def _fixed_bytes(entry: Entry) -> int:
+    """Bytes of what a rank does not change: biases and magnitudes."""
+    return sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in _FACTORS)
+
+
 def _allocate(
-    adapter: Adapter, targets: list[str], policy: Policy, limits: Limits, options: Squeeze
+    adapter: Adapter, targets: list[str], policy: Policy | PerTarget, limits: Limits, options: Squeeze
 ) -> tuple[dict[str, int], list[str], list[str]]:
     """Measured spectra put to the policy; with the targets that hold NaN, and what to warn of."""
     spectra: dict[str, Spectrum] = {}
@@ -215,25 +245,12 @@ def _allocate(
         if not m.blocks:
             bad.append(m.target)
             continue
-        step = entry.rank_step
-        assert entry.base_shape is not None  # of a factored family it is known
-        m_rows, m_cols = entry.base_shape[0], math.prod(entry.base_shape[1:])
         norm = None
         if relative_to_base:
             if options.base is None:
                 raise UsageError("errors relative to the base weights need --base")
             norm = float(options.base.find(adapter.format.parameter(m.target), entry.base_shape).double().norm())
-        pooled = Spectrum.pooled(m.blocks, 1, rows=m_rows, cols=m_cols).values
-        values = tuple(v / math.sqrt(step) for v in pooled for _ in range(step))
-        cost = entry.bytes_per_rank
-        spectra[m.target] = Spectrum(
-            values[: entry.rank],
-            cost,
-            rows=m_rows,
-            cols=m_cols,
-            fixed_cost=(step - 1) * cost,  # a budget for less than one step buys a whole one
-            base_norm=norm,
-        )
+        spectra[m.target] = spectrum_of(entry, m.blocks, norm)
     if isinstance(policy, Budget) and spectra:
         first = next(iter(spectra))  # which one bears the bytes that no rank changes does not matter
         fixed = spectra[first].fixed_cost + overhead(adapter, set(spectra))
@@ -242,7 +259,9 @@ def _allocate(
     notes = []
     if allocation.optimality_gap > 1e-9 * max(allocation.squared_error, 1e-300):
         notes.append(f"the budget's squared error is within {allocation.optimality_gap:.3g} of the least possible")
-    return {t: _whole_steps(adapter, t, k, policy, limits.maximum) for t, k in allocation.ranks.items()}, bad, notes
+    rules = {t: policy.of(t) if isinstance(policy, PerTarget) else policy for t in allocation.ranks}
+    ranks = {t: whole_steps(adapter.entries[t], k, rules[t], limits.maximum) for t, k in allocation.ranks.items()}
+    return ranks, bad, notes
 
 
 def overhead(adapter: Adapter, squeezable: set[str]) -> int:
@@ -251,10 +270,7 @@ def overhead(adapter: Adapter, squeezable: set[str]) -> int:
     declared = adapter.format.declare(adapter.written(), adapter.metadata)
     fixed += sum(max(spec.nbytes, 4) for _, spec in declared.scalars.values())  # float32 where a new alpha needs it
     for target, entry in adapter.entries.items():
-        if target in squeezable:
-            fixed += sum(spec.nbytes for slot, spec in entry.specs.items() if slot not in _FACTORS)
-        else:
-            fixed += entry.nbytes
+        fixed += _fixed_bytes(entry) if target in squeezable else entry.nbytes
     return fixed
 
 

@@ -29,6 +29,7 @@ def test_the_commands_are_the_files() -> None:
     assert list(COMMANDS) == [
         "info",
         "inspect",
+        "explore",
         "squeeze",
         "truncate",
         "convert",
@@ -74,11 +75,11 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"loratools {loratools.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["squeeze", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["squeeze", "--help"], ["explore", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from loratools_cli.app import main; assert main(sys.argv[1:]) == 0\n"
-        "print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'numpy', 'rich', 'textual'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, timeout=60
