@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from textual.content import Content
@@ -67,7 +68,8 @@ def lines(session: Session, width: int) -> Iterator[Content]:
                 cells += [(f"{name:<{_NAME}}", "$secondary"), (number, "bold")]
             yield Content.assemble(*cells).truncate(width, ellipsis=True)
     for note in _notes(session, branch):
-        yield from Content.styled(note, "$warning").fold(max(1, width))
+        for line in wrap(note, max(1, width)):
+            yield Content.styled(line, "$warning").truncate(width, ellipsis=True)
 
 
 @dataclass(frozen=True)

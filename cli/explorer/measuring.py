@@ -91,7 +91,8 @@ class Measuring:
         entries = self.adapter.entries
         reasons = dict(self.adapter.unsupported)
         if self.base is None:
-            reasons |= {t: reason for t, e in entries.items() if (reason := blind(e)) is not None}
+            blinds = {t: reason for t, e in entries.items() if (reason := blind(e)) is not None}
+            reasons |= {t: reason.replace("pass --base", "open it with a BASE") for t, reason in blinds.items()}
         able = [t for t in entries if t not in reasons]
         batches = group_targets(self.adapter, [t for t in able if entries[t].is_factored], "cpu")
         batches += [[t] for t in able if not entries[t].is_factored]

@@ -278,6 +278,15 @@ def test_families_without_ranks(samples: Callable[[str], Path]) -> None:
     explore(of(samples("peft/loha")), steps)
 
 
+def test_what_only_a_base_shows(samples: Callable[[str], Path]) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        await pilot.press("down", "down")
+        await pilot.pause()
+        assert "ia3 depends on the base weight; open it with a BASE" in " ".join(screen(pilot).split())
+
+    explore(of(samples("peft/ia3")), steps, size=(140, 30))
+
+
 def test_dora_without_and_with_its_base(samples: Callable[[str], Path], tmp_path: Path) -> None:
     async def without(pilot: Pilot[None]) -> None:
         text = screen(pilot)
