@@ -13,8 +13,14 @@ PAGES = {
     "speed": ("squeeze_speed", "convert_speed", "startup", "allocation", "gpu"),
     "squeeze_real": ("real_squeeze",),
     "samples": ("samples",),
+    "intruders": ("intruder_speed",),
 }
-TITLES = {"speed": "# Speed, memory and allocation\n\n", "squeeze_real": "", "samples": ""}
+TITLES = {
+    "speed": "# Speed, memory and allocation\n\n",
+    "squeeze_real": "",
+    "samples": "",
+    "intruders": "# Intruder dimensions\n\n",
+}
 
 
 def main() -> None:

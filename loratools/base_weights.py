@@ -67,13 +67,21 @@ class BaseWeights:
             raise AdapterError(f"{printable(self.source.path)}: has no parameter {parameter}; is it the right base?")
         tensor = self.source.read(name)
         if shape is None or _fits(tuple(tensor.shape), shape):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if not _is_finite(tensor):
                 raise AdapterError(f"{printable(self.source.path)}: {name} holds NaN or infinity; is the base damaged?")
             return tensor
         raise AdapterError(
             f"{printable(self.source.path)}: {name} is {tuple(tensor.shape)} where the adapter has {shape}; "
             "is it the right base?"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:
+        return bool(torch.isfinite(tensor.float()).all())
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # NaN is the least and the greatest
 
 
 def _fits(base: tuple[int, ...], shape: tuple[int, ...]) -> bool:

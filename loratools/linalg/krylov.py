@@ -1,12 +1,13 @@
 """Leading singular triplets from products alone, with proven bounds on what may have been missed.
 
-Block Golub-Kahan bidiagonalisation from a Gaussian block of b columns, fully orthogonalised, with Rayleigh-Ritz. Two
-facts turn its Ritz values t_1 >= t_2 >= ... into statements about the singular values s_i of the operator; both are
+Block Golub-Kahan bidiagonalisation from a Gaussian block of b columns, fully orthogonalised, with Rayleigh-Ritz. Three
+facts turn its Ritz values t_1 >= t_2 >= ... into statements about the singular values s_i of the operator; they are
 proven in docs/certificates.md:
 
 * after q blocks, s_i <= t_i / sqrt(1 - e) unless the random start was unlucky (probability below `FAILURE`), where e
   solves T_{q-1}((1 + e) / (1 - e)) = sqrt((1 - e) / e) g, T is a Chebyshev polynomial, and g bounds the Gaussian
   block's components outside the leading i directions relative to those inside;
+* around a Ritz value that has converged there is one singular value and no other (`isolation`);
 * a Ritz triplet with residual r, and with a gap to all other singular values, is within sqrt(2) r / gap of a singular
   vector on either side (Davis and Kahan).
 """
@@ -14,12 +15,13 @@ proven in docs/certificates.md:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.linalg.factored import column_signs
+from loratools.linalg.isolation import Ritz, is_isolated, window
 from loratools.linalg.svd import thin_svd
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ FAILURE = 1e-12  # chance, over the seeded random start, that a bound on missed 
 BLOCK = 32
 _SPARE = 8  # columns of the block beyond an index for which it bounds the singular value well
 _DENSE_BELOW = 4 * BLOCK  # smaller sides are decomposed whole
+_FIRST_LOOK = 4  # blocks
+_ROUGH, _HARDLY = 0.1, 4.0  # errors that are worth proving, if what is proven already is not nearly as good
 _GROWTH = 1.2  # of the basis between two looks at it
 _MAX_BASIS = 1024  # vectors on either side
 _ROUNDING = 8  # units of the dtype's precision, relative to the largest singular value, that a residual may lack
@@ -95,32 +99,35 @@ class Krylov:
         self._limit = max(2, min(_MAX_BASIS, m, n) // width)
         self._bases = op.leaf.new_empty(m, self._limit * width), op.leaf.new_empty(n, self._limit * width)
         self._steps = 0  # blocks of the bases that are filled
-        self._right = torch.linalg.qr(self._noise(n) if start is None else start)[0]  # what comes next
+        self._right, triangle = torch.linalg.qr(self._noise(n) if start is None else start)  # what comes next
+        self._start_norm = float(torch.linalg.matrix_norm(triangle.double(), 2))
         self._core = torch.zeros(0, 0, dtype=torch.float64)  # u^T op v
         self._coupling = torch.zeros(width, width, dtype=torch.float64)  # right^T op^T (last block of u)
+        self._seen: dict[int, tuple[Leading, Tensor, Ritz]] = {}  # by steps
 
     def leading(self, wanted: Sequence[int], tolerance: float, *, proven: bool) -> Leading:
         """All triplets as they are when the `wanted` ones are within `tolerance`, or cannot be made better.
 
-        That is where rounding is all that is left, where the basis is full, or where not even a full one could tell
-        them from the rest. Errors are proven bounds, or else they trust the Ritz values to be all the leading ones
-        there are, as users of ARPACK do.
+        That is where rounding is all that is left, or where the basis is full. Errors are proven bounds, or else they
+        trust the Ritz values to be all the leading ones there are, as users of ARPACK do.
         """
         if self._small is not None:
             return self._small
         if proven and not self._is_random:
             raise ValueError("nothing is proven of a run that began with chosen vectors")
         ones = list(wanted)
-        while self._steps < (4 if proven else 2):
+        while self._steps < min(self._limit, _FIRST_LOOK):
             self._extend()
         while True:
-            look = self._next_look(max(ones, default=0)) if proven else self._steps
-            while self._steps < look:
-                self._extend()
-            found, settled = self._ritz(proven=proven)
+            if self._steps not in self._seen:
+                self._seen = {self._steps: self._ritz()}
+            found, settled, ritz = self._seen[self._steps]
+            if proven:
+                found, settled = self._proven(found, settled, ritz)
             if self._steps == self._limit or bool(((found.errors <= tolerance) | settled)[ones].all()):
                 return found
-            for _ in range(min(self._limit, math.ceil(_GROWTH * self._steps)) - self._steps):
+            more = max(2, math.ceil((_GROWTH - 1) * self._steps))
+            for _ in range(min(more, self._limit - self._steps)):
                 self._extend()
 
     def _extend(self) -> None:
@@ -138,15 +145,6 @@ class Krylov:
         self._right, _ = self._orthogonal(image, self._v)
         self._coupling = (self._right.T @ image).cpu().double()
 
-    def _next_look(self, last: int) -> int:
-        """The number of blocks that may tell the triplets up to index `last` from the rest, by the present values."""
-        values = torch.linalg.svdvals(self._core.to(self._op.leaf.dtype)).tolist()
-        for steps in range(self._steps, self._limit):
-            ceilings = (self._ceiling(values[i], i + 1, steps) for i in range(last + 1, self._kept + 1))
-            if min(ceilings, default=0.0) < values[last]:
-                return steps
-        return self._steps  # none will: what there is has to do
-
     @property
     def _u(self) -> Tensor:
         return self._bases[0][:, : self._steps * self._block]
@@ -155,24 +153,43 @@ class Krylov:
     def _v(self) -> Tensor:
         return self._bases[1][:, : self._steps * self._block]
 
-    def _ritz(self, *, proven: bool) -> tuple[Leading, Tensor]:
-        """The best triplets in the bases, and for which of them more blocks would add nothing."""
-        kept, dtype = self._kept, self._op.leaf.dtype
-        p, s, qt = torch.linalg.svd(self._core.to(dtype))
-        p, s, qt = p.double(), s.double(), qt.double()
-        measured = (self._coupling @ p[-self._block :, : kept + 1]).norm(dim=0)
-        rounding = _ROUNDING * torch.finfo(dtype).eps * s[0]
+    def _ritz(self) -> tuple[Leading, Tensor, Ritz]:
+        """The best triplets in the bases, trusting their values, and for which of them rounding is all that is left."""
+        kept, b = self._kept, self._block
+        exact = torch.float64 if self._is_random else self._op.leaf.dtype  # what is proven needs all digits
+        p, s, qt = (t.double() for t in torch.linalg.svd(self._core.to(exact)))
+        coupled = self._coupling @ p[-b:]  # (b, k): residuals
+        measured = coupled[:, : kept + 1].norm(dim=0)
+        rounding = self._rounding(s)
         values = s[: kept + 1].tolist()
-        ceilings = [self._ceiling(v, i + 1, self._steps) if proven else v for i, v in enumerate(values)]
-        errors, upper = _vector_errors(values, (measured + rounding).tolist(), ceilings)
+        errors, upper = _vector_errors(values, (measured + rounding).tolist(), values)
         u = self._u @ p[:, :kept].to(self._u)
         vt = qt[:kept].to(self._v) @ self._v.T
         signs = column_signs(u)
-        bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(dtype).eps
+        bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(u.dtype).eps
+        found = Leading(u * signs, s[:kept], vt * signs.T, bounds, tuple(upper))
         settled = (measured[:kept] <= rounding) & torch.isfinite(bounds)
-        if proven:
-            settled |= s[:kept] < self._ceiling(values[-1], kept + 1, self._limit)
-        return Leading(u * signs, s[:kept], vt * signs.T, bounds, tuple(upper)), settled
+        return found, settled, Ritz(s, qt[:, :b].T, coupled.T, self._start_norm)
+
+    def _proven(self, rough: Leading, settled: Tensor, ritz: Ritz) -> tuple[Leading, Tensor]:
+        """`rough` with errors that are proven, and which of them will not become better."""
+        rounding, columns = self._rounding(ritz.values), self._op.shape[1]
+        residuals = (ritz.coupling.norm(dim=1) + rounding).tolist()
+        values = ritz.values[: self._kept + 1].tolist()
+        ceilings = [self._ceiling(value, i + 1, self._steps) for i, value in enumerate(values)]
+        errors, upper = _vector_errors(values, residuals[: self._kept + 1], ceilings)
+        for j in range(self._kept):
+            if (
+                rough.errors[j] < _ROUGH
+                and errors[j] > _HARDLY * rough.errors[j]
+                and is_isolated(ritz, j, columns=columns, rounding=rounding, failure=FAILURE)
+            ):
+                errors[j] = min(errors[j], math.sqrt(2) * residuals[j] / window(ritz, j))
+        bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(rough.u.dtype).eps
+        return replace(rough, errors=bounds, upper=tuple(upper)), settled & torch.isfinite(bounds)
+
+    def _rounding(self, values: Tensor) -> float:
+        return _ROUNDING * torch.finfo(self._op.leaf.dtype).eps * float(values[0])
 
     def _ceiling(self, ritz: float, index: int, steps: int) -> float:
         """What the `index`-th singular value is at most, by its Ritz value after `steps` blocks."""
@@ -219,7 +236,8 @@ def _vector_errors(
     errors = []
     for i in range(count):
         gap = min(values[i] - upper[i + 1], values[i - 1] - values[i] if i else math.inf)
-        errors.append(math.sqrt(2) * residuals[i] / gap if gap > 0 else math.inf)
+        error = math.sqrt(2) * residuals[i] / gap if gap > 0 else math.inf
+        errors.append(error if error < 1 else math.inf)  # unit vectors: from there on it says nothing
     return errors, upper
 
 

@@ -24,7 +24,7 @@ Verdict = Literal["dense", "certified"]
 _CLOSE = 1e-3  # of a cosine to a threshold: decided in float64
 _DEGENERATE = 1e-3  # relative gap of neighbouring singular values, below which their vectors turn freely
 # What an iteration begins with: leading vectors of W0 beyond those asked for, directions of the change, random ones.
-_MORE, _ALONG_CHANGE, _ANYWHERE = 6, 10, 6
+_MORE, _ALONG_CHANGE, _ANYWHERE = 10, 8, 4
 _WITHIN = 3e-4  # of a vector of W0 + change; closer calls are made in float64
 _TAKEN_OUT = 3e-4  # error of a leading vector of W0 with which it is taken out of a question about the others
 _LOW = 4  # a change whose rank is this many times below the shorter side is worked on by its factors
