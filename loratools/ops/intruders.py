@@ -59,7 +59,7 @@ def intruders(
                 targets[matrix.parameter] = _told(found, epsilon)
         if step is not None:
             step()
-    return _report(targets, skipped, top_k, epsilon, (*adapter.warnings, *_notes(targets, degenerate)))
+    return _report(targets, skipped, top_k, thresholds, (*adapter.warnings, *_notes(targets, degenerate)))
 
 
 def mitigate(
@@ -121,7 +121,7 @@ def mitigate(
         raise UnchangedError(f"none of {len(targets)} matrices has an intruder at epsilon {epsilon:g}")
     arguments = {"strength": strength, "top_k": top_k, "epsilon": epsilon, "keep_rank": keep_rank}
     result = adapter.recorded("intruders", arguments).with_updates(updates)
-    report = _report(targets, skipped, top_k, epsilon, (*adapter.warnings, *_notes(targets, degenerate)))
+    report = _report(targets, skipped, top_k, (epsilon,), (*adapter.warnings, *_notes(targets, degenerate)))
     return result, replace(report, uniform_shrink=math.sqrt(after / before))
 
 
@@ -175,7 +175,11 @@ def _notes(targets: dict[str, TargetIntruders], degenerate: int) -> list[str]:
 
 
 def _report(
-    targets: dict[str, TargetIntruders], skipped: dict[str, str], top_k: int, epsilon: float, warnings: tuple[str, ...]
+    targets: dict[str, TargetIntruders],
+    skipped: dict[str, str],
+    top_k: int,
+    thresholds: tuple[float, ...],
+    warnings: tuple[str, ...],
 ) -> IntrudersReport:
     total: dict[str, float | int] = {
         "targets": len(targets),
@@ -184,19 +188,15 @@ def _report(
         "right": sum(t.right.count for t in targets.values()),
         "examined": sum(len(t.values) for t in targets.values()),
     }
-    return IntrudersReport(top_k, epsilon, targets, total, _sweep(targets.values()), skipped, warnings)
+    return IntrudersReport(
+        top_k, thresholds[0], targets, total, _sweep(targets.values(), thresholds), skipped, warnings
+    )
 
 
-def _sweep(targets: Collection[TargetIntruders]) -> dict[str, dict[str, int]]:
-    """The counts at every threshold at which all verdicts are known."""
-    sweep = {}
-    for e in SWEEP:
-        sides = {"left": [t.left for t in targets], "right": [t.right for t in targets]}
-        if all(
-            le >= e or mo < e
-            for s in sides.values()
-            for x in s
-            for le, mo in zip(x.min_cosine, x.max_cosine, strict=True)
-        ):
-            sweep[f"{e:g}"] = {name: sum(c < e for x in s for c in x.max_cosine) for name, s in sides.items()}
-    return sweep
+def _sweep(targets: Collection[TargetIntruders], thresholds: Sequence[float]) -> dict[str, dict[str, int]]:
+    """The counts at every threshold at which verdicts were decided."""
+    sides = {"left": [t.left for t in targets], "right": [t.right for t in targets]}
+    return {
+        f"{e:g}": {name: sum(c < e for side in of for c in side.max_cosine) for name, of in sides.items()}
+        for e in sorted(set(thresholds))
+    }

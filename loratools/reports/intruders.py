@@ -45,7 +45,7 @@ class TargetIntruders:
 
 @dataclass(frozen=True)
 class IntrudersReport:
-    """`sweep`: threshold -> side -> count, over all targets, for the thresholds at which every verdict is known;
+    """`sweep`: threshold -> side -> count, over all targets, at epsilon and at whatever else was asked for;
     `uniform_shrink`: the factor on all updates that would have changed their norm as much as the mitigation did."""
 
     # Of rows(), in this order.

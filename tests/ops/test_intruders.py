@@ -58,7 +58,7 @@ def cosines(weight: np.ndarray, tuned: np.ndarray, k: int) -> tuple[np.ndarray, 
 def test_both_sides_are_those_of_dense_svds(tmp_path: Path, top_k: int, epsilon: float) -> None:
     adapter, base = example(tmp_path / "x")
     weight, change = dense(adapter, base)
-    report = loratools.intruders(adapter, base, top_k=top_k, epsilon=epsilon)
+    report = loratools.intruders(adapter, base, top_k=top_k, epsilon=epsilon, sweep=True)
     (found,) = report.targets.values()
     for side, naive in zip((found.left, found.right), cosines(weight, weight + change, top_k), strict=True):
         largest = naive.max(axis=1)
@@ -71,6 +71,8 @@ def test_both_sides_are_those_of_dense_svds(tmp_path: Path, top_k: int, epsilon:
     assert found.energy_share == pytest.approx((s[list(found.left.indices)] ** 2).sum() / (s**2).sum(), rel=1e-4)
     assert report.sweep["0.5"]["left"] == sum(c < 0.5 for c in found.left.max_cosine)
     assert report.total["left"] == found.left.count
+    assert set(report.sweep) == {f"0.{i}" for i in range(1, 10)}
+    assert set(loratools.intruders(adapter, base, epsilon=epsilon).sweep) == {f"{epsilon:g}"}
 
 
 @pytest.mark.parametrize(("strength", "count"), [(0.5, 0), (0.9, 0), (2.0, 1), (4.0, 1)])
