@@ -159,7 +159,7 @@ function card(tune, f) {
   const ranks = tune.rank_min === tune.rank_max ? fmt(tune.rank_max) : `${fmt(tune.rank_min)}–${fmt(tune.rank_max)}`;
   const facts = [
     fact("Relative norm", fmt(tune.relative_norm)),
-    fact("Effective rank", fmt(tune.mean_effective_rank), small(tune.rank_max ? ` of ${ranks}` : "")),
+    fact("Effective rank", fmt(tune.mean_effective_rank), small(tune.rank_max && tune.mean_effective_rank <= tune.rank_max ? ` of ${ranks}` : "")),
     fact("In the base's space", percent(tune.mean_energy_left), small(` out, ${percent(tune.mean_energy_right)}\u00a0in`)),
     fact("Intruders", fmt(tune.left_intruders), small(` out, ${fmt(tune.right_intruders)} in`)),
   ];
