@@ -28,13 +28,18 @@ def write_exports(
     table: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write what is asked for; `page` and `figure` are of comparisons."""
+    """Write what is asked for; a `page` is of comparisons, a `figure` of those and of intruders."""
     from loratools.reports.compare import CompareReport
     from loratools.reports.frames import write_table
+    from loratools.reports.intruders import IntrudersReport
 
     if table is not None:
         write_table(report, table, force=force)
-    if figure is not None:
+    if figure is not None and isinstance(report, IntrudersReport):
+        from loratools.reports.plot_intruders import plot_intruders
+
+        plot_intruders(report, figure, force=force)
+    elif figure is not None:
         from loratools.reports.plot_compare import plot_compare
 
         assert isinstance(report, CompareReport)

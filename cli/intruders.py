@@ -18,7 +18,7 @@ def intruders(
     top_k: Annotated[int, Option(metavar="K", help="How many leading singular vectors to look at.")] = 10,
     epsilon: Annotated[float, Option(metavar="E", help="Intruders have no cosine of E with any vector.")] = 0.5,
     target: options.Target = None,
-    sweep: Annotated[bool, Option("--sweep", help="Count at thresholds from 0.1 to 0.9, too.")] = False,
+    sweep: Annotated[bool, Option("--sweep", help="Count at thresholds from 0.1 to 0.9 too.")] = False,
     mitigate: Annotated[
         float | None, Option(metavar="X", help="Write the adapter with intruders at X times their value.")
     ] = None,
@@ -28,6 +28,7 @@ def intruders(
     method: options.VerdictMethod = "auto",
     cached: options.Cached = True,
     device: options.Device = "cpu",
+    figure: options.FigurePath = None,
     table: options.TablePath = None,
     alpha: options.Alpha = None,
     initial_adapter: options.InitialAdapter = None,
@@ -59,13 +60,13 @@ def intruders(
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
 
-    shown = Output(as_json=as_json, quiet=quiet, everything=everything or sweep)
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     if mitigate is None and (output or keep_rank):
         raise UsageError("-o and --keep-rank go with --mitigate X, which writes an adapter")
     if mitigate is not None and target is not None:
         raise UsageError("--mitigate works on all targets; leave --target out")
     options.check_device(device)
-    check_exports(table=table, force=force or dry_run)
+    check_exports(figure=figure, table=table, force=force or dry_run)
     weights = open_base(base)
     assert weights is not None
     search = loratools.Search(method, loratools.default_cache() if cached else None, device)
@@ -94,5 +95,5 @@ def intruders(
             if not dry_run:
                 report = replace(report, output=str(save(result, place, force=force).path))
     if not dry_run:
-        write_exports(report, table=table, force=force)
+        write_exports(report, figure=figure, table=table, force=force)
     shown.show(report, planned=place if dry_run else None)

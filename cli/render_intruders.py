@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loratools.ops.inspect import places
 from loratools.reports.intruders import IntrudersReport, TargetIntruders
 from loratools_cli.text import plain
 
 
 def render_intruders(report: IntrudersReport, *, everything: bool) -> Iterator[RenderableType]:
     """Counts by module type, or by target, and the thresholds where `everything` is asked for."""
-    rows = {plain(name): [t] for name, t in report.targets.items() if everything and (t.left.count or t.right.count)}
-    if not everything:
-        modules = places([name.removesuffix(".weight") for name in report.targets])
-        for name, t in report.targets.items():
-            rows.setdefault(plain(modules[name.removesuffix(".weight")][1]), []).append(t)
+    if everything:
+        rows = {plain(name): [t] for name, t in report.targets.items() if t.left.count or t.right.count}
+    else:
+        rows = {plain(m): [t for t in report.targets.values() if t.module == m] for m in report.modules}
     yield _table(rows)
     total = report.total
     yield Text(
@@ -27,8 +25,10 @@ def render_intruders(report: IntrudersReport, *, everything: bool) -> Iterator[R
         f"{total['targets']} matrices: no cosine of {report.epsilon:g} with any vector of the base",
         style="bold",
     )
-    if everything:
-        yield Text("  ".join(f"{e}: {n['left']}|{n['right']}" for e, n in report.sweep.items()))
+    if everything or len(report.sweep) > 1:
+        yield _counts("epsilon", report.sweep)
+        yield _counts("first k", report.by_k)
+        yield _counts("layer", {plain(name): {"left": c.left, "right": c.right} for name, c in report.layers.items()})
     if report.uniform_shrink is not None:
         yield Text(
             f"norms of the updates: {report.uniform_shrink:.4f} of before; as a control, compare with the old adapter "
@@ -36,6 +36,11 @@ def render_intruders(report: IntrudersReport, *, everything: bool) -> Iterator[R
         )
     if report.skipped:
         yield Text(f"skipped: {len(report.skipped)}, such as {plain(next(iter(report.skipped)))}")
+
+
+def _counts(title: str, counts: Mapping[str, Mapping[str, int]]) -> Text:
+    listed = "  ".join(f"{name}: {n['left']}|{n['right']}" for name, n in counts.items())
+    return Text.assemble((f"{title}  ", "dim"), listed)
 
 
 def _table(rows: dict[str, list[TargetIntruders]]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from loratools.operators import LowRank
 from loratools.ops.base_spectra import BaseSpectrum, Search
 from loratools.ops.examine import Cosines, Examined, energy_share, examine, is_degenerate
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
+from loratools.ops.inspect import depth, places
 from loratools.ops.matrices import matrices_of_target, unsuitable
 from loratools.ops.spectra import fit_update, low_rank_part
-from loratools.reports.intruders import IntrudersReport, Side, TargetIntruders
+from loratools.reports.intruders import Count, IntrudersReport, Side, TargetIntruders
 
 if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
@@ -188,9 +189,45 @@ def _report(
         "right": sum(t.right.count for t in targets.values()),
         "examined": sum(len(t.values) for t in targets.values()),
     }
+    where = places([name.removesuffix(".weight") for name in targets])
+    placed = {
+        name: replace(found, layer=layer, module=module)
+        for name, found in targets.items()
+        for layer, module in (where[name.removesuffix(".weight")],)
+    }
+    by_k = {
+        f"{k}": {
+            "left": sum(i < k for t in targets.values() for i in t.left.indices),
+            "right": sum(i < k for t in targets.values() for i in t.right.indices),
+        }
+        for k in range(1, top_k + 1)
+    }
     return IntrudersReport(
-        top_k, thresholds[0], targets, total, _sweep(targets.values(), thresholds), skipped, warnings
+        top_k,
+        thresholds[0],
+        placed,
+        total,
+        _sweep(targets.values(), thresholds),
+        by_k,
+        _counts(placed.values(), lambda t: t.layer, depth),
+        _counts(placed.values(), lambda t: t.module, None),
+        skipped,
+        warnings,
     )
+
+
+def _counts(
+    targets: Iterable[TargetIntruders],
+    place: Callable[[TargetIntruders], str],
+    order: Callable[[str], tuple[str, int]] | None,
+) -> dict[str, Count]:
+    found: dict[str, list[TargetIntruders]] = {}
+    for target in targets:
+        found.setdefault(place(target), []).append(target)
+    return {
+        name: Count(len(of), sum(t.left.count for t in of), sum(t.right.count for t in of))
+        for name, of in ((name, found[name]) for name in (sorted(found, key=order) if order else found))
+    }
 
 
 def _sweep(targets: Collection[TargetIntruders], thresholds: Sequence[float]) -> dict[str, dict[str, int]]:

@@ -40,17 +40,31 @@ class TargetIntruders:
     values: tuple[float, ...]
     energy_share: float
     verdict: str
+    layer: str = ""
+    module: str = ""
     mitigated_norm: float | None = None
 
 
 @dataclass(frozen=True)
+class Count:
+    """Intruders among some matrices."""
+
+    matrices: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
 class IntrudersReport:
-    """`sweep`: threshold -> side -> count, over all targets, at epsilon and at whatever else was asked for;
+    """`sweep`: threshold -> side -> count, over all targets, at epsilon and at whatever else was asked for; `by_k`: the
+    same for the first 1, 2, ..., top_k singular vectors, at epsilon; `layers` and `modules`: counts by place;
     `uniform_shrink`: the factor on all updates that would have changed their norm as much as the mitigation did."""
 
     # Of rows(), in this order.
     columns: ClassVar[Mapping[str, Kind]] = {
         "target": "text",
+        "layer": "text",
+        "module": "text",
         "side": "text",
         "index": "integer",
         "value": "number",
@@ -68,6 +82,9 @@ class IntrudersReport:
     targets: Mapping[str, TargetIntruders]
     total: Mapping[str, float | int]
     sweep: Mapping[str, Mapping[str, int]]
+    by_k: Mapping[str, Mapping[str, int]]
+    layers: Mapping[str, Count]
+    modules: Mapping[str, Count]
     skipped: Mapping[str, str]
     warnings: tuple[str, ...]
     uniform_shrink: float | None = None
@@ -88,6 +105,8 @@ class IntrudersReport:
                 for index, (value, largest, least, matched) in enumerate(numbers):
                     yield {
                         "target": name,
+                        "layer": target.layer,
+                        "module": target.module,
                         "side": label,
                         "index": index,
                         "value": value,

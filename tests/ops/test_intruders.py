@@ -15,6 +15,7 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.base_weights import BaseWeights, load_base
 from loratools.errors import AdapterError, MutatedBaseError, UnchangedError, UsageError
+from loratools.reports.intruders import Count
 
 TARGET = "model.layers.0.q_proj"
 
@@ -71,6 +72,11 @@ def test_both_sides_are_those_of_dense_svds(tmp_path: Path, top_k: int, epsilon:
     assert found.energy_share == pytest.approx((s[list(found.left.indices)] ** 2).sum() / (s**2).sum(), rel=1e-4)
     assert report.sweep["0.5"]["left"] == sum(c < 0.5 for c in found.left.max_cosine)
     assert report.total["left"] == found.left.count
+    k = min(top_k, 22)
+    assert report.by_k[f"{k}"] == {"left": found.left.count, "right": found.right.count}
+    assert report.by_k["1"]["left"] == (found.left.max_cosine[0] < epsilon)
+    assert (found.layer, found.module) == ("0", "q_proj")
+    assert report.layers["0"] == report.modules["q_proj"] == Count(1, found.left.count, found.right.count)
     assert set(report.sweep) == {f"0.{i}" for i in range(1, 10)}
     assert set(loratools.intruders(adapter, base, epsilon=epsilon).sweep) == {f"{epsilon:g}"}
 

@@ -31,11 +31,14 @@ def intruders() -> IntrudersReport:
         top_k=2,
         epsilon=0.5,
         targets={
-            "a": TargetIntruders(left, right, (3.0, 1 / 3), 0.25, "dense", 0.125),
+            "a": TargetIntruders(left, right, (3.0, 1 / 3), 0.25, "dense", "0", "q", 0.125),
             "b,\n": TargetIntruders(right, left, (2.0, 1.0), 0.0, "dense"),
         },
         total={},
         sweep={},
+        by_k={},
+        layers={},
+        modules={},
         skipped={},
         warnings=(),
     )
