@@ -53,20 +53,19 @@ def decomposed(matrix: Tensor) -> Basis:
 
 
 def is_basis_of(basis: Basis, matrix: Tensor) -> bool:
-    """Whether u diag(s) vt is `matrix`, judged by one random vector on either side: a damaged file fails this."""
+    """Whether u diag(s) vt is `matrix`, and orthonormal, judged by random vectors: a damaged file fails this."""
     m, n = matrix.shape
     p = min(m, n)
     if basis.u.shape != (m, p) or basis.s.shape != (p,) or basis.vt.shape != (p, n):
         return False
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(n, 1, generator=generator).to(matrix)
-    image = matrix @ probe
-    again = basis.u @ (basis.s.unsqueeze(1) * (basis.vt @ probe))
-    length = (basis.vt @ probe).norm() if n == p else probe.norm()  # vt keeps the length where it is square
-    tolerance = 1e-3
-    return bool((image - again).norm() <= tolerance * image.norm() + 1e-30) and bool(
-        (length - probe.norm()).abs() <= tolerance * probe.norm()
+    probe, inside = (torch.randn(size, 1, generator=generator).to(matrix) for size in (n, p))
+    pairs = (
+        (matrix @ probe, basis.u @ (basis.s.unsqueeze(1) * (basis.vt @ probe))),
+        (inside, basis.u.T @ (basis.u @ inside)),
+        (inside, basis.vt @ (basis.vt.T @ inside)),
     )
+    return all(bool((wanted - found).norm() <= 1e-4 * wanted.norm()) for wanted, found in pairs)
 
 
 def rotated(basis: Basis, change: LowRank) -> Rotated:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FIRST_LOOK = 8  # steps on either side
 _STALLED = 0.25  # of the fall that more steps would bring if a bound fell with their root: no hope below this
 _CONFIDENT = 0.95  # of the steps that this foretells, before the next look
-_ROUNDING = 8  # units of precision, relative to the largest singular value, that a product may be off
+_ROUNDING = 16  # units of precision, relative to the largest singular value, that a product may be off
 _ORTHOGONAL = 1e-4  # how far from orthonormal the vectors may be
 _SHARES = (0.5, 0.9)  # weights of the left norm against the right one, of which any proves a bound
 _RESOLUTION = 48  # points of the grid for each vector of the basis, and each eighth of the largest singular value

@@ -38,8 +38,11 @@ _DENSE_BELOW = 4 * BLOCK  # smaller sides are decomposed whole
 _FIRST_LOOK = 4  # blocks
 _ROUGH, _HARDLY = 0.1, 4.0  # errors that are worth proving, if what is proven already is not nearly as good
 _GROWTH = 1.2  # of the basis between two looks at it
+_FEW_BLOCKS = 8  # where no more fit in, the operator is decomposed whole
 _MAX_BASIS = 1024  # vectors on either side
-_ROUNDING = 8  # units of the dtype's precision, relative to the largest singular value, that a residual may lack
+_EXHAUSTED = 32  # units of precision, relative to a block, below which its part outside a basis is rounding
+_PASSES, _KEPT = 4, 0.5  # orthogonalisations at most, and the share of a column that the last one has to leave
+_ROUNDING = 16  # units of the dtype's precision, relative to the largest singular value, that a residual may lack
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +71,14 @@ def leading_triplets(
     return Krylov(op, count, start=start, seed=seed).leading(range(count), tolerance, proven=start is None)
 
 
-def _whole(op: Operator, kept: int) -> Leading:
-    u, s, vt = thin_svd(op)
-    values = torch.cat([s, s.new_zeros(1)])[: kept + 1].tolist()
-    rounding = [_ROUNDING * torch.finfo(s.dtype).eps * float(s[0])] * (kept + 1)
+def leading_of(u: Tensor, s: Tensor, vt: Tensor, count: int) -> Leading:
+    """The first `count` triplets of a thin SVD, with errors as rounding in the dtype of its vectors makes them."""
+    kept, dtype = min(count, len(s)), u.dtype
+    values = torch.nn.functional.pad(s, (0, 1))[: kept + 1].tolist()
+    rounding = [_ROUNDING * torch.finfo(dtype).eps * values[0]] * (kept + 1)
     errors, upper = _vector_errors(values, rounding, [value + rounding[0] for value in values])
-    dtype = op.leaf.dtype
     bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(dtype).eps
-    return Leading(u[:, :kept].to(dtype), s[:kept], vt[:kept].to(dtype), bounds, tuple(upper))
+    return Leading(u[:, :kept], s[:kept].cpu(), vt[:kept], bounds, tuple(upper))
 
 
 class Krylov:
@@ -92,11 +95,13 @@ class Krylov:
         width = block if start is None else start.shape[1]
         self._op, self._block, self._is_random = op, width, start is None
         self._kept = min(block - _SPARE, 2 * width - 1)
-        self._small = _whole(op, min(self._kept, m, n)) if min(m, n) <= max(_DENSE_BELOW, 2 * width) else None
-        if self._small is not None:
+        self._small: Leading | None = None
+        if min(m, n) <= max(_DENSE_BELOW, _FEW_BLOCKS * width):
+            u, s, vt = thin_svd(op)
+            self._small = leading_of(u.to(op.leaf), s, vt.to(op.leaf), self._kept)
             return
         self._generator = torch.Generator().manual_seed(seed)
-        self._limit = max(2, min(_MAX_BASIS, m, n) // width)
+        self._limit = min(max(_MAX_BASIS // width, 2 * _FEW_BLOCKS), min(m, n) // width)
         self._bases = op.leaf.new_empty(m, self._limit * width), op.leaf.new_empty(n, self._limit * width)
         self._steps = 0  # blocks of the bases that are filled
         self._right, triangle = torch.linalg.qr(self._noise(n) if start is None else start)  # what comes next
@@ -199,20 +204,25 @@ class Krylov:
     def _orthogonal(self, x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """An orthonormal basis of the part of `x` outside `basis`, and the coordinates of `x` inside.
 
-        Directions are random where there is no part outside.
+        Directions are random where rounding is all that is outside: the space is exhausted, in them or altogether.
         """
         inside = basis.T @ x
-        q, r = torch.linalg.qr(x - basis @ inside)
-        lost = r.diagonal().abs() <= 1e-30
-        if bool(lost.any()):
-            q = torch.where(lost, self._noise(x.shape[0]), q)
-        if basis.shape[1] or bool(lost.any()):
-            q = q - basis @ (basis.T @ q)
-            triangle, failed = torch.linalg.cholesky_ex(q.T @ q, upper=True)
-            if int(failed):
-                return torch.linalg.qr(q)[0], inside
-            q = torch.linalg.solve_triangular(triangle, q, upper=True, left=False)  # cheaper than another QR
-        return q, inside
+        q = x - basis @ inside
+        floor = _EXHAUSTED * torch.finfo(x.dtype).eps * float(x.norm())
+        for _ in range(_PASSES):
+            q, r = torch.linalg.qr(q)
+            lost = r.diagonal().abs() <= floor
+            if bool(lost.any()):
+                q = torch.where(lost, self._noise(x.shape[0]), q)
+            elif not basis.shape[1]:
+                return q, inside
+            again = q - basis @ (basis.T @ q)
+            triangle, failed = torch.linalg.cholesky_ex(again.T @ again, upper=True)
+            kept = triangle.diagonal()
+            if int(failed) == 0 and bool(kept.min() > _KEPT) and bool(kept.max() < 2):  # cheaper than another QR
+                return torch.linalg.solve_triangular(triangle, again, upper=True, left=False), inside
+            q, floor = again, _EXHAUSTED * torch.finfo(x.dtype).eps
+        return torch.linalg.qr(q)[0], inside
 
     def _noise(self, rows: int) -> Tensor:
         return torch.randn(rows, self._block, generator=self._generator, dtype=torch.float64).to(self._op.leaf)

@@ -27,7 +27,7 @@ from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.inspect import places
 from loratools.ops.logit_growth import is_renormalised, logit_growth, norm_before, projection_of
 from loratools.ops.overlap_maps import Spaces, overlap_maps, spaces_of
-from loratools.reports.compare import MAX_VALUES, ComparedTarget, CompareReport, UpdateNumbers
+from loratools.reports.compare import ComparedTarget, CompareReport, UpdateNumbers
 from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _compared(
             missed=None if full is None or own is full else missed_by(own, full, str(settings.reference)),
         )
     pairs = tuple(pair_numbers((a, b), found[a], found[b], MAX_OVERLAP_RANK) for a, b in combinations(found, 2))
-    values = tuple(examined.values[:MAX_VALUES].tolist())
+    values = tuple(examined.values.tolist())
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     return ComparedTarget(*place, shape, norm, values, updates, pairs), found
 
@@ -168,9 +168,8 @@ def _examined(base: BaseSpectrum, changes: Mapping[str, Operator], top_k: int, e
         left, right = (int((side.most < epsilon).sum()) for side in (found.left, found.right))
         intruders[name] = (left, right)
     leading = base.leading(top_k, tolerance=TOLERANCE)
-    basis = base.known_basis()
-    values = leading.s if basis is None else basis.s
-    count = min(top_k, len(leading.s))
+    count = min(top_k, *base.stored.shape)
+    values = leading.s[: count + 1] * base.scale
     return _Examined(values, leading.u[:, :count].double(), leading.vt[:count].T.double(), intruders)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from loratools._lazy import torch
 from loratools.linalg.basis import rotated
 from loratools.linalg.cosine_bounds import Question, cosine_bounds
-from loratools.linalg.krylov import Leading, leading_triplets
+from loratools.linalg.krylov import Leading, leading_of, leading_triplets
 from loratools.operators import Dense, LowRank, Operator, sum_of
-from loratools.ops.base_spectra import TOLERANCE
+from loratools.ops.base_spectra import TOLERANCE, leak
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,8 @@ _DEGENERATE = 1e-3  # relative gap of neighbouring singular values, below which 
 # What an iteration begins with: leading vectors of W0 beyond those asked for, directions of the change, random ones.
 _MORE, _ALONG_CHANGE, _ANYWHERE = 10, 8, 4
 _WITHIN = 3e-4  # of a vector of W0 + change; closer calls are made in float64
+_LOOSE = 0.03  # of a vector; what iteration leaves less sure is decomposed
+_EXACT = 1e-7  # of a vector that an edit is made of
 _TAKEN_OUT = 3e-4  # error of a leading vector of W0 with which it is taken out of a question about the others
 _LOW = 4  # a change whose rank is this many times below the shorter side is worked on by its factors
 
@@ -44,38 +46,37 @@ class Cosines:
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """The first k singular triplets of W0 + delta against all of W0; the two bounds are one number where dense.
-
-    `up` (m, k) and `down` (k, n) are there where the vectors themselves were asked for.
-    """
+    """The first k singular vectors of W0 + delta against all of W0; the two bounds are one number where dense."""
 
     values: Tensor  # (k,) float64
     left: Cosines
     right: Cosines
     verdict: Verdict
-    up: Tensor | None = None
-    down: Tensor | None = None
 
 
-def examine(
-    base: BaseSpectrum,
-    change: Operator,
-    *,
-    top_k: int,
-    thresholds: Sequence[float],
-    vectors: bool = False,
-) -> Examined:
+def examine(base: BaseSpectrum, change: Operator, *, top_k: int, thresholds: Sequence[float]) -> Examined:
     """The leading vectors of W0 + `change`, with every verdict at `thresholds` decided.
 
-    W0 + change itself is never decomposed whole, unless it is tiny. `vectors` gives the vectors themselves, from
-    float64 throughout.
+    W0 + change itself is decomposed whole only where it is small, where `top_k` is a large share of it, or where its
+    leading vectors cannot be told apart otherwise.
     """
-    if vectors or base.wants_basis:
-        return _with_basis(base, change, top_k, thresholds, vectors=vectors)
-    found = _with_bounds(base, change, top_k, thresholds)
-    if all(bool(_decided(side, thresholds).all()) for side in (found.left, found.right)):
-        return found
-    return _with_basis(base, change, top_k, thresholds, vectors=False)
+    change = change * (1 / base.scale)
+    found = None if base.wants_basis else _with_bounds(base, change, top_k, thresholds)
+    if found is None or not all(bool(_decided(side, thresholds).all()) for side in (found.left, found.right)):
+        found = _with_basis(base, change, top_k, thresholds)
+    return replace(found, values=found.values * base.scale)
+
+
+def tuned_triplets(base: BaseSpectrum, change: Operator, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular triplets (u, s, vt) of W0 + `change`, in float64, to rounding."""
+    whole = sum_of([Dense(base.weight_in(torch.float64)), (change * (1 / base.scale)).to(torch.float64)])
+    k = min(top_k, *whole.shape)
+    start = _start(base.leading(k).vt[: k + _MORE].T.double(), whole)
+    found = leading_triplets(whole, k, start=start, tolerance=_EXACT)
+    u, s, vt = found.u, found.s, found.vt
+    if not bool((found.errors[:k] <= _EXACT).all()):
+        u, s, vt = torch.linalg.svd(whole.dense(), full_matrices=False)
+    return u[:, :k], s[:k] * base.scale, vt[:k]
 
 
 def is_degenerate(base: BaseSpectrum, top_k: int) -> bool:
@@ -85,42 +86,45 @@ def is_degenerate(base: BaseSpectrum, top_k: int) -> bool:
     return bool((gaps < _DEGENERATE).any())
 
 
-def _with_basis(
-    base: BaseSpectrum, change: Operator, top_k: int, thresholds: Sequence[float], *, vectors: bool
-) -> Examined:
-    for dtype in dict.fromkeys((torch.float64 if vectors else base.weight.dtype, torch.float64)):
-        found, error = _against_basis(base, change.to(dtype, base.weight.device), top_k, vectors=vectors)
-        margin = max(_CLOSE, error)
-        sides = (found.left.most, found.right.most)
-        if not any(bool(((side - t).abs() < margin).any()) for side in sides for t in thresholds):
+def _with_basis(base: BaseSpectrum, change: Operator, top_k: int, thresholds: Sequence[float]) -> Examined:
+    """By the whole basis; in float64 where a cosine is nearer to a threshold than the vectors are to the truth."""
+    for dtype in dict.fromkeys((base.weight.dtype, torch.float64)):
+        found, margins = _against_basis(base, change.to(dtype, base.weight.device), top_k)
+        sides = zip((found.left.most, found.right.most), margins, strict=True)
+        if not any(bool(((side - t).abs() < margin).any()) for side, margin in sides for t in thresholds):
             break
     return found
 
 
-def _against_basis(base: BaseSpectrum, change: Operator, top_k: int, *, vectors: bool) -> tuple[Examined, float]:
-    """By the whole basis in the dtype of `change`; the largest error of a vector, with it."""
-    basis = base.basis(change.leaf.dtype)
+def _against_basis(base: BaseSpectrum, change: Operator, top_k: int) -> tuple[Examined, tuple[Tensor, Tensor]]:
+    """By the whole basis in the dtype of `change`; with it, how far off each largest cosine may be, left and right."""
+    dtype = change.leaf.dtype
+    basis = base.basis(dtype)
     p = len(basis.s)
     k = min(top_k, p)
-    up = down = None
+    whole = sum_of([Dense(base.weight if dtype == base.weight.dtype else base.weight_in(dtype)), change])
     if isinstance(change, LowRank) and change.rank * _LOW <= p:
         turned = rotated(basis, change)
         axes = torch.eye(turned.low.shape[1], min(k + _MORE, p)).to(basis.s)
-        found = leading_triplets(
-            sum_of([turned.diagonal, turned.low]), k, start=_start(axes, turned.low), tolerance=_WITHIN
-        )
-        left, right = found.u[:, :k], found.vt[:k].T
-        if vectors:
-            up, down = turned.left(left), turned.right(right).T
-        left, right = left[:p].T, right[:p].T
+        core = sum_of([turned.diagonal, turned.low])
+        found = leading_triplets(core, k, start=_start(axes, turned.low), tolerance=_WITHIN)
+        left, right = found.u[:p, :k].T, found.vt[:k, :p]
     else:
-        whole = sum_of([Dense(base.weight.to(change.leaf.dtype)), change])
         found = leading_triplets(whole, k, start=_start(basis.vt[: k + _MORE].T, change), tolerance=_WITHIN)
-        up, down = found.u[:, :k], found.vt[:k]
-        left, right = up.T @ basis.u, down @ basis.vt.T
-    errors = found.errors[:k]
-    error = float(errors[torch.isfinite(errors)].max()) if bool(torch.isfinite(errors).any()) else 0.0
-    return Examined(found.s[:k].cpu(), _exact(left), _exact(right), "dense", up, down), error
+        left, right = found.u[:, :k].T @ basis.u, found.vt[:k] @ basis.vt.T
+    if not bool((found.errors[:k] <= _LOOSE).all()):
+        u, s, vt = torch.linalg.svd(whole.dense(), full_matrices=False)
+        found = leading_of(u, s.double(), vt, k)
+        left, right = found.u.T @ basis.u, found.vt @ basis.vt.T
+    own = leading_of(basis.u, basis.s.double(), basis.vt, p).errors
+    lost = leak(float(basis.s.norm()), float(basis.s[-1]), dtype)
+    margins = tuple(
+        found.errors[:k].clamp_min(_CLOSE)
+        + own[side.abs().argmax(1).cpu()]
+        + lost * (1 - side.double().square().sum(1)).clamp_min(0.0).sqrt().cpu()
+        for side in (left, right)
+    )
+    return Examined(found.s[:k].cpu(), _exact(left), _exact(right), "dense"), (margins[0], margins[1])
 
 
 def _start(leading: Tensor, change: Operator) -> Tensor:
@@ -146,13 +150,18 @@ def _with_bounds(base: BaseSpectrum, change: Operator, top_k: int, thresholds: S
     up, down = found.u[:, :k], found.vt[:k]
     errors = found.errors[:k]
     known = _proven_where_alike(base, up, down.T, min(thresholds), k)
-    pairs = ((known.u, up), (known.vt.T, down.T))
-    sides = [_like_leading(mine, vectors, known.errors, errors) for mine, vectors in pairs]
-    asked = [_asked(base, known, *pair, side, errors, thresholds) for pair, side in zip(pairs, sides, strict=True)]
+    lefts, rights = (
+        _Side(True, base.weight, known.u, known.vt.T, up),
+        _Side(False, base.weight.T, known.vt.T, known.u, down.T),
+    )
+    sides = [_like_leading(side.known, side.vectors, known.errors, errors) for side in (lefts, rights)]
+    asked = [
+        _asked(base, known, side, near, errors, thresholds) for side, near in zip((lefts, rights), sides, strict=True)
+    ]
     bounds = cosine_bounds([a.question for a in asked])
-    for side, a, bound in zip(sides, asked, bounds, strict=True):
-        side.most[a.chosen] = torch.maximum(side.among[a.chosen], bound * a.lengths + a.slack)
-    left, right = (Cosines(side.least, side.most, side.matched) for side in sides)
+    for near, a, bound in zip(sides, asked, bounds, strict=True):
+        near.most[a.chosen] = torch.maximum(near.among[a.chosen], bound * a.lengths + a.slack)
+    left, right = (Cosines(near.least, near.most, near.matched) for near in sides)
     return Examined(found.s[:k].cpu(), left, right, "certified")
 
 
@@ -162,6 +171,17 @@ def _proven_where_alike(base: BaseSpectrum, left: Tensor, right: Tensor, thresho
     near = torch.maximum((rough.u.T @ left).abs().amax(1), (rough.vt @ right).abs().amax(1))
     alike = (near >= threshold).nonzero().flatten().tolist()
     return base.leading(k, prove=alike or (0,))
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """W0, or its transpose; its known leading vectors, those of the other side, and the vectors in question."""
+
+    left: bool
+    matrix: Tensor  # (m, n)
+    known: Tensor  # (m, K)
+    opposite: Tensor  # (n, K)
+    vectors: Tensor  # (m, k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,43 +217,34 @@ def _like_leading(mine: Tensor, vectors: Tensor, mine_errors: Tensor, errors: Te
 
 
 def _asked(
-    base: BaseSpectrum,
-    known: Leading,
-    mine: Tensor,
-    vectors: Tensor,
-    side: _Near,
-    errors: Tensor,
-    thresholds: Sequence[float],
+    base: BaseSpectrum, known: Leading, side: _Side, near: _Near, errors: Tensor, thresholds: Sequence[float]
 ) -> _Asked:
     """About the vectors whose cosines with all but the known leading ones are open: those are taken out of both."""
-    is_left = mine is known.u
-    hopeless = side.near >= max(thresholds)  # no bound on all cosines can be below one of them
-    chosen = (~_decided(side, thresholds) & torch.isfinite(errors) & ~hopeless).nonzero().flatten()
-    matrix: Tensor | None = base.weight if is_left else base.weight.T
-    x = vectors[:, chosen.to(vectors.device)]
+    hopeless = near.near >= max(thresholds)  # no bound on all cosines can be below one of them
+    chosen = (~_decided(near, thresholds) & torch.isfinite(errors) & ~hopeless).nonzero().flatten()
+    if not len(chosen):
+        nothing = side.vectors[:1, :0]
+        return _Asked(Question(LowRank(nothing, nothing.T), nothing, 1.0, 1.0), chosen[:0], errors[:0], errors[:0])
     taken = _taken_out(known)
-    lead, s, lead_errors = mine[:, :taken], known.s[:taken], known.errors[:taken]
-    other = (known.vt.T if is_left else known.u)[:, :taken]
+    lead, s, lead_errors = side.known[:, :taken], known.s[:taken], known.errors[:taken]
+    x = side.vectors[:, chosen.to(side.vectors.device)]
     coordinates = lead.T @ x
     x = x - lead @ coordinates
     slack = errors[chosen] + coordinates.double().norm(dim=0).cpu() * float(lead_errors.norm())
-    if matrix is not None and matrix.shape[0] > matrix.shape[1]:
-        matrix = base.square_factor(left=is_left)
-        if matrix is not None and len(chosen):
-            tall = base.weight if is_left else base.weight.T
-            lead = _in_range(matrix, tall, lead)
-            x = _in_range(matrix, tall, x)
-            x, matrix = x.to(vectors.dtype), matrix.to(vectors.dtype)
-            lead = lead.to(vectors.dtype)
-    if matrix is None or not len(chosen):
-        chosen, x, slack = chosen[:0], vectors[:1, :0], slack[:0]
-        return _Asked(Question(LowRank(x, x.T), x, 1.0, 1.0), chosen, slack, slack)
+    matrix = side.matrix
+    if matrix.shape[0] > matrix.shape[1]:  # what lies outside its columns has no cosine with any of its vectors
+        square = base.square(left=side.left)
+        matrix, whole = square.r, x.double().square().sum(0)
+        lead, x = square.q.T @ lead, square.q.T @ x
+        outside = (whole - x.double().square().sum(0)).clamp_min(0.0).sqrt().cpu()
+        slack = slack + square.leak * outside
     lengths = x.norm(dim=0).clamp_min(1e-30)
-    open_limits = [t for t in thresholds if bool(((side.least[chosen] < t) & (side.most[chosen] >= t)).any())]
+    open_limits = [t for t in thresholds if bool(((near.least[chosen] < t) & (near.most[chosen] >= t)).any())]
     enough = (min(open_limits) - float(slack.max())) / float(lengths.max())
-    op = sum_of([Dense(matrix), LowRank(-lead * s.to(lead), other.T)]) if taken else Dense(matrix)
-    off = float((lead_errors * s.cpu()).norm())
-    question = Question(op, x / lengths, max(0.0, enough), known.upper[taken], off)
+    rest = LowRank(-lead * s.to(lead), side.opposite[:, :taken].T)
+    op = sum_of([Dense(matrix), rest]) if taken else Dense(matrix)
+    # As far up as the largest singular value: which ones the known triplets belong to is not proven.
+    question = Question(op, x / lengths, max(0.0, enough), known.upper[0], float((lead_errors * s.cpu()).norm()))
     return _Asked(question, chosen, lengths.double().cpu(), slack)
 
 
@@ -241,11 +252,6 @@ def _taken_out(known: Leading) -> int:
     """How many leading triplets are known so well that the rest can be asked about without them."""
     small = (known.errors <= _TAKEN_OUT).tolist()
     return small.index(False) if False in small else len(small)
-
-
-def _in_range(factor: Tensor, tall: Tensor, x: Tensor) -> Tensor:
-    """Coordinates of the part of x in the column space of `tall` = Q `factor`, along Q."""
-    return torch.linalg.solve_triangular(factor.T, tall.T.double() @ x.double(), upper=False)
 
 
 def _decided(side: Cosines | _Near, thresholds: Sequence[float]) -> Tensor:

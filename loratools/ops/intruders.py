@@ -15,7 +15,7 @@ from loratools.linalg.inner import frobenius
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank
 from loratools.ops.base_spectra import BaseSpectrum, Search
-from loratools.ops.examine import Cosines, Examined, energy_share, examine, is_degenerate
+from loratools.ops.examine import Cosines, Examined, energy_share, examine, is_degenerate, tuned_triplets
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.inspect import depth, places
 from loratools.ops.matrices import matrices_of_target, unsuitable
@@ -23,6 +23,8 @@ from loratools.ops.spectra import fit_update, low_rank_part
 from loratools.reports.intruders import Count, IntrudersReport, Side, TargetIntruders
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
 
@@ -98,7 +100,7 @@ def mitigate(
             raise AdapterError(f"{name}: covers several matrices of the base; loratools convert takes them apart")
         matrix = matrices[0]
         known = BaseSpectrum(matrix.parameter, matrix.weight, search)
-        found = examine(known, matrix.change, top_k=top_k, thresholds=(epsilon,), vectors=True)
+        found = examine(known, matrix.change, top_k=top_k, thresholds=(epsilon,))
         degenerate += is_degenerate(known, top_k)
         update = adapter[name]
         part = low_rank_part(update)
@@ -111,7 +113,8 @@ def mitigate(
         share = 1.0
         if told.left.count:
             chosen = told.left.indices
-            updates[name] = _without(update, part, found, chosen, strength, keep_rank=keep_rank, target=name)
+            triplets = tuned_triplets(known, matrix.change, top_k)
+            updates[name] = _without(update, part, triplets, chosen, strength, keep_rank=keep_rank, target=name)
             made = low_rank_part(updates[name]).to(torch.float64)
             share = frobenius(made) / norm
         before, after = before + norm**2, after + (share * norm) ** 2
@@ -149,7 +152,7 @@ def _side(cosines: Cosines, epsilon: float) -> Side:
 def _without(
     update: Update,
     part: LowRank,
-    found: Examined,
+    triplets: tuple[Tensor, Tensor, Tensor],
     chosen: Sequence[int],
     strength: float,
     *,
@@ -157,11 +160,9 @@ def _without(
     target: str,
 ) -> Update:
     ones = list(chosen)
-    assert found.up is not None
-    assert found.down is not None
-    edit = found.up[:, ones].cpu().double() * (strength - 1) * found.values[ones]
-    left = torch.cat([part.left.double() * part.scale, edit], dim=1)
-    right = torch.cat([part.right.double(), found.down[ones].cpu().double()])
+    up, values, down = (t.cpu() for t in triplets)
+    left = torch.cat([part.left.double() * part.scale, up[:, ones] * (strength - 1) * values[ones]], dim=1)
+    right = torch.cat([part.right.double(), down[ones]])
     whole = LowRank(left, right)
     rank = part.rank if keep_rank else min(whole.rank, *whole.shape)
     best = truncate(whole, rank).operator

@@ -77,7 +77,7 @@ class PairNumbers:
 
 @dataclass(frozen=True)
 class ComparedTarget:
-    """One matrix of the base: `base_values` are its leading singular values."""
+    """One matrix of the base: `base_values` are its first top_k singular values, and the next one."""
 
     layer: str
     module: str

@@ -17,6 +17,8 @@ SPECTRA = {
     "flat": lambda p: torch.linspace(1, 0.99, p),
     "low rank": lambda p: torch.cat([torch.linspace(3, 1, 5), torch.zeros(p - 5)]),
     "zero": torch.zeros,
+    "plateau": lambda p: torch.cat([torch.tensor([1, 0.9, 0.8, 0.7]), torch.full((p - 4,), 0.5)]),
+    "equal": torch.ones,
     "pairs": lambda p: torch.linspace(2, 0.1, p // 2).repeat_interleave(2)[:p],
 }
 
@@ -57,7 +59,7 @@ def assert_what_is_proven_holds(found: Leading, weight: torch.Tensor) -> None:
             assert distances(found.vt[i : i + 1].T, vt[i : i + 1].T)[0] <= allowed, i
 
 
-LEAST = {"outliers": 24, "low rank": 5, "pairs": 5}  # singular values that a spectrum takes
+LEAST = {"outliers": 24, "low rank": 5, "pairs": 5, "plateau": 5}  # singular values that a spectrum takes
 CASES = [
     (spectrum, m, n)
     for spectrum in SPECTRA
@@ -133,6 +135,22 @@ def test_structure_is_enough() -> None:
     op = sum_of([Diagonal(values, (310, 300)), low])
     found = leading_triplets(op, 3, tolerance=1e-8)
     np.testing.assert_allclose(found.s[:3].numpy(), np.linalg.svd(op.dense().numpy(), compute_uv=False)[:3], rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", ["outliers", "power", "flat", "low rank", "zero", "pairs", "plateau", "equal"])
+def test_bases_stay_orthonormal_to_the_end(spectrum: str, dtype: torch.dtype) -> None:
+    """And no Ritz value exceeds the singular value of its index, where the Krylov space is exhausted long before."""
+    weight = matrix(320, 300, spectrum).to(dtype)
+    run = Krylov(Dense(weight), 6)
+    while run._steps < run._limit:
+        run._extend()
+    eps = torch.finfo(dtype).eps
+    for basis in (run._u, run._v):
+        gram = basis.double().T @ basis.double()
+        assert float((gram - torch.eye(len(gram))).abs().max()) < 64 * eps
+    found = run.leading(range(6), 0.0, proven=True)
+    assert_what_is_proven_holds(found, weight)
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

@@ -11,9 +11,9 @@ import torch
 from loratools.cache import Cache
 from loratools.operators import Dense, LowRank, Operator, sum_of
 from loratools.ops.base_spectra import BaseSpectrum, Method, Search
-from loratools.ops.examine import Examined, examine
+from loratools.ops.examine import Examined, examine, tuned_triplets
 
-SIZES = ((160, 160), (150, 240), (240, 150), (300, 180), (170, 420))
+SIZES = ((300, 300), (280, 400), (400, 280), (150, 240), (420, 310))  # float32 where the shorter side is above 256
 
 
 def base_weight(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -109,36 +109,111 @@ def test_a_dense_change_and_a_sum(method: Method) -> None:
         assert_agrees(found, weight, change, (0.5,), 6)
 
 
-def test_vectors_where_they_are_asked_for() -> None:
+@pytest.mark.parametrize(("m", "n"), [(190, 300), (300, 280)])
+def test_tuned_triplets_are_exact(m: int, n: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    weight, change = base_weight(190, 300, generator), low_rank(190, 300, 3.0, generator)
-    found = examine(BaseSpectrum("w", weight), change, top_k=6, thresholds=(0.5,), vectors=True)
-    assert found.up is not None
-    assert found.down is not None
-    whole = weight.double() + change.to(torch.float64).dense()
-    np.testing.assert_allclose((whole @ found.down.T).numpy(), (found.up * found.values).numpy(), atol=2e-4)
-    assert examine(BaseSpectrum("w", weight), change, top_k=6, thresholds=(0.5,)).up is None
+    weight, change = base_weight(m, n, generator).double() * 1e9, low_rank(m, n, 3e9, generator)
+    u, s, vt = tuned_triplets(BaseSpectrum("w", weight), change, 6)
+    whole = weight + change.to(torch.float64).dense()
+    np.testing.assert_allclose((whole @ vt.T).numpy(), (u * s).numpy(), atol=1e-6 * 1e9)
+    np.testing.assert_allclose(s.numpy(), np.linalg.svd(whole.numpy(), compute_uv=False)[:6], rtol=1e-12)
 
 
-def test_a_rank_deficient_base_has_no_square_factor_and_the_right_answer() -> None:
+def with_spectrum(m: int, n: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    p = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, p, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, p, generator=generator, dtype=torch.float64)).Q
+    return (u * spectrum) @ v.T
+
+
+def plateau(count: int) -> torch.Tensor:
+    return torch.cat([torch.tensor([1, 0.9, 0.8]), torch.full((count - 3,), 0.5)]).double()
+
+
+@pytest.mark.parametrize("method", ["certified", "dense"])
+def test_bounds_hold_over_a_plateau(method: Method) -> None:
+    """Where the Krylov space is exhausted after four blocks."""
+    weight = with_spectrum(600, 600, plateau(600)).float()
+    u, _, vt = np.linalg.svd(weight.double().numpy())
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.nn.functional.normalize(torch.randn(600, 2, generator=generator, dtype=torch.float64), dim=0)
+    left = torch.stack([torch.from_numpy(u[:, 1]), noise[:, 0]], dim=1) * torch.tensor([20.0, 10.0])
+    change = LowRank(left, torch.stack([torch.from_numpy(vt[1]), noise[:, 1]]))
+    found = examine(BaseSpectrum("w", weight, Search(method)), change, top_k=1, thresholds=(0.5,))
+    true = naive(weight, change, 1)[0].max()
+    assert float(found.left.least[0]) - 1e-3 <= true <= float(found.left.most[0]) + 1e-3
+
+
+@pytest.mark.parametrize("method", ["certified", "dense"])
+def test_a_tall_weight_may_be_nearly_singular_without_showing_it(method: Method) -> None:
+    """Pivots near 1 and a least singular value of 1e-10: the vector that belongs to it is no intruder."""
+    m, p = 400, 300
+    v = torch.sqrt(0.9 ** torch.arange(p).double())
+    v /= v.norm()
+    weight = with_spectrum(m, p, torch.logspace(0, -1.5, p).double(), seed=5) @ (
+        torch.eye(p).double() - (1 - 1e-9) * torch.outer(v, v)
+    )
+    last = torch.linalg.svd(weight, full_matrices=False).U[:, -1:].contiguous()
+    right = torch.nn.functional.normalize(torch.randn(1, p, generator=torch.Generator().manual_seed(0)).double())
+    found = examine(BaseSpectrum("w", weight, Search(method)), LowRank(50 * last, right), top_k=1, thresholds=(0.5,))
+    assert float(found.left.most[0]) > 0.9
+
+
+@pytest.mark.parametrize("k", [100, 250])
+def test_a_large_share_of_all_vectors(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, change = torch.randn(330, 330, generator=generator) / 18, low_rank(330, 330, 1.0, generator)
+    found = examine(BaseSpectrum("w", weight, Search("dense")), change, top_k=k, thresholds=(0.5,))
+    left, right, s = naive(weight, change, k)
+    np.testing.assert_allclose(found.values.numpy(), s, rtol=1e-4)
+    for side, cosines in ((found.left, left), (found.right, right)):
+        assert abs(int((side.most < 0.5).sum()) - int((cosines.max(1) < 0.5).sum())) <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e20])
+@pytest.mark.parametrize("method", ["certified", "dense"])
+def test_the_scale_does_not_matter(scale: float, method: Method) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, change = base_weight(320, 300, generator), low_rank(320, 300, 3.0, generator)
+    plain = examine(BaseSpectrum("w", weight, Search(method)), change, top_k=5, thresholds=(0.5,))
+    scaled = examine(BaseSpectrum("w", weight * scale, Search(method)), change * scale, top_k=5, thresholds=(0.5,))
+    np.testing.assert_allclose(scaled.values.numpy(), plain.values.numpy() * scale, rtol=1e-5)
+    assert ((scaled.left.most < 0.5) == (plain.left.most < 0.5)).all()
+
+
+def test_close_pairs_inside_the_spectrum_are_decided_in_float64() -> None:
+    spectrum = torch.linspace(1, 0.1, 400).double()
+    spectrum[201] = spectrum[200] * (1 - 1e-7)
+    weight = with_spectrum(400, 400, spectrum)
+    u, _, vt = torch.linalg.svd(weight)
+    change = LowRank(20 * u[:, 200:201], vt[200:201])
+    found = examine(BaseSpectrum("w", weight, Search("dense")), change, top_k=1, thresholds=(0.9,))
+    assert float(found.left.most[0]) > 0.99
+
+
+def test_a_rank_deficient_base() -> None:
     generator = torch.Generator().manual_seed(11)
-    weight = base_weight(300, 150, generator)
-    weight[:, 100:] = 0
-    change = low_rank(300, 150, 4.0, generator)
+    weight = base_weight(400, 300, generator)
+    weight[:, 200:] = 0
+    change = low_rank(400, 300, 4.0, generator)
     base = BaseSpectrum("w", weight, Search("certified"))
-    assert base.square_factor(left=True) is None
     assert_agrees(examine(base, change, top_k=5, thresholds=(0.5,)), weight, change, (0.5,), 5)
 
 
 def test_nothing_changed_and_nothing_there() -> None:
-    weight = base_weight(160, 160, torch.Generator().manual_seed(0))
-    nothing = LowRank(torch.zeros(160, 2), torch.zeros(2, 160))
+    weight = base_weight(300, 300, torch.Generator().manual_seed(0))
+    nothing = LowRank(torch.zeros(300, 2), torch.zeros(2, 300))
+    something = low_rank(300, 300, 2.0, torch.Generator().manual_seed(1))
+    true = np.linalg.svd(something.dense().double().numpy(), compute_uv=False)[:3]
     methods: tuple[Method, ...] = ("certified", "dense")
     for method in methods:
         found = examine(BaseSpectrum("w", weight, Search(method)), nothing, top_k=10, thresholds=(0.5,))
         assert float(found.left.least.min()) > 0.99
-        empty = BaseSpectrum("w", torch.zeros(160, 160), Search(method))
-        assert torch.isfinite(examine(empty, nothing, top_k=3, thresholds=(0.5,)).values).all()
+        empty = BaseSpectrum("w", torch.zeros(300, 300), Search(method))
+        assert not examine(empty, nothing, top_k=3, thresholds=(0.5,)).values.any()
+        values = examine(empty, something, top_k=3, thresholds=(0.5,)).values
+        np.testing.assert_allclose(values.numpy(), true, rtol=1e-5, atol=1e-6)
 
 
 def test_the_basis_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +231,15 @@ def test_the_basis_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_wrong_basis_in_the_cache_is_not_believed(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight, other = base_weight(200, 160, generator), base_weight(200, 160, generator)
+    weight, other = base_weight(200, 160, generator), base_weight(200, 160, generator)  # small: in float64
     cache = Cache(tmp_path)
     spectrum = BaseSpectrum("w", weight, Search(cache=cache))
     wrong = torch.linalg.svd(other.double(), full_matrices=False)
     cache.write(spectrum._key, dict(zip(("u", "s", "vt"), wrong, strict=True)), name="w")
     assert spectrum.known_basis() is None
-    u, s, _ = torch.linalg.svd(weight.double(), full_matrices=False)
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    cache.write(spectrum._key, {"u": 3 * u, "s": s / 3, "vt": vt}, name="w")
+    assert spectrum.known_basis() is None
     cache.write(spectrum._key, {"u": u, "s": s}, name="w")
     assert BaseSpectrum("w", weight, Search(cache=cache)).known_basis() is None
-    np.testing.assert_allclose(spectrum.basis().s.numpy(), s.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(spectrum.basis(torch.float64).s.numpy(), s.numpy(), rtol=1e-6)
