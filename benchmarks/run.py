@@ -14,12 +14,14 @@ PAGES = {
     "squeeze_real": ("real_squeeze",),
     "samples": ("samples",),
     "intruders": ("intruder_speed",),
+    "fine_tuning": ("fine_tuning",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
     "squeeze_real": "",
     "samples": "",
     "intruders": "# Intruder dimensions\n\n",
+    "fine_tuning": "",
 }
 
 
