@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratools_cli.output import say
+
 if TYPE_CHECKING:
     from loratools.reports.frames import Tabular
 
@@ -28,24 +30,31 @@ def write_exports(
     table: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write what is asked for; a `page` is of comparisons, a `figure` of those and of intruders."""
+    """Write what is asked for, and say so on standard error.
+
+    A `page` is of comparisons, a `figure` of those and of intruders.
+    """
     from loratools.reports.compare import CompareReport
     from loratools.reports.frames import write_table
     from loratools.reports.intruders import IntrudersReport
 
     if table is not None:
         write_table(report, table, force=force)
+        say(f"wrote {table}")
     if figure is not None and isinstance(report, IntrudersReport):
         from loratools.reports.plot_intruders import plot_intruders
 
         plot_intruders(report, figure, force=force)
+        say(f"wrote {figure}")
     elif figure is not None:
         from loratools.reports.plot_compare import plot_compare
 
         assert isinstance(report, CompareReport)
         plot_compare(report, figure, force=force)
+        say(f"wrote {figure}")
     if page is not None:
         from loratools.reports.html import write_html
 
         assert isinstance(report, CompareReport)
         write_html(report, page, force=force)
+        say(f"wrote {page}")

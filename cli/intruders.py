@@ -71,9 +71,10 @@ def intruders(
     assert weights is not None
     search = loratools.Search(method, loratools.default_cache() if cached else None, device)
     with Progress() as progress:
-        adapter = loratools.open_fine_tune(
-            path, weights, alpha=alpha, initial=initial_adapter, steps=progress.steps
-        ).adapter
+        opened = loratools.open_fine_tune(path, weights, alpha=alpha, initial=initial_adapter, steps=progress.steps)
+        if mitigate is not None and opened.kind == "full":
+            raise UsageError(f"{path}: is a whole model; --mitigate is for adapters: make one with loratools extract")
+        adapter = opened.adapter
         step = progress.steps(len(adapter.select(target) if target else adapter), "targets examined")
         if mitigate is None:
             place = None

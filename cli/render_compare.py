@@ -21,15 +21,18 @@ def render_compare(report: CompareReport, *, everything: bool) -> Iterator[Rende
     yield _summary(report.fine_tunes)
     yield Text(
         f"energy: share of the first {report.top_k} singular directions of the base; intruders: of as many after "
-        f"tuning, those with no cosine of {report.epsilon:g} with any of the base; each left|right",
+        f"tuning, those with no cosine of {report.epsilon:g} with any of the base; each left|right; the rest, and what "
+        "follows, is defined in docs/guide.md",
         style="dim",
     )
     if any(f.missed is not None for f in report.fine_tunes.values()):
         yield Text()
         yield _missed(report.fine_tunes)
+        yield Text("norms of what is missed, of that of the full change: 1 is as far off as the base is", style="dim")
     if report.pairs:
         yield Text()
         yield _pairs(report.pairs)
+        yield Text("distance: norm of the difference, of that of the first of the two", style="dim")
     yield Text()
     yield _where(report.fine_tunes)
     if everything:

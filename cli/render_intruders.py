@@ -18,7 +18,8 @@ def render_intruders(report: IntrudersReport, *, everything: bool) -> Iterator[R
         rows = {plain(name): [t] for name, t in report.targets.items() if t.left.count or t.right.count}
     else:
         rows = {plain(m): [t for t in report.targets.values() if t.module == m] for m in report.modules}
-    yield _table(rows)
+    if rows:
+        yield _table(rows)
     total = report.total
     yield Text(
         f"{total['left']} left and {total['right']} right intruders among the first {report.top_k} singular vectors of "

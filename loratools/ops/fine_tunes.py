@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Kind = Literal["adapter", "full"]
 Steps = Callable[[int, str], Callable[[], None]]
 
+_OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 _LOOKED_AT = 256  # names that tell an adapter from a model: a model of experts has tens of thousands of them
 
 
@@ -54,10 +55,14 @@ def open_fine_tune(
     The header alone decides, and an adapter_config.json beside it for an adapter; one of whole layers and nothing else,
     as MLX-LM saves them, is a whole model all the same. A whole model is then read once, for what it changed:
     `steps(total, what)` gives what to call after each parameter. `alpha` and `initial`, the factors before training,
-    are for adapters. Raises UnchangedError for a model that is the base, UsageError for `initial` beside a whole model,
-    InputError for what is neither, and whatever `load` and `differences` raise.
+    are for adapters. Raises UnchangedError for a model that is the base, UsageError for a base that is an adapter and
+    for `initial` beside a whole model, InputError for what is neither, and whatever `load` and `differences` raise.
     """
     place = Path(path)
+    if any(name.endswith(_OF_ADAPTERS) for name in base.source.specs):
+        raise UsageError(
+            f"{printable(base.source.path)}: is an adapter where the base model belongs; give the model first"
+        )
     stated = ((place if place.is_dir() else place.parent) / CONFIG_NAME).is_file()  # that an adapter lies here
     known, total = (0, 0) if stated else _known_names(place, base)
     if known * 2 > total:

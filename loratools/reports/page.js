@@ -65,7 +65,7 @@ function spectra() {
 function places() {
   choice(sections.where, "tune", "Fine-tune", tuneOptions(), drawWhere);
   choice(sections.where, "measure", "Number", MEASURES, drawWhere);
-  check(sections.where, "same", "one scale for all fine-tunes", drawWhere, false).hidden = tunes.length < 2;
+  check(sections.where, "same", "one scale for all fine-tunes", drawWhere, true).hidden = tunes.length < 2;
   plot("where", drawWhere);
   choice(sections.shape, "x", "Across", SHAPES, drawShape, "effective_rank");
   choice(sections.shape, "y", "Up", SHAPES, drawShape, "energy_left");

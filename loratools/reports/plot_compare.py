@@ -13,6 +13,7 @@ from loratools.reports.plots import (
     SOFT,
     drawable,
     heat_map,
+    limits_of,
     long,
     map_height,
     means_by_place,
@@ -66,7 +67,8 @@ def _draw(figure_class: Any, report: CompareReport) -> Any:
         _spectra(left, report.fine_tunes)
         _overlap(right, overlap)
     for part, (name, cells) in zip(parts[2:], maps.items(), strict=True):
-        heat_map(part, f"{shorten(name, 40)}: relative norm", "GnBu", cells, layers, modules)
+        title = f"{shorten(name, 40)}: relative norm"
+        heat_map(part, title, "GnBu", cells, layers, modules, limits_of(maps.values()))
     return figure
 
 

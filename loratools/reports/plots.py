@@ -104,12 +104,20 @@ def map_height(layers: Sequence[str], rows: int) -> float:
 
 
 def heat_map(
-    figure: Any, title: str, colours: str, cells: list[list[float]], layers: Sequence[str], modules: Sequence[str]
+    figure: Any,
+    title: str,
+    colours: str,
+    cells: list[list[float]],
+    layers: Sequence[str],
+    modules: Sequence[str],
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """One of layers (across) by modules (down), with its numbers where there is room for them."""
+    """One of layers (across) by modules (down), with its numbers where there is room for them.
+
+    `limits` are those of the colours where several maps share them.
+    """
     axis = figure.subplots()
-    known = [number for row in cells for number in row if not math.isnan(number)]
-    low, high = min(known), max(known)
+    low, high = limits or limits_of([cells])
     image = axis.pcolormesh(
         cells, cmap=colours, vmin=low - 0.15 * (high - low), vmax=high, edgecolors="white", linewidth=1.1
     )
@@ -137,6 +145,12 @@ def heat_map(
     bar.ax.set_ylim(low, high if high > low else low + 1e-12)
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
+
+
+def limits_of(maps: Iterable[list[list[float]]]) -> tuple[float, float]:
+    """The least and the greatest number of all maps; NaN counts as none."""
+    known = [number for cells in maps for row in cells for number in row if not math.isnan(number)]
+    return min(known), max(known)
 
 
 def long(layers: Sequence[str]) -> bool:

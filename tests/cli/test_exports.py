@@ -77,7 +77,7 @@ def test_a_library_that_is_missing_is_named_at_once(
 def test_intruders_as_a_table(run: Run, peft: Make, base: Path, tmp_path: Path) -> None:
     source = peft()
     done = run("intruders", base, source, "--table", tmp_path / "a.csv", "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, f"wrote {tmp_path / 'a.csv'}\n")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     report = loratools.intruders(loratools.load(source), loratools.load_base(base))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 
@@ -59,3 +59,35 @@ def test_mitigation_writes_an_adapter(run: Run, peft: Make, base: Path, tmp_path
 @pytest.mark.parametrize("arguments", [("-o", "x"), ("--keep-rank",), ("--mitigate", 0.5, "--target", "q_proj")])
 def test_what_does_not_go_together(run: Run, peft: Make, base: Path, arguments: tuple[object, ...]) -> None:
     assert run("intruders", base, peft(), *arguments).code == 2
+
+
+def test_a_whole_model_is_examined_and_not_mitigated(run: Run, base: Path, tmp_path: Path) -> None:
+    weights = load_file(base)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 9 * torch.outer(*torch.randn(2, 32, generator=torch.Generator().manual_seed(1)))
+    save_file(weights, tmp_path / "tuned.safetensors")
+    done = run("intruders", base, tmp_path / "tuned.safetensors", "--json")
+    assert done.code == 0, done.err
+    assert list(done.json["targets"]) == [name]
+    assert done.json["targets"][name]["left"]["count"] >= 1
+    refused = run("intruders", base, tmp_path / "tuned.safetensors", "--mitigate", 0.5, "-o", tmp_path / "x")
+    assert refused.code == 2
+    assert "is a whole model" in refused.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_base_comes_first(run: Run, peft: Make, base: Path) -> None:
+    done = run("intruders", peft(), base)
+    assert done.code == 2
+    assert "is an adapter, where the base model belongs" in done.err
+
+
+def test_what_is_kept_is_listed_and_cleared(run: Run, peft: Make, base: Path) -> None:
+    assert run("intruders", base, peft(), "--no-cache").code == 0
+    assert run("cache", "--json").json["entries"] == []
+    assert run("intruders", base, peft("again")).code == 0
+    kept = run("cache", "--json").json
+    assert len(kept["entries"]) == 6
+    assert "6 weights" in run("cache").out
+    cleared = run("cache", "--clear", "--json").json
+    assert (cleared["freed"], cleared["entries"]) == (kept["bytes"], [])
