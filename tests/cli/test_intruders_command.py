@@ -79,7 +79,7 @@ def test_a_whole_model_is_examined_and_not_mitigated(run: Run, base: Path, tmp_p
 def test_the_base_comes_first(run: Run, peft: Make, base: Path) -> None:
     done = run("intruders", peft(), base)
     assert done.code == 2
-    assert "is an adapter, where the base model belongs" in done.err
+    assert "is an adapter where the base model belongs" in done.err
 
 
 def test_what_is_kept_is_listed_and_cleared(run: Run, peft: Make, base: Path) -> None:
