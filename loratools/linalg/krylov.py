@@ -73,12 +73,20 @@ def leading_triplets(
 
 def leading_of(u: Tensor, s: Tensor, vt: Tensor, count: int) -> Leading:
     """The first `count` triplets of a thin SVD, with errors as rounding in the dtype of its vectors makes them."""
-    kept, dtype = min(count, len(s)), u.dtype
-    values = torch.nn.functional.pad(s, (0, 1))[: kept + 1].tolist()
-    rounding = [_ROUNDING * torch.finfo(dtype).eps * values[0]] * (kept + 1)
-    errors, upper = _vector_errors(values, rounding, [value + rounding[0] for value in values])
-    bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(dtype).eps
-    return Leading(u[:, :kept], s[:kept].cpu(), vt[:kept], bounds, tuple(upper))
+    kept = min(count, len(s))
+    values = s.double().cpu()
+    unit, rounding = _ROUNDING * torch.finfo(u.dtype).eps, rounding_of(s.to(u.dtype))
+    steps = -torch.nn.functional.pad(values, (0, 1)).diff()  # to the next one, from the last to zero
+    gaps = torch.minimum(steps, torch.nn.functional.pad(steps, (1, 0), value=math.inf)[:-1])
+    errors = math.sqrt(2) * rounding / gaps.clamp_min(1e-300)
+    errors = torch.where(errors < 1, errors + unit, math.inf)
+    upper = tuple((torch.nn.functional.pad(values, (0, 1))[: kept + 1] + rounding).tolist())
+    return Leading(u[:, :kept], values[:kept], vt[:kept], errors[:kept], upper)
+
+
+def rounding_of(s: Tensor) -> float:
+    """What an operator with these leading singular values may be off by, in their dtype."""
+    return _ROUNDING * torch.finfo(s.dtype).eps * float(s[0])
 
 
 class Krylov:
@@ -165,7 +173,7 @@ class Krylov:
         p, s, qt = (t.double() for t in torch.linalg.svd(self._core.to(exact)))
         coupled = self._coupling @ p[-b:]  # (b, k): residuals
         measured = coupled[:, : kept + 1].norm(dim=0)
-        rounding = self._rounding(s)
+        rounding = rounding_of(s.to(self._op.leaf.dtype))
         values = s[: kept + 1].tolist()
         errors, upper = _vector_errors(values, (measured + rounding).tolist(), values)
         u = self._u @ p[:, :kept].to(self._u)
@@ -178,7 +186,7 @@ class Krylov:
 
     def _proven(self, rough: Leading, settled: Tensor, ritz: Ritz) -> tuple[Leading, Tensor]:
         """`rough` with errors that are proven, and which of them will not become better."""
-        rounding, columns = self._rounding(ritz.values), self._op.shape[1]
+        rounding, columns = rounding_of(ritz.values.to(self._op.leaf.dtype)), self._op.shape[1]
         residuals = (ritz.coupling.norm(dim=1) + rounding).tolist()
         values = ritz.values[: self._kept + 1].tolist()
         ceilings = [self._ceiling(value, i + 1, self._steps) for i, value in enumerate(values)]
@@ -192,9 +200,6 @@ class Krylov:
                 errors[j] = min(errors[j], math.sqrt(2) * residuals[j] / window(ritz, j))
         bounds = torch.tensor(errors, dtype=torch.float64) + _ROUNDING * torch.finfo(rough.u.dtype).eps
         return replace(rough, errors=bounds, upper=tuple(upper)), settled & torch.isfinite(bounds)
-
-    def _rounding(self, values: Tensor) -> float:
-        return _ROUNDING * torch.finfo(self._op.leaf.dtype).eps * float(values[0])
 
     def _ceiling(self, ritz: float, index: int, steps: int) -> float:
         """What the `index`-th singular value is at most, by its Ritz value after `steps` blocks."""

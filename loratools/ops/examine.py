@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from loratools._lazy import torch
 from loratools.linalg.basis import rotated
 from loratools.linalg.cosine_bounds import Question, cosine_bounds
-from loratools.linalg.krylov import Leading, leading_of, leading_triplets
+from loratools.linalg.krylov import Leading, leading_of, leading_triplets, rounding_of
 from loratools.operators import Dense, LowRank, Operator, sum_of
 from loratools.ops.base_spectra import TOLERANCE, leak
 
@@ -116,15 +116,26 @@ def _against_basis(base: BaseSpectrum, change: Operator, top_k: int) -> tuple[Ex
         u, s, vt = torch.linalg.svd(whole.dense(), full_matrices=False)
         found = leading_of(u, s.double(), vt, k)
         left, right = found.u.T @ basis.u, found.vt @ basis.vt.T
-    own = leading_of(basis.u, basis.s.double(), basis.vt, p).errors
     lost = leak(float(basis.s.norm()), float(basis.s[-1]), dtype)
     margins = tuple(
         found.errors[:k].clamp_min(_CLOSE)
-        + own[side.abs().argmax(1).cpu()]
+        + _turned(basis.s, side)
         + lost * (1 - side.double().square().sum(1)).clamp_min(0.0).sqrt().cpu()
         for side in (left, right)
     )
     return Examined(found.s[:k].cpu(), _exact(left), _exact(right), "dense"), (margins[0], margins[1])
+
+
+def _turned(s: Tensor, cosines: Tensor) -> Tensor:
+    """By how much rounding of W0 may have changed the largest cosine of each row, to first order.
+
+    It turns two singular vectors into each other by itself over the distance of their values, at most wholly.
+    """
+    values, sizes = s.double(), cosines.double().abs()
+    largest = sizes.argmax(1, keepdim=True)  # (k, 1)
+    apart = (values - values[largest]).abs()  # (k, p)
+    turned = (rounding_of(s) / apart.clamp_min(1e-300)).clamp(max=1.0).scatter(1, largest, 0.0)
+    return (turned * sizes).norm(dim=1).cpu()
 
 
 def _start(leading: Tensor, change: Operator) -> Tensor:
