@@ -25,25 +25,11 @@ class Basis:
 class Rotated:
     """W + change in the coordinates of a basis of W: the first p coordinates on either side are cosines with it.
 
-    The rest, where a side is longer than p, are along `left_rest` (m, r') and `right_rest` (n, r'), orthonormal and
-    orthogonal to the basis.
+    The rest, where a side is longer than p, are along new directions, orthonormal and orthogonal to the basis.
     """
 
-    basis: Basis
     diagonal: Diagonal  # (p + r', p + r''): W
     low: LowRank  # likewise: the change
-    left_rest: Tensor
-    right_rest: Tensor
-
-    def left(self, coordinates: Tensor) -> Tensor:
-        """The vectors of the output side with these coordinates, as columns."""
-        p = len(self.basis.s)
-        return self.basis.u @ coordinates[:p] + self.left_rest @ coordinates[p:]
-
-    def right(self, coordinates: Tensor) -> Tensor:
-        """The vectors of the input side with these coordinates, as columns."""
-        p = len(self.basis.s)
-        return self.basis.vt.T @ coordinates[:p] + self.right_rest @ coordinates[p:]
 
 
 def decomposed(matrix: Tensor) -> Basis:
@@ -70,18 +56,18 @@ def is_basis_of(basis: Basis, matrix: Tensor) -> bool:
 
 def rotated(basis: Basis, change: LowRank) -> Rotated:
     """W + change in the coordinates of the basis of W, at the cost of two products with it; W itself is not read."""
-    left, left_rest = _coordinates(basis.u, change.left.to(basis.u) * change.scale)
-    right, right_rest = _coordinates(basis.vt.T, change.right.to(basis.vt).T)
+    left = _coordinates(basis.u, change.left.to(basis.u) * change.scale)
+    right = _coordinates(basis.vt.T, change.right.to(basis.vt).T)
     low = LowRank(left, right.T)
-    return Rotated(basis, Diagonal(basis.s, low.shape), low, left_rest, right_rest)
+    return Rotated(Diagonal(basis.s, low.shape), low)
 
 
-def _coordinates(vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _coordinates(vectors: Tensor, x: Tensor) -> Tensor:
     """Coordinates of the columns of `x` along `vectors` (k, p), and along the new directions that they need."""
     inside = vectors.T @ x
     if vectors.shape[0] == vectors.shape[1]:
-        return inside, x.new_empty(x.shape[0], 0)
+        return inside
     outside = x - vectors @ inside
     again = vectors.T @ outside
-    q, r = torch.linalg.qr(outside - vectors @ again)
-    return torch.cat([inside + again, r]), q
+    r = torch.linalg.qr(outside - vectors @ again, mode="r")[1]
+    return torch.cat([inside + again, r])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
@@ -21,7 +21,7 @@ from loratools.ops.compare_numbers import (
 )
 from loratools.ops.compare_plan import Member, Plan, matrices_of, planned
 from loratools.ops.compare_totals import fine_tune, pairs_over_all, with_shares
-from loratools.ops.examine import examine
+from loratools.ops.examine import examine, turn_freely
 from loratools.ops.fine_tunes import FineTuneSource, fine_tune_of
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
 from loratools.ops.inspect import places
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 MAX_OVERLAP_RANK = 64  # vectors of each space that pairs are compared in
 _GROWTH = 1.5  # of the bound on attention's ingredients, above which there is a warning
-_DEGENERATE = 1e-3  # relative gap of neighbouring singular values, below which their vectors turn freely
 
 
 def compare(
@@ -203,7 +202,7 @@ def _warnings(
     for a, b in combinations(sources, 2):
         if not any(a in t.updates and b in t.updates for t in targets.values()):
             yield f"{a} and {b} change no matrix in common"
-    if degenerate := sum(_is_degenerate(t.base_values[: top_k + 1]) for t in targets.values()):
+    if degenerate := sum(turn_freely(t.base_values) for t in targets.values()):
         note = "base weights have nearly equal leading singular values, whose vectors turn freely: intruders there say"
         yield f"{degenerate} of {len(targets)} {note} little"
     if renormalised := sum(projection_of(p) is not None and is_renormalised(base, p) for p in targets):
@@ -214,7 +213,3 @@ def _warnings(
             f"the bound on the outputs of {len(grown)} query, key or value projections grows by more than "
             f"{_GROWTH:g}, a heuristic sign of larger logits; first: {grown[0]}"
         )
-
-
-def _is_degenerate(values: Sequence[float]) -> bool:
-    return any(value - following < _DEGENERATE * value for value, following in pairwise(values))

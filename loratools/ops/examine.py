@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from loratools._lazy import torch
@@ -81,9 +82,12 @@ def tuned_triplets(base: BaseSpectrum, change: Operator, top_k: int) -> tuple[Te
 
 def is_degenerate(base: BaseSpectrum, top_k: int) -> bool:
     """Whether two of the leading singular values of W0 are so close that their vectors turn freely."""
-    values = base.leading(top_k).s[: top_k + 1]
-    gaps = 1 - values[1:] / values[:-1].clamp_min(1e-300)
-    return bool((gaps < _DEGENERATE).any())
+    return turn_freely(base.leading(top_k).s[: top_k + 1].tolist())
+
+
+def turn_freely(values: Sequence[float]) -> bool:
+    """Whether two neighbours of these singular values are so close that their vectors turn into each other."""
+    return any(value - following < _DEGENERATE * value for value, following in pairwise(values))
 
 
 def _with_basis(base: BaseSpectrum, change: Operator, top_k: int, thresholds: Sequence[float]) -> Examined:
