@@ -20,11 +20,12 @@ from loratools.formats import Declaration, Format, Header, Hints, NestedScaling,
 from loratools.formats.packing import packed, unpacked, unpacked_spec
 from loratools.pipeline import begun
 from loratools.storage import open_source
-from loratools.storage.atomic import printable
+from loratools.storage.atomic import printable, refuse_existing
 from loratools.storage.base import DTYPES, TensorSink, TensorSource
 from loratools.storage.folder import AtomicFolder
 from loratools.storage.gguf import GGUFSink
 from loratools.storage.header import header_bytes, quoted
+from loratools.storage.packed import CONFIG_KEY, Content, PackedSink, Raw
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
@@ -73,10 +74,12 @@ def load(
     AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
-    config = read_config(config_path) if config_path else None
     source = open_source(weights)
+    metadata = dict(source.metadata)
+    stated = metadata.pop(CONFIG_KEY, None)  # a packed file holds the config of its adapter
     try:
-        header = Header(weights, source.specs, source.metadata, config, partial(config_beside, weights.parent))
+        config = json.loads(stated) if stated else read_config(config_path) if config_path else None
+        header = Header(weights, source.specs, metadata, config, partial(config_beside, weights.parent))
         hints = Hints(alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora))
         if base is not None:
             hints = replace(hints, base_shape=base.shape_of, base_config=base.config)
@@ -106,7 +109,7 @@ def load(
         warnings.append(f"{len(skipped)} entries that are not tensors were left out: {first}")
     extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
     origin = Origin(weights, source.container, source.nbytes, source.sha256, source.close)
-    return Adapter(bound, entries, extras, source.metadata, tuple(warnings), origin)
+    return Adapter(bound, entries, extras, metadata, tuple(warnings), origin)
 
 
 def _stored_alpha(source: TensorSource, bound: Format, target: str) -> float | None:
@@ -229,6 +232,50 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
         folder.write_text(CONFIG_NAME, json.dumps(declared.config, indent=2, ensure_ascii=False) + "\n")
         folder.commit()
     return Saved(weights.parent, weights, nbytes, weights.parent / CONFIG_NAME)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTarget:
+    """One target in codes: what it decodes to, and the tensors to store for its slots."""
+
+    target: str
+    update: Update
+    contents: Mapping[str, Content]
+
+
+def packed_place(path: Path, *, force: bool) -> Path:
+    """The file that `write_packed` makes of `path`; OutputError where there is one already, unless `force`."""
+    place = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    refuse_existing(place, force=force)
+    return place
+
+
+def write_packed(adapter: Adapter, targets: Iterable[PackedTarget], path: Path | None, *, force: bool = False) -> int:
+    """Stream targets in codes, then what belongs to none, to one file at `path`; its size in bytes.
+
+    The config of a folder adapter goes into the file. Without a path nothing is written, and the size is exact all the
+    same. ValueError where a target is missing.
+    """
+    place = None if path is None else packed_place(path, force=force)
+    if adapter.record:
+        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
+    written: dict[str, Written] = {}
+    sink = PackedSink(place)
+    with sink:
+        for each in targets:
+            for slot, content in each.contents.items():
+                sink.pack(adapter.format.spell(each.target, slot), content)
+            entry = entry_of(each.update)
+            written[each.target] = Written(entry.rank, entry.scale, adapter.entries[each.target].alpha)
+        if missing := [t for t in adapter.entries if t not in written]:
+            raise ValueError(f"no update for {missing[0]}")
+        declared = adapter.format.declare(written, adapter.metadata)
+        for key, (value, spec) in declared.scalars.items():
+            sink.pack(key, Raw(torch.full(spec.shape, value, dtype=getattr(torch, DTYPES[spec.dtype][0]))))
+        for key, extra in adapter.extras.items():
+            sink.pack(key, Raw(extra.read()))
+        sink.config = declared.config
+        return sink.commit(_metadata(adapter, declared, placeholder=path is None))
 
 
 def _sink(adapter: Adapter, weights: Path) -> TensorSink:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from loratools._lazy import torch
 from loratools.errors import NeedsBaseError
@@ -92,6 +92,11 @@ class Update(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """Stored tensors by slot, without those that targets share."""
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same update with other numbers in some slots, in the shapes and of the kind that were there."""
+        held = self.parameters()
+        return cast("Self", _exchanged(self, {id(held[slot]): tensor for slot, tensor in tensors.items()}))
+
     @abstractmethod
     def operator(self, base: Tensor | None = None) -> Operator:
         """The delta, scale included, as (m, n) maps; `base` in the base's own layout.
@@ -154,6 +159,10 @@ class LowRankUpdate(Update):
         """
 
     @abstractmethod
+    def with_direction(self, part: Operator, *, scale: float) -> Self:
+        """This update with `part` for its `direction_operator`, in float32, and everything else as it is."""
+
+    @abstractmethod
     def minus(self, other: Self) -> Self:
         """self - other, of one scale, exactly, with the ranks added; AdapterError where that is not possible."""
 
@@ -163,6 +172,18 @@ class LowRankUpdate(Update):
 
         Raises AdapterError where the family has no components to slice.
         """
+
+
+def _exchanged(value: Any, by_identity: Mapping[int, Tensor]) -> Any:
+    """`value` with the tensors that it is made of exchanged for others."""
+    if isinstance(value, Update):
+        held = {f.name: _exchanged(getattr(value, f.name), by_identity) for f in fields(cast("Any", value))}
+        return replace(cast("Any", value), **held)
+    if isinstance(value, Mapping):
+        return {key: _exchanged(item, by_identity) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_exchanged(item, by_identity) for item in value)
+    return by_identity.get(id(value), value)
 
 
 def base_matrix(family: str, base: Tensor | None, layout: Layout) -> Tensor:

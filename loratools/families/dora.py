@@ -152,6 +152,9 @@ class DoRA(LowRankUpdate):
         magnitude = torch.where(norms > 0, products / norms, 0.0).reshape(self.magnitude.shape)
         return DoRA(direction, cast_to(magnitude, self.magnitude.dtype))
 
+    def with_direction(self, part: Operator, *, scale: float) -> DoRA:
+        return DoRA(self.direction.with_direction(part, scale=scale), self.magnitude)
+
     def minus(self, other: DoRA) -> DoRA:
         raise AdapterError("DoRA updates cannot be subtracted: their magnitudes do not add")
 

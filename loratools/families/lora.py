@@ -147,6 +147,9 @@ class LoRA(LowRankUpdate):
         down, up = cast_to(down, down_dtype), cast_to(up, up_dtype)
         return replace(self, down=down, up=up, mid=None, up_bias=self._rescaled_bias(scale), scale=scale)
 
+    def with_direction(self, part: Operator, *, scale: float) -> LoRA:
+        return replace(self, down=self.down.float(), up=self.up.float()).fit(part, scale=scale)
+
     def minus(self, other: LoRA) -> LoRA:
         if self.layout.experts > 1 or self.groups > 1 or self.mid is not None or self.up_bias is not None:
             raise AdapterError("only plain factors can be subtracted")

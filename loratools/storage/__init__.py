@@ -13,6 +13,7 @@ from loratools.storage.atomic import AtomicFile, printable
 from loratools.storage.base import DTYPES, TensorSink, TensorSource, TensorSpec
 from loratools.storage.gguf import MAGIC, GGUFSink, GGUFSource
 from loratools.storage.header import MAX_HEADER, file_size, header_bytes, spec_of
+from loratools.storage.packed import MARK, PackedSink, PackedSource
 from loratools.storage.pickle import PickleSource
 from loratools.storage.safetensors import SafetensorsSink, SafetensorsSource, open_regular_file
 from loratools.storage.sharded import ShardedSource
@@ -24,6 +25,8 @@ __all__ = [
     "Container",
     "GGUFSink",
     "GGUFSource",
+    "PackedSink",
+    "PackedSource",
     "PickleSource",
     "SafetensorsSink",
     "SafetensorsSource",
@@ -64,8 +67,13 @@ def _is_pickle(head: bytes) -> bool:
     return legacy or head.startswith(b"PK\x03\x04")
 
 
+def _open_safetensors(path: Path) -> TensorSource:
+    source = SafetensorsSource(path)
+    return PackedSource(source) if MARK in source.metadata else source
+
+
 CONTAINERS: Final = (
-    Container(_is_safetensors, (".safetensors",), SafetensorsSource),
+    Container(_is_safetensors, (".safetensors",), _open_safetensors),
     Container(_is_gguf, (".gguf",), GGUFSource),
     Container(_is_index, (".index.json",), ShardedSource),
     Container(_is_pickle, (".bin", ".pt", ".pth", ".ckpt"), PickleSource),

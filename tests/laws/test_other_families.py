@@ -69,6 +69,18 @@ def test_another_scale_keeps_the_delta(name: str) -> None:
 
 
 @each
+def test_other_numbers_take_the_places_of_those_that_were_there(name: str) -> None:
+    update = EXAMPLES[name].update()
+    tensors = {slot: tensor + 1 for slot, tensor in update.parameters().items()}
+    changed = update.with_tensors(tensors)
+    assert type(changed) is type(update)
+    assert changed.scale == update.scale
+    assert changed.layout == update.layout
+    for slot, tensor in changed.parameters().items():
+        assert torch.equal(tensor, tensors[slot]), slot
+
+
+@each
 def test_bias_is_the_formula(name: str) -> None:
     example = EXAMPLES[name]
     found = example.update().bias_delta(example.bias)

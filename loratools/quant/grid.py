@@ -1,0 +1,126 @@
+"""Whole numbers on a grid, row by row, deflated: what a row costs follows from how its numbers spread.
+
+Rows are put into classes by their mean magnitude, so that numbers of one distribution stand together and one Huffman
+table fits them all; small ones share bytes, several to a byte, for a Huffman code spends a bit on a byte at least.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools._lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST = 2**14  # magnitude of a number on the grid
+_STEPS = 4  # classes to an octave
+_RAREST = -32  # class of rows with hardly a number that is not zero
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The numbers of one class: `count` of them below `base` once folded, `per_byte` to a byte (0: two bytes each)."""
+
+    base: int
+    per_byte: int
+    count: int
+    nbytes: int  # deflated
+
+    def to_json(self) -> list[int]:
+        """As `from_json` takes it."""
+        return [self.base, self.per_byte, self.count, self.nbytes]
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Stream:
+        """ValueError for what is no stream."""
+        match fields:
+            case [int(base), int(per_byte), int(count), int(nbytes)] if (
+                1 <= base <= 2 * LARGEST + 1
+                and 0 <= per_byte <= 8
+                and (base**per_byte <= 256 if per_byte else True)
+                and count >= 0
+                and nbytes >= 0
+            ):
+                return cls(base, per_byte, count, nbytes)
+        raise ValueError(f"{fields!r} describes no stream")
+
+
+def classes_of(codes: Tensor) -> list[int]:
+    """The class of each row of (rows, columns) whole numbers."""
+    means = codes.abs().double().mean(1).tolist()
+    return [max(_RAREST, round(_STEPS * math.log2(mean))) if mean > 0 else _RAREST for mean in means]
+
+
+def compress(numbers: Tensor) -> tuple[Stream, bytes]:
+    """A vector of whole numbers within `LARGEST`, deflated in the shorter of several ways."""
+    x = numbers.to(torch.int32)
+    folded = torch.where(x > 0, 2 * x - 1, -2 * x)
+    base = int(folded.max()) + 1 if len(x) else 1
+    most = 0 if base > 256 else 8 if base == 1 else max(1, int(math.log(256) / math.log(base) + 1e-9))
+    found = []
+    for per_byte in sorted({min(most, 1), most}):
+        data = _symbols(folded, base, per_byte)
+        for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
+            squeezer = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+            found.append((per_byte, squeezer.compress(data) + squeezer.flush()))
+    per_byte, best = min(found, key=lambda pair: len(pair[1]))
+    return Stream(base, per_byte, len(x), len(best)), best
+
+
+def _symbols(folded: Tensor, base: int, per_byte: int) -> bytes:
+    if per_byte == 0:
+        return folded.to(torch.int16).numpy().astype("<i2").tobytes()
+    columns = torch.nn.functional.pad(folded, (0, -len(folded) % per_byte)).reshape(-1, per_byte)
+    powers = torch.tensor([base**i for i in range(per_byte)], dtype=torch.int32)
+    return (columns * powers).sum(1).to(torch.uint8).numpy().tobytes()
+
+
+def expand(stream: Stream, data: bytes) -> Tensor:
+    """The numbers that `compress` took, as int16; ValueError where the data are not theirs."""
+    size = 2 * stream.count if stream.per_byte == 0 else -(-stream.count // stream.per_byte)
+    stretcher = zlib.decompressobj(-15)
+    try:
+        raw = stretcher.decompress(data, size + 1)
+    except zlib.error as error:
+        raise ValueError(f"a stream cannot be inflated: {error}") from None
+    if len(raw) != size:
+        raise ValueError(f"a stream of {stream.count} numbers holds {'more' if len(raw) > size else 'fewer'}")
+    if stream.per_byte == 0:
+        folded = torch.frombuffer(bytearray(raw), dtype=torch.int16).to(torch.int32) if raw else torch.zeros(0).int()
+    else:
+        table = _digits(stream.base, stream.per_byte)
+        codes = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
+        folded = table[codes.int()].reshape(-1)[: stream.count]
+    half = (folded + 1) >> 1
+    return torch.where((folded & 1) == 1, half, -half).to(torch.int16)
+
+
+def _digits(base: int, per_byte: int) -> Tensor:
+    """(256, per_byte): the numbers that each byte stands for."""
+    codes = torch.arange(256, dtype=torch.int32)
+    return torch.stack([(codes // base**i) % base for i in range(per_byte)], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gridded:
+    """A matrix as `scales` times whole numbers: one scale for each row, or one for all."""
+
+    codes: Tensor  # (rows, columns) int16
+    scales: Tensor  # (rows,) or (1,), float16 or float32
+
+    def decode(self) -> Tensor:
+        """The float32 matrix."""
+        return self.codes.float() * self.scales.float().unsqueeze(1)
+
+
+def collect(rows: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """Rows by class, each class as one vector, in the order in which they come."""
+    found: dict[int, list[Tensor]] = {}
+    for kind, row in rows:
+        found.setdefault(kind, []).append(row)
+    return {kind: torch.cat(found[kind]) for kind in sorted(found)}
