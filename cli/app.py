@@ -25,6 +25,7 @@ from loratools_cli.interrupts import Interrupts
 from loratools_cli.intruders import intruders
 from loratools_cli.merge import merge
 from loratools_cli.output import say
+from loratools_cli.quantize import dequantize, quantize
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
@@ -41,6 +42,8 @@ for command in (
     explore,
     squeeze,
     truncate,
+    quantize,
+    dequantize,
     convert,
     check,
     merge,

@@ -29,6 +29,16 @@ def destination(adapter: Adapter, output: Path | None, tag: str, *, force: bool)
     return place
 
 
+def packed_destination(adapter: Adapter, output: Path | None, tag: str) -> Path:
+    """Where a packed file goes, which is one file in any dialect."""
+    assert adapter.origin is not None
+    default = default_destination(adapter, tag)
+    default = default if default.suffix == ".safetensors" else default.with_name(f"{default.name}.safetensors")
+    if output is None:
+        return default
+    return output / default.name if output.is_dir() else output
+
+
 def default_destination(adapter: Adapter, tag: str) -> Path:
     """`in.safetensors` -> `in.TAG.safetensors`; a PEFT adapter with its config is a folder: `name/` -> `name.TAG/`."""
     from loratools.files import is_folder_adapter

@@ -7,18 +7,17 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loratools.ops.inspect import places
 from loratools.reports.cache import CacheReport
 from loratools.reports.check import CheckReport
 from loratools.reports.compare import CompareReport
@@ -31,16 +30,18 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.quantize import QuantizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
+from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
+from loratools_cli.render_quantize import render_quantize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
-_LISTED = 3  # of what is worth an example
 _WORST = 10  # differing targets
 _WIDTH = 80
 _VALUE = 160  # characters of a value in a summary
@@ -83,9 +84,10 @@ def closing(report: object, planned: Path | None = None) -> str:
     return ""
 
 
-@closing.register
-def _(report: SqueezeReport, planned: Path | None = None) -> str:
-    before, after = int(report.total["bytes_before"]), int(report.total["bytes_after"])
+@closing.register(SqueezeReport)
+@closing.register(QuantizeReport)
+def _(report: SqueezeReport | QuantizeReport, planned: Path | None = None) -> str:
+    before, after = int(report.total["bytes_before"] or 0), int(report.total["bytes_after"] or 0)
     share = f", {percent(after / before)} % of it" if before else ""
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
@@ -159,60 +161,66 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
-    yield from _reasons("skipped", report.skipped, everything)
+    yield from reasons("skipped", report.skipped, everything)
 
 
 @blocks.register
 def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     changes = report.targets
-    grid = _grid("target", "rank", "energy kept %", "rel. error", "size")
+    shown_rows = new_grid("target", "rank", "energy kept %", "rel. error", "size")
     if everything or len(changes) <= _GROUP_ABOVE:
         for target, change in changes.items():
-            grid.add_row(*_texts(target, *_change_cells([change])))
+            shown_rows.add_row(*texts(target, *_change_cells([change])))
     else:
-        for module, members in _by_module(changes).items():
-            grid.add_row(*_texts(f"{module} x{len(members)}", *_change_cells(members)))
+        for module, members in by_module(changes).items():
+            shown_rows.add_row(*texts(f"{module} x{len(members)}", *_change_cells(members)))
     if changes:
         total = report.total
         tensors = sizes(sum(c.bytes_before for c in changes.values()), sum(c.bytes_after for c in changes.values()))
         cells = [percent(total["energy_kept"]), number(total["relative_error"]), tensors]
-        grid.add_row(*_texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
-        yield grid
-    yield from _reasons("unchanged", report.unchanged, everything)
+        shown_rows.add_row(*texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
+        yield shown_rows
+    yield from reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: QuantizeReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_quantize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
+    yield from reasons("unchanged", report.unchanged, everything)
 
 
 @blocks.register
 def _(report: MergeReport, everything: bool) -> Iterator[RenderableType]:
     rows = report.targets
     conflicts = any(row.sign_conflicts is not None for row in rows.values())
-    grid = _grid("target", "ranks", "rel. error", "cosines", *(["conflicts %"] if conflicts else []))
+    shown_rows = new_grid("target", "ranks", "rel. error", "cosines", *(["conflicts %"] if conflicts else []))
     groups = {target: [row] for target, row in rows.items()}
     if not everything and len(rows) > _GROUP_ABOVE:
-        groups = {f"{m} x{len(members)}": members for m, members in _by_module(rows).items()}
+        groups = {f"{m} x{len(members)}": members for m, members in by_module(rows).items()}
     for name, members in groups.items():
-        ranks = " + ".join(_some(row.ranks_in[i] for row in members) for i in range(len(report.weights)))
+        ranks = " + ".join(some(row.ranks_in[i] for row in members) for i in range(len(report.weights)))
         cells = [
             f"{ranks} -> {span(row.rank_out for row in members)}",
             span((row.relative_error for row in members), number),
-            " | ".join(_some((row.cosines[i] for row in members), "{:.2f}".format) for i in range(len(report.weights))),
+            " | ".join(some((row.cosines[i] for row in members), "{:.2f}".format) for i in range(len(report.weights))),
         ]
         if conflicts:
             cells.append(span((row.sign_conflicts or 0.0 for row in members), percent))
-        grid.add_row(*_texts(name, *cells))
+        shown_rows.add_row(*texts(name, *cells))
     total = ["", number(report.total["relative_error"]), "", *([""] if conflicts else [])]
-    grid.add_row(*_texts(f"all {len(rows)}", *total, style="bold"))
-    yield grid
+    shown_rows.add_row(*texts(f"all {len(rows)}", *total, style="bold"))
+    yield shown_rows
     missing = {t: f"only in adapter {', '.join(map(str, holders))}" for t, holders in report.partial.items()}
-    yield from _reasons("not in all adapters", missing, everything)
-    yield from _reasons("left out, no update", dict.fromkeys(report.dropped_extras, ""), everything)
+    yield from reasons("not in all adapters", missing, everything)
+    yield from reasons("left out, no update", dict.fromkeys(report.dropped_extras, ""), everything)
 
 
 @blocks.register
 def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
     few = 100_000 if everything else 8
-    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    shown_rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    shown_rows.add_column(no_wrap=True)
+    shown_rows.add_column(overflow="fold")
     rows = {
         "file": report.path,
         "format": f"{report.format} in {report.container}",
@@ -222,37 +230,38 @@ def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
         "rank": counted(report.ranks, few),
         "scale": counted(report.scales, few),
         "dtype": counted(report.dtypes, few),
+        "codes": counted(report.codings, few),
         "size": f"{format_size(report.bytes)}, {report.parameters:,} parameters",
         "extras": counted({f"{k} ({format_size(n)})": 1 for k, n in report.extras.items()}, few).replace(" x1", ""),
         "made by": _made_by(report.record),
     }
     for name, value in rows.items():
         if value:
-            grid.add_row(Text(name, style="bold"), Text(plain(value)))
+            shown_rows.add_row(Text(name, style="bold"), Text(plain(value)))
     for title, entries in (("config", report.config), ("metadata", report.metadata)):
         for name, value in _first(_pairs(title, entries, everything), everything):
-            grid.add_row(Text(name, style="bold"), Text(value))
-    yield grid
-    yield from _reasons("carried along, not supported", report.unsupported, everything)
+            shown_rows.add_row(Text(name, style="bold"), Text(value))
+    yield shown_rows
+    yield from reasons("carried along, not supported", report.unsupported, everything)
 
 
 @blocks.register
 def _(report: DiffReport, everything: bool) -> Iterator[RenderableType]:
     worst = sorted(report.targets.items(), key=lambda item: -(_infinite(item[1].relative_error)))
     shown = worst if everything else worst[:_WORST]
-    grid = _grid("target", "rank", "rel. error", "cosine", "overlap out", "in")
+    shown_rows = new_grid("target", "rank", "rel. error", "cosine", "overlap out", "in")
     for target, row in shown:
         numbers = (row.relative_error, row.cosine, row.output_overlap, row.input_overlap)
-        grid.add_row(*_texts(target, f"{row.rank_a} | {row.rank_b}", *map(number, numbers)))
+        shown_rows.add_row(*texts(target, f"{row.rank_a} | {row.rank_b}", *map(number, numbers)))
     if shown:
         total = number(report.total["relative_error"])
-        grid.add_row(*_texts(f"all {len(worst)}", "", total, "", "", "", style="bold"))
-        yield grid
+        shown_rows.add_row(*texts(f"all {len(worst)}", "", total, "", "", "", style="bold"))
+        yield shown_rows
     if hidden := len(worst) - len(shown):
         yield Text(f"the {len(shown)} that differ most; {hidden} more with --all")
     for title, names in (("only in the first", report.only_in_a), ("only in the second", report.only_in_b)):
-        yield from _reasons(title, dict.fromkeys(names, ""), everything)
-    yield from _reasons("other tensors", report.extras, everything)
+        yield from reasons(title, dict.fromkeys(names, ""), everything)
+    yield from reasons("other tensors", report.extras, everything)
     verdict = "the same" if report.same else "different"
     yield Text(f"{verdict}, at a tolerance of {report.tolerance:g}", style="bold green" if report.same else "bold red")
 
@@ -260,43 +269,43 @@ def _(report: DiffReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: DeltaReport, everything: bool) -> Iterator[RenderableType]:
     if everything:
-        grid = _grid("parameter", "shape")
+        shown_rows = new_grid("parameter", "shape")
         for name, shape in report.parameters.items():
-            grid.add_row(*_texts(name, " x ".join(map(str, shape))))
-        yield grid
-    yield from _reasons("left out", report.skipped, everything)
+            shown_rows.add_row(*texts(name, " x ".join(map(str, shape))))
+        yield shown_rows
+    yield from reasons("left out", report.skipped, everything)
 
 
 @blocks.register
 def _(report: ExtractReport, everything: bool) -> Iterator[RenderableType]:
     if everything:
-        grid = _grid("target", "rank", "change %", "error %", "rounding %")
+        shown_rows = new_grid("target", "rank", "change %", "error %", "rounding %")
         for name, t in report.targets.items():
             shares = (percent(t.relative_change), percent(t.relative_error), percent(t.noise))
-            grid.add_row(*_texts(name, str(t.rank), *shares))
-        yield grid
+            shown_rows.add_row(*texts(name, str(t.rank), *shares))
+        yield shown_rows
     total = report.total
     yield Text(
         f"{len(report.targets)} matrices, rank up to {total['rank_out']}, relative error "
         f"{number(total['relative_error'])}; {report.unchanged} parameters unchanged"
     )
     left = {name: f"changed by {percent(share)} %, and no LoRA holds it" for name, share in report.left_out.items()}
-    yield from _reasons("left out", left, everything)
+    yield from reasons("left out", left, everything)
 
 
 @blocks.register
 def _(report: FuseReport, everything: bool) -> Iterator[RenderableType]:
     if everything:
-        grid = _grid("parameter", "from", "change %", "lost to rounding %")
+        shown_rows = new_grid("parameter", "from", "change %", "lost to rounding %")
         for name, p in report.parameters.items():
-            grid.add_row(*_texts(name, ", ".join(p.sources), percent(p.relative_change), percent(p.lost)))
-        yield grid
+            shown_rows.add_row(*texts(name, ", ".join(p.sources), percent(p.relative_change), percent(p.lost)))
+        yield shown_rows
     total = report.total
     yield Text(
         f"{len(report.parameters)} parameters changed by {percent(total['relative_change'])} %, of which rounding took "
         f"{percent(total['lost'])} %"
     )
-    yield from _reasons("left out", report.skipped, everything)
+    yield from reasons("left out", report.skipped, everything)
 
 
 @blocks.register
@@ -304,10 +313,10 @@ def _(report: ConvertReport, everything: bool) -> Iterator[RenderableType]:
     model = f" ({report.model})" if report.model else ""
     yield Text(f"{report.source_format} -> {report.format}{model}", style="bold")
     if everything:
-        grid = _grid("target", "from", "rule", "family", "rank")
+        shown_rows = new_grid("target", "from", "rule", "family", "rank")
         for name, t in report.targets.items():
-            grid.add_row(*_texts(name, ", ".join(t.sources), t.rule, t.family, str(t.rank)))
-        yield grid
+            shown_rows.add_row(*texts(name, ", ".join(t.sources), t.rule, t.family, str(t.rank)))
+        yield shown_rows
     rules = Counter(t.rule for t in report.targets.values())
     yield Text(f"names: {counted(rules, 4)}")
     keys = report.keys
@@ -326,7 +335,7 @@ def _(report: ConvertReport, everything: bool) -> Iterator[RenderableType]:
     errors = [t.relative_error for t in report.targets.values() if t.relative_error is not None]
     if errors:
         yield Text(f"relative error: {span(errors, number)} for {len(errors)} approximated targets")
-    yield from _reasons("dropped", report.dropped, everything)
+    yield from reasons("dropped", report.dropped, everything)
 
 
 def _kind_of_action(action: str) -> str:
@@ -380,36 +389,14 @@ def _(report: FamiliesReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CacheReport, everything: bool) -> Iterator[RenderableType]:
     shown = report.entries if everything else report.entries[:_WORST]
     if shown:
-        grid = _grid("weight", "size")
+        shown_rows = new_grid("weight", "size")
         for entry in shown:
-            grid.add_row(*_texts(entry.name, format_size(entry.bytes)))
-        yield grid
+            shown_rows.add_row(*texts(entry.name, format_size(entry.bytes)))
+        yield shown_rows
     if more := len(report.entries) - len(shown):
         yield Text(f"... and {more} more; see --all")
     freed = "" if report.freed is None else f", {format_size(report.freed)} freed"
     yield Text(f"{plain(report.folder)}: {len(report.entries)} weights, {format_size(report.bytes)}{freed}")
-
-
-def _grid(first: str, *others: str) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    grid.add_column(first, overflow="fold")
-    for title in others:
-        grid.add_column(title, justify="right", no_wrap=True)
-    return grid
-
-
-def _texts(*cells: str, style: str = "") -> list[Text]:
-    return [Text(plain(cell), style=style) for cell in cells]
-
-
-Row = TypeVar("Row")
-
-
-def _by_module(changes: Mapping[str, Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for target, (_, module) in places(list(changes)).items():
-        found.setdefault(module, []).append(changes[target])
-    return found
 
 
 def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
@@ -421,33 +408,8 @@ def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
     ]
 
 
-def _some(values: Iterable[float | None], shown: Callable[[float], str] = str) -> str:
-    """The span of the values that there are, or a dash."""
-    known = [value for value in values if value is not None]
-    return span(known, shown) if known else "-"
-
-
 def _ranks(changes: Sequence[TargetChange]) -> str:
     return f"{span(c.rank_before for c in changes)} -> {span(c.rank_after for c in changes)}"
-
-
-def _reasons(title: str, reasons: Mapping[str, str], everything: bool) -> Iterator[RenderableType]:
-    """How many names there are and why, with examples; all of them where everything is asked for."""
-    if not reasons:
-        return
-    yield Text(f"{title}: {len(reasons)}", style="bold")
-    if everything:
-        for name, reason in reasons.items():
-            yield Text(f"  {plain(name)}" + (f": {plain(reason)}" if reason else ""))
-        return
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    for reason, group in list(names.items())[:_LISTED]:
-        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        yield Text(f"  {plain(group[0])}{more}" + (f": {plain(reason)}" if reason else ""))
-    if len(names) > _LISTED:
-        yield Text(f"  ... and {sum(map(len, list(names.values())[_LISTED:]))} more; see --all")
 
 
 def _pairs(title: str, entries: Mapping[str, object], everything: bool) -> Iterator[tuple[str, str]]:

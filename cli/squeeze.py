@@ -21,6 +21,9 @@ def squeeze(
     sv_fro: options.SvFro = None,
     sv_cumulative: options.SvCumulative = None,
     adaptertune: options.AdapterTune = None,
+    bits: Annotated[
+        Literal["auto"] | None, Option(help="With --budget or --ratio: choose bits as well as ranks; see quantize.")
+    ] = None,
     max_rank: options.MaxRank = None,
     min_rank: options.MinRank = 1,
     multiple_of: options.MultipleOf = 1,
@@ -54,9 +57,12 @@ def squeeze(
       loratools squeeze my_lora.safetensors --rank 8
       loratools squeeze my_peft_folder --energy 0.95 -o smaller
       loratools squeeze my_lora.safetensors --budget 4MB --dry-run
+      loratools squeeze my_lora.safetensors --budget 500kB --bits auto
     """
     import loratools
+    from loratools.errors import UsageError
     from loratools.ranks import Limits
+    from loratools_cli import quantize
     from loratools_cli.destination import destination
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
@@ -68,14 +74,21 @@ def squeeze(
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, initial=initial_adapter)
+    if bits is not None:
+        if budget is None and ratio is None:
+            raise UsageError("--bits auto chooses bits and ranks for a size; give --budget or --ratio with it")
+        wanted = quantize.bytes_wanted(adapter, budget, ratio)
+        how = loratools.Quantize(budget=wanted, allow_nonfinite=allow_nonfinite)
+        quantize.write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
+        return
     policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
-    how = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)
+    squeezing = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)
     place = destination(adapter, output, tag, force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)
         if dry_run:
-            report = loratools.squeeze(watched, policy, limits=limits, options=how)[1]
+            report = loratools.squeeze(watched, policy, limits=limits, options=squeezing)[1]
         else:
-            report = loratools.squeeze_file(watched, place, policy, limits=limits, options=how, force=force)[1]
+            report = loratools.squeeze_file(watched, place, policy, limits=limits, options=squeezing, force=force)[1]
     shown.show(report, planned=place if dry_run else None)

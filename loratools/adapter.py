@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
@@ -88,13 +88,14 @@ class Extra:
 
 @dataclass(frozen=True)
 class Origin:
-    """The container that an adapter was read from."""
+    """The container that an adapter was read from; `codings` counts how its tensors are written, where in codes."""
 
     path: Path
     container: str
     nbytes: int
     sha256: Callable[[], str]
     close: Callable[[], None]
+    codings: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """One target in codes: the published ways, on the factors as they are or on their singular vectors.
 
-A coder takes an update and gives the tensors of its slots in codes. `direct` ones see a tensor at a time, of any family;
-the others take a plain product of two factors and may choose another pair of the same product, for a decoder never sees
+A coder takes an update and gives the tensors of its slots in codes. `Plain` sees a tensor at a time, of any family; the
+others take a plain product of two factors and may choose another pair of the same product, for a decoder never sees
 which one it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from loratools._lazy import torch
 from loratools.errors import UsageError
 from loratools.linalg.factored import balanced_factors, factored
-from loratools.quant.codec import Coding, Fit, Part, decoded, encode, rounds_of
+from loratools.quant.codec import Coding, Fit, Part, decoded, rounds_of
 from loratools.quant.gauges import Gauge, rotation
 from loratools.storage.packed import Coded, sides
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Direct = Literal["rtn", "sign", "lloyd", "nf", "petl"]
 Scales = Literal["tensor", "component", "channel", "group"]
 Pair: TypeAlias = tuple[Coded, Coded]  # up (m, k), down (k, n)
+Band: TypeAlias = tuple[int | None, tuple[Coding, ...], Fit]  # how many components (None: the rest), their codes
 
 PUBLISHED_GROUP = 128  # LoRAQuant and Delta-CoMe
 
@@ -92,7 +93,7 @@ def _matrix(tensor: Tensor, *, transposed: bool) -> Tensor:
 class Banded:
     """Singular vectors in bands of components, each with its own codes: the way of LoRAQuant and of Delta-CoMe."""
 
-    bands: tuple[tuple[int | None, tuple[Coding, ...], Fit], ...]  # how many components (None: the rest), their codes
+    bands: tuple[Band, ...]
     gauge: Gauge = "svd"
     sweeps: int = 0  # of least squares, one factor for the other
     seed: int = 0
@@ -136,9 +137,13 @@ class Banded:
     @staticmethod
     def _error(exact: tuple[Tensor, Tensor], up: tuple[Part, ...], down: tuple[Part, ...]) -> float:
         u, v = _values(up, exact[0].T), _values(down, exact[1])
-        gram = lambda a, b: ((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum()  # noqa: E731
         mine = u.T, v
-        return float(gram(exact, exact) - 2 * gram(exact, mine) + gram(mine, mine))
+        return _inner(exact, exact) - 2 * _inner(exact, mine) + _inner(mine, mine)
+
+
+def _inner(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+    """The Frobenius inner product of two products of factors."""
+    return float(((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum())
 
 
 def _values(parts: tuple[Part, ...], like: Tensor) -> Tensor:
@@ -186,15 +191,11 @@ def delta_come(rank: int, *, bits: float) -> Banded:
     group = PUBLISHED_GROUP
     kept = max(1, min(rank, round(rank * bits / 2.5)))
     first, second = max(1, kept // 32), kept // 2
-    band = lambda b: (Coding(b, "uniform", group, offset=True),)  # noqa: E731
-    return Banded(
-        (
-            (first, band(8), "range"),
-            (second, band(3), "range"),
-            (max(0, kept - first - second), band(2), "range"),
-            (None, (), "range"),
-        )
+    counts = {8: first, 3: second, 2: max(0, kept - first - second)}
+    coded: tuple[Band, ...] = tuple(
+        (count, (Coding(bits, "uniform", group, offset=True),), "range") for bits, count in counts.items()
     )
+    return Banded((*coded, (None, (), "range")))
 
 
 def balanced(bits: int, *, group: int, gauge: Gauge, sweeps: int, rounds: int = 1, seed: int = 0) -> Banded:
@@ -202,7 +203,3 @@ def balanced(bits: int, *, group: int, gauge: Gauge, sweeps: int, rounds: int = 
     if bits == 8:
         return Banded(((None, (Coding(8, "uniform", group, offset=True),) * rounds, "range"),), gauge, sweeps, seed)
     return Banded(((None, (Coding(bits, "lloyd", group),) * rounds, "squares"),), gauge, sweeps, seed)
-
-
-Coder: TypeAlias = Callable[["Tensor", "Tensor"], Pair]
-__all__ = ["Banded", "Coded", "Plain", "balanced", "delta_come", "encode", "loraquant", "singular_pair"]

@@ -50,6 +50,7 @@ def info(adapter: Adapter) -> InfoReport:
         scales=_count(f"{scale:.6g}" for scale in sorted(entry.scale for entry in entries.values())),
         modules=_count(module for _, module in places(list(entries)).values()),
         dtypes=_count(spec.dtype for spec in specs),
+        codings=adapter.origin.codings if adapter.origin else {},
         parameters=sum(spec.numel for spec in specs),
         bytes=adapter.origin.nbytes if adapter.origin else adapter.nbytes,
         extras={key: extra.spec.nbytes for key, extra in adapter.extras.items()},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools._lazy import torch
+from loratools.adapter import RECORD_KEY, entry_of
 from loratools.errors import AdapterError, UsageError
 from loratools.families.base import LowRankUpdate
 from loratools.files import PackedTarget, Saved, packed_place, write_packed
@@ -96,7 +99,7 @@ def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter,
     Sizes are those of the file that `quantize_file` would write, but for the hash of the input. Raises AdapterError for
     NaN and infinity, UsageError where a budget holds nothing.
     """
-    changed = adapter.recorded("quantize", arguments(options))
+    changed = adapter.recorded("quantize", arguments(adapter, options))
     updates: dict[str, Update] = {}
 
     def keep(outcome: _Outcome) -> None:
@@ -110,17 +113,35 @@ def quantize_file(
     adapter: Adapter, path: str | os.PathLike[str], options: Quantize = Quantize(), *, force: bool = False
 ) -> tuple[Saved, QuantizeReport]:
     """As `quantize`, streamed to one packed file at `path`, which `load` reads like any other adapter."""
-    changed = adapter.recorded("quantize", arguments(options))
+    changed = adapter.recorded("quantize", arguments(adapter, options))
     place = packed_place(Path(path), force=force)
     size, report = _run(changed, options, place, keep=lambda outcome: None, force=force)
     return Saved(place, place, size, None), replace(report, output=str(place))
 
 
-def arguments(options: Quantize) -> dict[str, Any]:
-    """The choices that shape the output, as the record states them."""
-    default = Quantize(method=options.method)
+def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:
+    """The choices that shape the output, as the record states them, and the dtype that most numbers had."""
     shown = {name: getattr(options, name) for name in Quantize.__dataclass_fields__}
-    return {k: v for k, v in shown.items() if k in ("method", "bits") or v != getattr(default, k)}
+    told = {k: v for k, v in shown.items() if k == "method" or v != Quantize.__dataclass_fields__[k].default}
+    return {**told, "dtype": _usual_dtype(adapter)}
+
+
+def dtype_before(adapter: Adapter) -> Literal["f32", "f16", "bf16"]:
+    """The dtype that most numbers of a packed adapter had before, as its record says; f32 where it does not."""
+    try:
+        stated = json.loads(adapter.metadata.get(RECORD_KEY, "{}"))["arguments"]["dtype"]
+    except (ValueError, KeyError, TypeError):
+        return "f32"
+    known: dict[str, Literal["f32", "f16", "bf16"]] = {"F16": "f16", "BF16": "bf16"}
+    return known.get(str(stated), "f32")
+
+
+def _usual_dtype(adapter: Adapter) -> str:
+    counts: Counter[str] = Counter()
+    for entry in adapter.entries.values():
+        for spec in entry.specs.values():
+            counts[spec.dtype] += spec.numel
+    return counts.most_common(1)[0][0] if counts else "F32"
 
 
 def _run(
@@ -229,7 +250,7 @@ def _over(c: Components, scale: float) -> Components:
 
 
 def _banded(options: Quantize, part: LowRank) -> tuple[Banded, str]:
-    bits = int(math.ceil(options.bits))
+    bits = math.ceil(options.bits)
     if options.method == "balanced":
         coder = balanced(
             bits,
@@ -260,7 +281,7 @@ def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Outco
 
 
 def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Outcome:
-    contents: dict[str, Content] = {}
+    contents: dict[str, Coded] = {}
     for slot, tensor in _stored(adapter, target, update).items():
         flipped = adapter.format.packing(target, slot) == "transposed"
         if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() >= _SMALL and slot not in _NORMS:
@@ -296,8 +317,6 @@ def _delta_operator(update: Update) -> Operator:
 def _outcome(
     target: str, rank: int, new: Update, contents: Mapping[str, Content], label: str, norm: float, distance: float
 ) -> _Outcome:
-    from loratools.adapter import entry_of
-
     distance = max(distance, 0.0)
     error = None if math.isnan(norm) else math.sqrt(distance / norm) if norm else 0.0
     coded = TargetCoded(rank, entry_of(new).rank, error, label)

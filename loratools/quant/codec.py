@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from loratools._lazy import torch
 from loratools.quant.bits import WIDTHS, pack, packed_size, unpack
@@ -59,7 +59,7 @@ class Coding:
         """ValueError for what is no coding."""
         match fields:
             case [int(bits), str(name), int(group), bool(offset), str(stored)] if name in get_args(Levels):
-                return cls(bits, name, group, offset, stored)
+                return cls(bits, cast("Levels", name), group, offset, stored)
         raise ValueError(f"{fields!r} describes no coding")
 
 

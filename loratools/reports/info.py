@@ -21,6 +21,7 @@ class InfoReport:
     scales: Mapping[str, int]
     modules: Mapping[str, int]
     dtypes: Mapping[str, int]
+    codings: Mapping[str, int]
     parameters: int
     bytes: int
     extras: Mapping[str, int]

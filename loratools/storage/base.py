@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class TensorSource(ABC):
     specs: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
     nbytes: int  # of all its files
+    codings: Mapping[str, int] = MappingProxyType({})  # how many tensors are in codes, by what these are
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:

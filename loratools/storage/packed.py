@@ -17,7 +17,8 @@ import json
 import math
 import threading
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
@@ -215,21 +216,13 @@ class PackedSource(TensorSource):
     def sha256(self) -> str:
         return self._file.sha256()
 
-    def describe(self, name: str) -> str:
-        """How a tensor is written, in a word or two: `4-bit lloyd`, `grid`, `BF16`."""
-        entry = self._entries[name]
-        if entry.kind != "parts":
-            return entry.spec.dtype if entry.kind == "raw" else "grid"
-        codings = {f"{bits}-bit {levels}": 0 for _, _, bits, levels, *_ in entry.fields[1]}
-        return ", ".join(codings)
-
     def _damaged(self, error: object) -> InputError:
         return InputError(f"{printable(self.path)}: a packed adapter that is damaged ({error}); pack it again")
 
     def _read_index(self) -> None:
         stretcher = zlib.decompressobj()
         try:
-            text = stretcher.decompress(self._file.read("index").numpy().tobytes(), _MAX_INDEX)
+            text = stretcher.decompress(self._file.read_bytes("index"), _MAX_INDEX)
         except zlib.error as error:
             raise ValueError(f"its index cannot be inflated: {error}") from None
         if not stretcher.eof:
@@ -260,6 +253,7 @@ class PackedSource(TensorSource):
             elif kind not in ("raw", "parts"):
                 raise ValueError(f"tensor {name!r} is written as {kind!r}, which this loratools does not know")
         self.specs = {name: entry.spec for name, entry in self._entries.items()}
+        self.codings = Counter(said for entry in self._entries.values() for said in _said(entry))
 
     def _piece(self, number: int) -> _Piece:
         with self._lock:
@@ -291,6 +285,14 @@ class PackedSource(TensorSource):
             parts.append(Part(start, from_bytes(piece.bytes(at, size), coding, height, columns)))
             at += size
         return Coded(shape, tuple(parts), transposed).decode()
+
+
+def _said(entry: _Entry) -> Iterator[str]:
+    """How a tensor is coded, in a word or two for each kind of code."""
+    if entry.kind == "grid":
+        yield "grid"
+    elif entry.kind == "parts":
+        yield from dict.fromkeys(f"{bits}-bit {levels}" for _, _, bits, levels, *_ in entry.fields[1])
 
 
 class _Piece:

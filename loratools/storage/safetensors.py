@@ -86,6 +86,10 @@ class SafetensorsSource(TensorSource):
             start, rest = start + count, rest[count:]
         return flat.view(dtype).reshape(spec.shape)
 
+    def read_bytes(self, name: str) -> bytes:
+        """The bytes of the tensor `name`, without torch."""
+        return bytes(self._read_bytes(self.specs[name].nbytes, self._data + self._starts[name]))
+
     def read_scalar(self, name: str) -> float:
         spec = self.specs[name]
         code = "f" if spec.dtype == "BF16" else _STRUCT_CODES.get(spec.dtype)

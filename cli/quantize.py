@@ -1,0 +1,169 @@
+"""`loratools quantize` and `loratools dequantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typer import Option
+
+from loratools_cli import options
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.ops.quantize import Quantize
+
+
+def quantize(
+    path: options.AdapterPath,
+    bits: Annotated[
+        float | None, Option(metavar="B", help="Bits to a number: 1, 2, 3, 4 or 8; for grid, of the file, any number.")
+    ] = None,
+    budget: options.Budget = None,
+    ratio: Annotated[float | None, Option(metavar="X", help="Size of the output: the input's, divided by X.")] = None,
+    method: Annotated[
+        Literal["grid", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"],
+        Option(help="How; grid has the least error for its bytes."),
+    ] = "grid",
+    group: Annotated[int, Option(metavar="N", help="Numbers that share a scale.")] = 64,
+    scales: Annotated[
+        Literal["tensor", "component", "channel", "group"], Option(help="What shares a scale: rtn, sign, lloyd, nf.")
+    ] = "group",
+    rounds: Annotated[int, Option(metavar="N", help="Code what is left over N - 1 times more.")] = 1,
+    gauge: Annotated[
+        Literal["svd", "hadamard", "random", "learned"], Option(help="For balanced: how the rank space is turned.")
+    ] = "hadamard",
+    sweeps: Annotated[
+        int, Option(metavar="N", help="For balanced: least-squares turns of one factor for the other.")
+    ] = 2,
+    energy: Annotated[float, Option(metavar="SHARE", help="For loraquant: share of the squared spectrum.")] = 0.8,
+    seed: Annotated[int, Option(metavar="N", help="For random rotations.")] = 0,
+    alpha: options.Alpha = None,
+    enable_lora: options.EnableLora = None,
+    scaling: options.Scaling = None,
+    allow_nonfinite: options.AllowNonfinite = False,
+    output: options.OutputPath = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write an adapter in few bits, as one small file that every command reads.
+
+    Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits target by target, for the
+    least error of the whole delta; the other methods are published ones, and plain rounding.
+
+    \b
+    Examples:
+      loratools quantize my_lora.safetensors --bits 2
+      loratools quantize my_peft_folder --budget 500kB -o small
+      loratools quantize my_lora.safetensors --bits 4 --method rtn
+    """
+    from loratools.errors import UsageError
+    from loratools.ops.quantize import Quantize
+    from loratools_cli.opening import open_adapter
+    from loratools_cli.output import Output
+
+    given = [name for name, value in (("--bits", bits), ("--budget", budget), ("--ratio", ratio)) if value is not None]
+    if len(given) != 1:
+        wrong = f"{' and '.join(given)} exclude each other; give one of them" if given else "give --bits, or --budget"
+        raise UsageError(f"how small is not clear: {wrong}")
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling)
+    how = Quantize(
+        method,
+        4 if bits is None else bits,
+        bytes_wanted(adapter, budget, ratio),
+        group,
+        scales,
+        rounds,
+        gauge,
+        sweeps,
+        energy,
+        seed,
+        allow_nonfinite,
+    )
+    tag = f"{method}{bits:g}bit" if bits is not None else budget.replace(" ", "") if budget else f"x{ratio:g}"
+    write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
+
+
+def bytes_wanted(adapter: Adapter, budget: str | None, ratio: float | None) -> int | None:
+    """The size that a budget or a ratio asks for; None where there is neither."""
+    from loratools.errors import UsageError
+    from loratools.sizes import format_size, parse_size
+
+    if budget is not None:
+        return parse_size(budget)
+    if ratio is None:
+        return None
+    size = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    if not 1 <= ratio <= size:
+        raise UsageError(f"--ratio {ratio:g}: of {format_size(size)} this leaves nothing or more; try 16")
+    return int(size / ratio)
+
+
+def write_quantized(
+    adapter: Adapter, how: Quantize, output: Path | None, tag: str, *, shown: object, dry_run: bool, force: bool
+) -> None:
+    """Quantise to `output`, or to a file beside the input, with progress, and show what came of it."""
+    from loratools.files import packed_place
+    from loratools.ops.quantize import quantize as in_memory
+    from loratools.ops.quantize import quantize_file
+    from loratools_cli.destination import packed_destination
+    from loratools_cli.output import Output
+    from loratools_cli.progress import Progress
+
+    assert isinstance(shown, Output)
+    place = packed_place(packed_destination(adapter, output, tag), force=force or dry_run)
+    with Progress() as progress:
+        watched = progress.watch(adapter)
+        if dry_run:
+            report = in_memory(watched, how)[1]
+        else:
+            report = quantize_file(watched, place, how, force=force)[1]
+    shown.show(report, planned=place if dry_run else None)
+
+
+def dequantize(
+    path: options.AdapterPath,
+    to: Annotated[
+        str | None, Option("--to", metavar="DIALECT", help="peft, kohya, diffusers, comfy or mlx; its own by default.")
+    ] = None,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16"] | None, Option(help="Of the factors; by default what they were before.")
+    ] = None,
+    output: options.OutputPath = None,
+    dry_run: options.DryRun = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a quantised adapter as an ordinary one, for programs that know no codes.
+
+    Example: loratools dequantize my_lora.grid2bit.safetensors --to peft -o my_lora_again
+    """
+    from loratools.errors import UsageError
+    from loratools.ops.convert import Convert, writable_formats, write_converted
+    from loratools.ops.convert import convert as planned_conversion
+    from loratools.ops.quantize import dtype_before
+    from loratools_cli.destination import destination
+    from loratools_cli.opening import open_adapter
+    from loratools_cli.output import Output
+    from loratools_cli.progress import Progress
+
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
+    adapter = open_adapter(path)
+    if adapter.origin is None or adapter.origin.container != "packed":
+        raise UsageError(f"{path}: is an ordinary adapter already; loratools convert writes it in another dialect")
+    dialect = to or adapter.format.name
+    if dialect not in writable_formats():
+        raise UsageError(f"--to {dialect}: the dialects that can be written are {', '.join(writable_formats())}")
+    with Progress() as progress:
+        how = Convert(dtype=dtype or dtype_before(adapter))
+        result, report = planned_conversion(progress.watch(adapter), dialect, how)
+        place = destination(result, output, "dequantized", force=force or dry_run)
+        if not dry_run:
+            report = write_converted(result, report, place, force=force)[1]
+    shown.show(report, planned=place if dry_run else None)
