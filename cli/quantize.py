@@ -118,10 +118,7 @@ def write_quantized(
     place = packed_place(packed_destination(adapter, output, tag), force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)
-        if dry_run:
-            report = in_memory(watched, how)[1]
-        else:
-            report = quantize_file(watched, place, how, force=force)[1]
+        report = in_memory(watched, how)[1] if dry_run else quantize_file(watched, place, how, force=force)[1]
     shown.show(report, planned=place if dry_run else None)
 
 
