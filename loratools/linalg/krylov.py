@@ -35,7 +35,8 @@ FAILURE = 1e-12  # chance, over the seeded random start, that a bound on missed 
 BLOCK = 32
 _SPARE = 8  # columns of the block beyond an index for which it bounds the singular value well
 _DENSE_BELOW = 4 * BLOCK  # smaller sides are decomposed whole
-_FIRST_LOOK = 4  # blocks
+_FIRST_LOOK, _BETWEEN = 4, 2  # blocks before the first look at a basis, and between two at least
+_FIRST_QUICK, _BETWEEN_QUICK = 6, 3  # where nothing is to be proven, a look costs more than a product
 _ROUGH, _HARDLY = 0.1, 4.0  # errors that are worth proving, if what is proven already is not nearly as good
 _GROWTH = 1.2  # of the basis between two looks at it
 _FEW_BLOCKS = 8  # where no more fit in, the operator is decomposed whole
@@ -129,7 +130,8 @@ class Krylov:
         if proven and not self._is_random:
             raise ValueError("nothing is proven of a run that began with chosen vectors")
         ones = list(wanted)
-        while self._steps < min(self._limit, _FIRST_LOOK):
+        first, between = (_FIRST_LOOK, _BETWEEN) if proven else (_FIRST_QUICK, _BETWEEN_QUICK)
+        while self._steps < min(self._limit, first):
             self._extend()
         while True:
             if self._steps not in self._seen:
@@ -139,7 +141,7 @@ class Krylov:
                 found, settled = self._proven(found, settled, ritz)
             if self._steps == self._limit or bool(((found.errors <= tolerance) | settled)[ones].all()):
                 return found
-            more = max(2, math.ceil((_GROWTH - 1) * self._steps))
+            more = max(between, math.ceil((_GROWTH - 1) * self._steps))
             for _ in range(min(more, self._limit - self._steps)):
                 self._extend()
 

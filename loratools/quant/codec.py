@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Fit = Literal["range", "peak", "mean", "squares", "moments"]
 
 _STORED = {"F16": "float16", "F32": "float32"}
+_LARGEST = 1e38
 _SWEEPS = 6  # alternations of codes and scales; more changes the third digit of an error at most
 
 
@@ -42,7 +43,7 @@ class Coding:
     def groups(self, rows: int, columns: int) -> tuple[int, int]:
         """The shape of the scales of a (rows, columns) matrix."""
         if self.group == -1:
-            return (1, 1) if rows and columns else (0, 0)
+            return 1, 1
         return rows, math.ceil(columns / self.group) if self.group else min(columns, 1)
 
     def size(self, rows: int, columns: int) -> int:
@@ -110,15 +111,20 @@ def encode(matrix: Tensor, coding: Coding, fit: Fit) -> Coded:
     * `moments`: mean and unbiased deviation, as PETL-ViT; needs offsets.
 
     A group of zeros decodes to zeros, one of equal numbers under `range` or `moments` to that number. ValueError for
-    NaN, infinity, and numbers beyond float32. Scales that F16 would lose are kept in F32.
+    NaN, infinity, and numbers beyond 1e38, whose range float32 lacks. Scales that F16 would lose are kept in F32.
     """
-    if matrix.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all()):
-        raise ValueError("holds NaN or infinity")
+    if matrix.numel():
+        ends = torch.stack(torch.aminmax(matrix))
+        if not bool(torch.isfinite(ends).all()):
+            raise ValueError("holds NaN or infinity")
+        if float(ends.abs().max()) > _LARGEST:
+            raise ValueError(f"holds numbers beyond {_LARGEST:g}")
     x = matrix.float()
-    if x.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
-        raise ValueError("holds numbers beyond float32")
     if coding.offset != (fit in ("range", "moments")):
         raise ValueError(f"a fit by {fit} {'needs' if not coding.offset else 'has no'} offsets")
+    if not x.numel():
+        none = x.new_zeros(coding.groups(*x.shape), dtype=getattr(torch, _STORED[coding.stored]))
+        return Coded(coding, x.to(torch.uint8), none, none if coding.offset else None)
     chunks = _chunks(x, coding)
     if fit == "squares":
         return _by_squares(x, coding, chunks)
@@ -145,8 +151,7 @@ def _range(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor
         low, high = torch.aminmax(x, dim=-1)
     else:
         low, high = x.masked_fill(~mask, math.inf).amin(-1), x.masked_fill(~mask, -math.inf).amax(-1)
-    # halved first, for the range of float32 numbers may exceed float32
-    return (high / 2 - low / 2) / (((1 << coding.bits) - 1) / 2), low
+    return (high - low) / ((1 << coding.bits) - 1), low
 
 
 def _peak(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor, None]:

@@ -17,7 +17,7 @@ from loratools._lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 2**14  # magnitude of a number on the grid
+LARGEST = 2**14 - 1  # magnitude of a number on the grid
 _STEPS = 4  # classes to an octave
 _RAREST = -32  # class of rows with hardly a number that is not zero
 
