@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def quantize(
     path: options.AdapterPath,
     bits: Annotated[
-        float | None, Option(metavar="B", help="Bits to a number: 1, 2, 3, 4 or 8; for grid, of the file, any number.")
+        float | None, Option(metavar="B", help="Bits to a number: 1, 2, 3, 4 or 8; for grid any, of codes and scales.")
     ] = None,
     budget: options.Budget = None,
     ratio: Annotated[float | None, Option(metavar="X", help="Size of the output: the input's, divided by X.")] = None,

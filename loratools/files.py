@@ -185,13 +185,18 @@ def destination_weights(adapter: Adapter, path: Path) -> Path:
     return path / name
 
 
-def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
-    """OutputError where the dialect is only read, or saving to `path` would overwrite something without `force`."""
+def check_writable(adapter: Adapter, path: Path) -> None:
+    """OutputError where the dialect is only read."""
     if not adapter.format.writable:
         raise OutputError(
             f"{printable(path)}: {adapter.format.name} files are read, not written; write the adapter in another "
             "dialect first: loratools convert --to peft"
         )
+
+
+def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
+    """OutputError where the dialect is only read, or saving to `path` would overwrite something without `force`."""
+    check_writable(adapter, path)
     weights = destination_weights(adapter, path)
     taken = [
         p
@@ -243,6 +248,14 @@ class PackedTarget:
     contents: Mapping[str, Content]
 
 
+@dataclass(frozen=True)
+class PackedSize:
+    """Bytes of a packed file, and those of them that are codes and scales."""
+
+    file: int
+    codes: int
+
+
 def packed_place(path: Path, *, force: bool) -> Path:
     """The file that `write_packed` makes of `path`; OutputError where there is one already, unless `force`."""
     place = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -250,12 +263,16 @@ def packed_place(path: Path, *, force: bool) -> Path:
     return place
 
 
-def write_packed(adapter: Adapter, targets: Iterable[PackedTarget], path: Path | None, *, force: bool = False) -> int:
-    """Stream targets in codes, then what belongs to none, to one file at `path`; its size in bytes.
+def write_packed(
+    adapter: Adapter, targets: Iterable[PackedTarget], path: Path | None, *, force: bool = False
+) -> PackedSize:
+    """Stream targets in codes, then what belongs to none, to one file at `path`.
 
     The config of a folder adapter goes into the file. Without a path nothing is written, and the size is exact all the
     same. ValueError where a target is missing.
     """
+    if path is not None:
+        check_writable(adapter, path)
     place = None if path is None else packed_place(path, force=force)
     if adapter.record:
         adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
@@ -275,7 +292,8 @@ def write_packed(adapter: Adapter, targets: Iterable[PackedTarget], path: Path |
         for key, extra in adapter.extras.items():
             sink.pack(key, Raw(extra.read()))
         sink.config = declared.config
-        return sink.commit(_metadata(adapter, declared, placeholder=path is None))
+        file = sink.commit(_metadata(adapter, declared, placeholder=path is None))
+        return PackedSize(file, sink.coded)
 
 
 def _sink(adapter: Adapter, weights: Path) -> TensorSink:

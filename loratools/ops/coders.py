@@ -151,7 +151,9 @@ def _values(parts: tuple[Part, ...], like: Tensor) -> Tensor:
 
 
 def _solve(gram: Tensor, target: Tensor) -> Tensor:
-    jitter = 1e-9 * gram.diagonal().mean().clamp_min(1e-300)
+    jitter = 1e-9 * gram.diagonal().mean()
+    if not float(jitter) > 0:
+        return torch.zeros_like(target)
     return torch.linalg.solve(gram + jitter * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), target)
 
 

@@ -15,7 +15,7 @@ from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, entry_of
 from loratools.errors import AdapterError, UsageError
 from loratools.families.base import LowRankUpdate
-from loratools.files import PackedTarget, Saved, packed_place, write_packed
+from loratools.files import PackedTarget, Saved, check_writable, packed_place, write_packed
 from loratools.formats.packing import packed, unpacked
 from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
@@ -45,10 +45,10 @@ _NORMS = ("magnitude", "up_bias")
 class Quantize:
     """How to quantise.
 
-    `bits`: to a number, and for `grid` of the file to a number of the input; `budget`: bytes of the file, for `grid`,
-    instead. `group`, `scales` and `rounds`: as in `Plain`, where a method has groups and rounds. `gauge` and `sweeps`:
-    of `balanced`. `energy`: of LoRAQuant, the share that its better codes hold. `allow_nonfinite` carries targets with
-    NaN or infinity over unchanged.
+    `bits`: to a number; for `grid` any number, which codes and scales take on average; `budget`: bytes of the file, for
+    `grid`, instead. `group`, `scales` and `rounds`: as in `Plain`, where a method has groups and rounds. `gauge` and
+    `sweeps`: of `balanced`. `energy`: of LoRAQuant, the share that its better codes hold. `allow_nonfinite` carries
+    targets with NaN or infinity over unchanged.
     """
 
     method: Method = "grid"
@@ -114,6 +114,7 @@ def quantize_file(
 ) -> tuple[Saved, QuantizeReport]:
     """As `quantize`, streamed to one packed file at `path`, which `load` reads like any other adapter."""
     changed = adapter.recorded("quantize", arguments(adapter, options))
+    check_writable(changed, Path(path))
     place = packed_place(Path(path), force=force)
     size, report = _run(changed, options, place, keep=lambda outcome: None, force=force)
     return Saved(place, place, size, None), replace(report, output=str(place))
@@ -149,21 +150,22 @@ def _run(
 ) -> tuple[int, QuantizeReport]:
     refuse_mutated(adapter, AT_OTHER_RANKS)
     if options.method != "grid":
-        outcomes: list[_Outcome] = []
-        size = write_packed(adapter, _packed(adapter, options, 0.0, outcomes, keep), path, force=force)
-        return size, _report(adapter, outcomes, size)
-    goal = options.budget
-    if goal is None:
-        numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
-        goal = int(numbers * options.bits / 8)
+        return _written(adapter, options, 0.0, path, keep=keep, force=force)
+    numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
+    goal = options.budget or max(1, int(numbers * options.bits / 8))
     search = StepSearch.begun(adapter, goal, allow_nonfinite=options.allow_nonfinite)
     while (step := search.next_step()) is not None:
-        outcomes = []
-        size = write_packed(adapter, _packed(adapter, options, step, outcomes, lambda outcome: None), None)
-        search.tried(step, size)
-    outcomes = []
-    size = write_packed(adapter, _packed(adapter, options, search.best, outcomes, keep), path, force=force)
-    return size, _report(adapter, outcomes, size)
+        size = write_packed(adapter, _packed(adapter, options, step, [], lambda outcome: None), None)
+        search.tried(step, size.file if options.budget else size.codes)
+    return _written(adapter, options, search.best, path, keep=keep, force=force)
+
+
+def _written(
+    adapter: Adapter, options: Quantize, step: float, path: Path | None, *, keep: Any, force: bool
+) -> tuple[int, QuantizeReport]:
+    outcomes: list[_Outcome] = []
+    size = write_packed(adapter, _packed(adapter, options, step, outcomes, keep), path, force=force)
+    return size.file, _report(adapter, outcomes, size.file)
 
 
 def _packed(

@@ -57,9 +57,6 @@ class StepSearch:
             if entry.family.family == "full":
                 diff = adapter[target].parameters()["diff"].double()
                 spreads += [Spread(diff.numel(), float(diff.square().mean().sqrt()))]
-            elif target not in factored:
-                fixed += entry.nbytes
-        fixed += sum(extra.spec.nbytes for extra in adapter.extras.values())
         return cls(goal, spreads, fixed)
 
     def next_step(self) -> float | None:

@@ -81,7 +81,7 @@ def nearest(x: Tensor, name: Levels, bits: int) -> Tensor:
     if bits == 1:
         return (x >= 0).to(torch.uint8)
     boundaries = _table(name, bits)[1].to(x)
-    return torch.bucketize(x, boundaries, right=True).to(torch.uint8)
+    return torch.bucketize(x.contiguous(), boundaries, right=True).to(torch.uint8)
 
 
 def values_of(codes: Tensor, name: Levels, bits: int) -> Tensor:

@@ -8,7 +8,8 @@ once decoded, and how it is written:
 * `parts`: rows in codes with scales (`quant.codec`); where parts overlap they add up;
 * `grid`: whole numbers times scales (`quant.grid`), deflated together with the other rows of their class in the piece.
 
-It also holds the metadata and the adapter_config.json of the adapter that was packed. docs/formats.md has every field.
+It also holds the metadata (but for loratools' own record, which the file states itself) and the adapter_config.json of
+the adapter that was packed. docs/formats.md has every field.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MARK: Final = "loratools.packed"  # in the metadata of the file; its value is the version
 VERSION: Final = "1"
 CONFIG_KEY: Final = "loratools.config"  # in the metadata as they are shown: the adapter_config.json
+_PLAIN: Final = "loratools"  # metadata that begin so are not deflated: a hash must not change the size of a file
 _PIECE: Final = 8 << 20  # bytes of a piece before it is closed
 _PIECE_NUMBERS: Final = 8 << 20  # numbers on the grid likewise
 _MAX_INDEX: Final = 256 << 20
@@ -106,6 +108,7 @@ class PackedSink(TensorSink):
         self._pieces: list[dict[str, list[int]]] = []
         self._bytes: list[Tensor] = []
         self._size = self._numbers = 0
+        self.coded = 0  # bytes of codes and scales, without names and what is raw
         self._rows: list[tuple[int, Tensor]] = []
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -123,6 +126,7 @@ class PackedSink(TensorSink):
             self._entries.append([name, spec.dtype, list(spec.shape), piece, at, "raw"])
         else:
             entry = [name, "F32", list(content.shape), piece, at]
+            before = self._size
             if isinstance(content.parts, Gridded):
                 codes, scales = content.parts.codes, content.parts.scales
                 self._append(scales.contiguous().view(torch.uint8))
@@ -137,6 +141,7 @@ class PackedSink(TensorSink):
                     self._append(part.coded.to_bytes())
                     listed.append([part.start, len(part.rows), *part.coded.coding.to_json()])
                 self._entries.append([*entry, "parts", int(content.transposed), listed])
+            self.coded += self._size - before
         if self._size >= _PIECE or self._numbers >= _PIECE_NUMBERS:
             self._close_piece()
 
@@ -149,6 +154,7 @@ class PackedSink(TensorSink):
         for kind, numbers in collect(self._rows).items():
             stream, data = compress(numbers)
             streams[str(kind)] = stream.to_json()
+            self.coded += len(data)
             if data:
                 self._append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         whole = torch.cat(self._bytes) if self._bytes else torch.zeros(0, dtype=torch.uint8)
@@ -159,15 +165,16 @@ class PackedSink(TensorSink):
     def commit(self, metadata: Mapping[str, str]) -> int:
         if self._bytes or self._rows:
             self._close_piece()
+        record = {key: text for key, text in metadata.items() if key.startswith(_PLAIN)}
         index = {
-            "metadata": dict(metadata),
+            "metadata": {key: text for key, text in metadata.items() if key not in record},
             "config": None if self.config is None else dict(self.config),
             "tensors": self._entries,
             "pieces": self._pieces,
         }
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
         self._sink.write("index", torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8))
-        return self._sink.commit({MARK: VERSION})
+        return self._sink.commit({MARK: VERSION, **record})
 
     def abort(self) -> None:
         self._sink.abort()
@@ -231,7 +238,7 @@ class PackedSource(TensorSource):
         metadata = index["metadata"]
         if not all(isinstance(v, str) for pair in metadata.items() for v in pair):
             raise ValueError("its metadata are not text")
-        self.metadata = dict(metadata)
+        self.metadata = {key: text for key, text in self._file.metadata.items() if key != MARK} | metadata
         if index["config"] is not None:
             self.metadata[CONFIG_KEY] = json.dumps(index["config"])
         self._streams = [
