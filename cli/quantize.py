@@ -137,7 +137,9 @@ def dequantize(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a quantised adapter as an ordinary one, for programs that know no codes.
+    """Write a quantised adapter as an ordinary one.
+
+    In the dtype that its numbers had before, unless --dtype says otherwise.
 
     Example: loratools dequantize my_lora.grid2bit.safetensors --to peft -o my_lora_again
     """

@@ -80,7 +80,7 @@ def formats() -> str:
     """How adapters are spelt and stored."""
     from loratools.formats import FORMATS
     from loratools.formats.matrix import DIALECTS, GRADES, MATRIX
-    from loratools.storage import CONTAINERS
+    from loratools.storage import CONTAINERS, packed
 
     parts = ["# Formats", "A dialect is how keys and config are spelt. Exactly one must recognise a file."]
     for dialect in FORMATS:
@@ -99,6 +99,8 @@ def formats() -> str:
         "# Containers",
         "A container is how tensors lie in a file. Its content tells it, not its name; output is always safetensors.",
         _table(("container", "usual suffixes", "reading"), rows),
+        "## packed",
+        inspect.getdoc(packed) or "",
     ]
     return _page(parts)
 

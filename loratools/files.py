@@ -108,7 +108,7 @@ def load(
         first = ", ".join(quoted(name) for name in skipped[:3])
         warnings.append(f"{len(skipped)} entries that are not tensors were left out: {first}")
     extras = {key: Extra(source.specs[key], lambda key=key: source.read(key)) for key in bound.extras}  # type: ignore[misc]
-    origin = Origin(weights, source.container, source.nbytes, source.sha256, source.close, source.codings)
+    origin = Origin(weights, source.container, source.nbytes, source.sha256, source.close, dict(source.codings))
     return Adapter(bound, entries, extras, metadata, tuple(warnings), origin)
 
 

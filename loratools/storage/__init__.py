@@ -67,13 +67,8 @@ def _is_pickle(head: bytes) -> bool:
     return legacy or head.startswith(b"PK\x03\x04")
 
 
-def _open_safetensors(path: Path) -> TensorSource:
-    source = SafetensorsSource(path)
-    return PackedSource(source) if MARK in source.metadata else source
-
-
 CONTAINERS: Final = (
-    Container(_is_safetensors, (".safetensors",), _open_safetensors),
+    Container(_is_safetensors, (".safetensors",), SafetensorsSource),
     Container(_is_gguf, (".gguf",), GGUFSource),
     Container(_is_index, (".index.json",), ShardedSource),
     Container(_is_pickle, (".bin", ".pt", ".pth", ".ckpt"), PickleSource),
@@ -99,7 +94,10 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
         )
     for container in CONTAINERS:
         if container.matches(head):
-            return container.open(file)
+            source = container.open(file)
+            if isinstance(source, SafetensorsSource) and MARK in source.metadata:
+                return PackedSource(source)
+            return source
     for container in CONTAINERS:  # damaged at its very start: the reader its name asks for says what is wrong
         if file.name.endswith(container.suffixes):
             return container.open(file)

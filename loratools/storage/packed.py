@@ -1,15 +1,27 @@
 """loratools' own container: the tensors of any adapter, in codes of a few bits, in a safetensors file.
 
-Its tensors are `index`, a deflated JSON text, and `data.0`, `data.1`, ...: pieces of a few megabytes, which hold whole
-tensors each, so that one is read by reading its piece. The index says of every tensor its name, its dtype and shape
-once decoded, and how it is written:
+It is what `loratools quantize` writes. Its metadata hold `loratools.packed`, the version, and loratools' record. Its
+tensors, all U8, are `index`, a JSON object deflated by zlib, and `data.0`, `data.1`, ...: pieces of a few megabytes,
+which hold whole tensors each. Numbers are little-endian.
 
-* `raw`: its own bytes;
-* `parts`: rows in codes with scales (`quant.codec`); where parts overlap they add up;
-* `grid`: whole numbers times scales (`quant.grid`), deflated together with the other rows of their class in the piece.
+The index has `metadata` and `config`, those of the adapter that was packed (`config` is adapter_config.json, or
+null); `pieces`, for each piece the streams at its end; and `tensors`, in order, each a list: name, dtype and shape
+once decoded, piece, first byte in it, kind, and then
 
-It also holds the metadata (but for loratools' own record, which the file states itself) and the adapter_config.json of
-the adapter that was packed. docs/formats.md has every field.
+* `raw`: nothing; its bytes are those of the tensor;
+* `parts`: whether rows run along the last axis (else the first), and a list of parts that add up where they overlap:
+  first row, rows, bits, codebook, group, whether there are offsets, dtype of scales. Each part takes its scales, its
+  offsets if it has some, and its codes, row by row, the first in the lowest bits. value = scale * level + offset; a
+  group is that many numbers of a row, all of a row for 0, the whole part for -1. The codebooks stand in
+  `quant/codebooks.py`;
+* `grid`: as for parts whether rows run along the last axis; the number of scales, one for each row or one for all;
+  their dtype; and the class of each row. Its bytes are the scales; the whole numbers that they multiply are in the
+  streams.
+
+A piece's streams, in the order of their classes at its end, hold the rows of each class one after the other, deflated
+without a header: `class: [base, numbers to a byte, numbers, bytes]`. A number x is folded to 2x - 1 above zero and to
+-2x elsewhere, which is below the base; a byte holds several as digits of that base, the first the lowest; where it
+holds none, each number has two bytes.
 """
 
 from __future__ import annotations

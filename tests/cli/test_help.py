@@ -32,6 +32,8 @@ def test_the_commands_are_the_files() -> None:
         "explore",
         "squeeze",
         "truncate",
+        "quantize",
+        "dequantize",
         "convert",
         "check",
         "merge",
