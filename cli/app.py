@@ -25,6 +25,7 @@ from loratools_cli.interrupts import Interrupts
 from loratools_cli.intruders import intruders
 from loratools_cli.merge import merge
 from loratools_cli.output import say
+from loratools_cli.pareto import pareto
 from loratools_cli.quantize import dequantize, quantize
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
@@ -44,6 +45,7 @@ for command in (
     truncate,
     quantize,
     dequantize,
+    pareto,
     convert,
     check,
     merge,

@@ -32,11 +32,12 @@ def write_exports(
 ) -> None:
     """Write what is asked for, and say so on standard error.
 
-    A `page` is of comparisons, a `figure` of those and of intruders.
+    A `page` is of comparisons, a `figure` of those, of intruders and of curves.
     """
     from loratools.reports.compare import CompareReport
     from loratools.reports.frames import write_table
     from loratools.reports.intruders import IntrudersReport
+    from loratools.reports.pareto import ParetoReport
 
     if table is not None:
         write_table(report, table, force=force)
@@ -45,6 +46,11 @@ def write_exports(
         from loratools.reports.plot_intruders import plot_intruders
 
         plot_intruders(report, figure, force=force)
+        say(f"wrote {figure}")
+    elif figure is not None and isinstance(report, ParetoReport):
+        from loratools.reports.plot_pareto import plot_pareto
+
+        plot_pareto(report, figure, force=force)
         say(f"wrote {figure}")
     elif figure is not None:
         from loratools.reports.plot_compare import plot_compare

@@ -49,9 +49,9 @@ def quantize(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write an adapter in few bits, as one small file that every command reads.
+    """Write an adapter in few bits, as one small file.
 
-    Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits target by target, for the
+    Every command reads it. Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits target by target, for the
     least error of the whole delta; the other methods are published ones, and plain rounding.
 
     \b

@@ -30,6 +30,7 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.pareto import ParetoReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
@@ -38,7 +39,7 @@ from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
-from loratools_cli.render_quantize import render_quantize
+from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -187,6 +188,11 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: QuantizeReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_quantize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
     yield from reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: ParetoReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_pareto(report, everything=everything)
 
 
 @blocks.register

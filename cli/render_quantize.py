@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from loratools.reports.pareto import ParetoReport
 from loratools.reports.quantize import QuantizeReport, TargetCoded
+from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, some, texts
-from loratools_cli.text import number, span
+from loratools_cli.text import number, percent, span
 
 
 def render_quantize(report: QuantizeReport, *, everything: bool) -> Iterator[RenderableType]:
@@ -34,3 +36,18 @@ def _cells(members: Sequence[TargetCoded]) -> list[str]:
 
 def _ranks(members: Sequence[TargetCoded]) -> str:
     return f"{span(c.rank_before for c in members)} -> {span(c.rank_after for c in members)}"
+
+
+def render_pareto(report: ParetoReport, *, everything: bool) -> Iterator[RenderableType]:
+    """The points that no other beats, or all of them, with the commands that make them."""
+    shown = new_grid("method", "setting", "size", "share %", "rel. error", *([""] if everything else []))
+    points = report.points if everything else [p for p in report.points if p.best]
+    for point in points:
+        share = percent(point.bytes / report.bytes) if report.bytes else ""
+        cells = [point.setting, format_size(point.bytes), share, number(point.relative_error)]
+        shown.add_row(*texts(point.method, *cells, *(["best" if point.best else ""] if everything else [])))
+    yield shown
+    if not everything:
+        yield Text(f"{len(report.points) - len(points)} other settings are beaten by these; see --all")
+    for command in dict.fromkeys(p.command for p in points if p.best):
+        yield Text(f"  {command}")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.pareto import pareto
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.truncate import truncate, truncate_file
@@ -84,6 +85,7 @@ __all__ = [
     "merge",
     "mitigate",
     "open_fine_tune",
+    "pareto",
     "quantize",
     "quantize_file",
     "save",
@@ -115,6 +117,7 @@ _HOMES = {
     "loratools.ops.inspect": ("inspect",),
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
+    "loratools.ops.pareto": ("pareto",),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
     "loratools.ops.truncate": ("truncate", "truncate_file"),

@@ -250,9 +250,10 @@ class PackedSource(TensorSource):
         metadata = index["metadata"]
         if not all(isinstance(v, str) for pair in metadata.items() for v in pair):
             raise ValueError("its metadata are not text")
-        self.metadata = {key: text for key, text in self._file.metadata.items() if key != MARK} | metadata
+        stated = {key: text for key, text in self._file.metadata.items() if key != MARK} | metadata
         if index["config"] is not None:
-            self.metadata[CONFIG_KEY] = json.dumps(index["config"])
+            stated[CONFIG_KEY] = json.dumps(index["config"])
+        self.metadata = stated
         self._streams = [
             {int(kind): Stream.from_json(fields) for kind, fields in piece.items()} for piece in index["pieces"]
         ]

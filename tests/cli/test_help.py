@@ -34,6 +34,7 @@ def test_the_commands_are_the_files() -> None:
         "truncate",
         "quantize",
         "dequantize",
+        "pareto",
         "convert",
         "check",
         "merge",
