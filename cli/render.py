@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.reports.cache import CacheReport
+from loratools.reports.calibrate import CalibrateReport
 from loratools.reports.check import CheckReport
 from loratools.reports.compare import CompareReport
 from loratools.reports.convert import ConvertReport
@@ -35,6 +36,7 @@ from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, reasons, some, texts
+from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
@@ -92,6 +94,12 @@ def _(report: SqueezeReport | QuantizeReport, planned: Path | None = None) -> st
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
     return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
+
+
+@closing.register
+def _(report: CalibrateReport, planned: Path | None = None) -> str:
+    seen = f"from {report.tokens} tokens of {report.texts} texts" if report.tokens else "from the base's norms alone"
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}, {seen}\n"
 
 
 @closing.register
@@ -162,6 +170,11 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
     yield from reasons("skipped", report.skipped, everything)
+
+
+@blocks.register
+def _(report: CalibrateReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_calibrate(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
 
 
 @blocks.register

@@ -19,7 +19,7 @@ from loratools.storage.safetensors import SafetensorsSink
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratools.adapter import Adapter
+    from loratools.adapter import Adapter, Entry
     from loratools.families.base import Update
 
 MOMENT, CHANNELS = ".moment", ".channels"
@@ -78,6 +78,28 @@ class Statistics:
         return place
 
 
+def weighed_targets(adapter: Adapter) -> tuple[str, ...]:
+    """The targets with ranks, which is what statistics are about; AdapterError for one that they cannot weigh."""
+    targets = tuple(target for target, entry in adapter.entries.items() if entry.is_factored)
+    for target in targets:
+        if (what := _unweighable(adapter.entries[target])) is not None:
+            raise AdapterError(
+                f"{target}: {what}, and inputs are weighed for linear layers and embeddings alone; squeeze without "
+                "--weights"
+            )
+    if not targets:
+        raise AdapterError("the adapter has no LoRA or DoRA target whose inputs could be weighed")
+    return targets
+
+
+def _unweighable(entry: Entry) -> str | None:
+    if entry.layout.experts > 1:
+        return "a stack of experts"
+    if "mid" in entry.specs or len(entry.specs["down"].shape) > 2:
+        return "a convolution"
+    return "a magnitude per input" if "magnitude" in entry.specs and entry.layout.magnitude_axis == 1 else None
+
+
 def fingerprint(update: Update) -> str:
     """What tells one `down` factor from another: the SHA-256 of its shape, dtype and bytes."""
     down = update.parameters()["down"]
@@ -104,9 +126,8 @@ def load_statistics(path: str | os.PathLike[str], adapter: Adapter) -> Statistic
         moments[target], means[target] = source.read(target + MOMENT), source.read(target + CHANNELS)
         _check(f"{name}: {target}", moments[target], means[target])
     found = Statistics(moments, means, tokens, prints)
-    for target, entry in adapter.entries.items():
-        if entry.is_factored:
-            found.refuse_other(target, entry.read())
+    for target in weighed_targets(adapter):
+        found.refuse_other(target, adapter[target])
     return found
 
 
