@@ -33,7 +33,7 @@ def calibrate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what enters each target of an adapter, for squeeze --weights.
+    """Measure what enters each target, for squeeze --weights.
 
     One pass of some texts through the base, without the adapter, sums a small moment for each target; the file goes
     with this very adapter. Needs loratools[models], but for --data-free.

@@ -180,7 +180,9 @@ def _(report: CalibrateReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     changes = report.targets
-    shown_rows = new_grid("target", "rank", "energy kept %", "rel. error", "size")
+    weighted = [] if report.weighted_error is None else [number(report.weighted_error)]
+    titles = ("target", "rank", "energy kept %", "rel. error", *("weighted" for _ in weighted), "size")
+    shown_rows = new_grid(*titles)
     if everything or len(changes) <= _GROUP_ABOVE:
         for target, change in changes.items():
             shown_rows.add_row(*texts(target, *_change_cells([change])))
@@ -190,7 +192,7 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     if changes:
         total = report.total
         tensors = sizes(sum(c.bytes_before for c in changes.values()), sum(c.bytes_after for c in changes.values()))
-        cells = [percent(total["energy_kept"]), number(total["relative_error"]), tensors]
+        cells = [percent(total["energy_kept"]), number(total["relative_error"]), *weighted, tensors]
         shown_rows.add_row(*texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
         yield shown_rows
     yield from reasons("unchanged", report.unchanged, everything)
@@ -413,10 +415,12 @@ def _(report: CacheReport, everything: bool) -> Iterator[RenderableType]:
 
 
 def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
+    weighted = [c.weighted_error for c in changes if c.weighted_error is not None]
     return [
         _ranks(changes),
         span((c.energy_kept for c in changes), percent),
         span((c.relative_error for c in changes), number),
+        *([span(weighted, number)] if weighted else []),
         sizes(sum(c.bytes_before for c in changes), sum(c.bytes_after for c in changes)),
     ]
 

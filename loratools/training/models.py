@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +34,25 @@ def load_model(folder: str | os.PathLike[str], device: str = "cpu") -> tuple[Any
         raise InputError(f"{name}: is no folder of a Hugging Face model; give one that holds config.json")
     transformers = library("transformers")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+        with _quiet(transformers.utils.logging):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: transformers cannot load it: {reason}; is the folder complete?") from error
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without transformers' own progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def module_of(model: Module, adapter: Adapter, target: str) -> Module:
