@@ -16,7 +16,15 @@ from loratools.reports.squeeze import SqueezeReport
 Run = Callable[..., Any]
 Make = Callable[..., Path]
 
-CHANGE = ["rank_before", "rank_after", "energy_kept", "relative_error", "bytes_before", "bytes_after", "weighted_error"]
+CHANGE = [
+    "rank_before",
+    "rank_after",
+    "energy_kept",
+    "relative_error",
+    "bytes_before",
+    "bytes_after",
+    "weighted_error",
+]
 TOTAL = [
     "targets",
     "changed",
@@ -26,7 +34,6 @@ TOTAL = [
     "relative_error",
     "bytes_before",
     "bytes_after",
-    "weighted_error",
 ]
 
 
