@@ -11,7 +11,7 @@ from loratools_cli import options
 
 
 def calibrate(
-    base: Annotated[Path, Argument(metavar="BASE", help="Base model: a folder in Hugging Face's layout.")],
+    base: Annotated[Path, Argument(metavar="BASE", help="Model, best fused with the adapter: a Hugging Face folder.")],
     path: options.AdapterPath,
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")],
     data: Annotated[
@@ -35,8 +35,9 @@ def calibrate(
 ) -> None:
     """Measure what enters each target, for squeeze --weights.
 
-    One pass of some texts through the base, without the adapter, sums a small moment for each target; the file goes
-    with this very adapter. Needs loratools[models], but for --data-free.
+    One pass of some texts through the model as it is sums a small moment for each target; the file goes with this very
+    adapter. Best is the model that loratools fuse made of the base and the adapter: then the inputs are those that
+    occur in use. Needs loratools[models], but for --data-free.
 
     \b
     Examples:

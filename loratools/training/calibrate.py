@@ -49,10 +49,10 @@ def calibrate(
 ) -> Statistics:
     """Second moments of the inputs of every LoRA and DoRA target, over the tokens of `texts`; padding does not count.
 
-    `base` is a folder of a Hugging Face model, or a model, which then needs its `tokenizer` (texts to `input_ids`). The
-    activations are those of the base alone, without the adapter: one pass serves it at any strength, and what it
-    changes in them is small beside them. `step` is called after each batch. Raises AdapterError naming a target that
-    the model has no module for.
+    `base` is a folder of a Hugging Face model, or a model, which then needs its `tokenizer` (texts to `input_ids`). It
+    is run as it is, without applying the adapter; with the adapter merged into it before, moments are of what the
+    layers get when the adapter is in use, which is the better guide. `step` is called after each batch. Raises
+    AdapterError naming a target that the model has no module for.
     """
     targets = weighed_targets(adapter)
     model = base

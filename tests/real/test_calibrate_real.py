@@ -1,6 +1,6 @@
-"""Squeezing by the activations of a real model: less error for held-out inputs, which does not mean a better answer.
+"""Squeezing by the activations of a real model, with the adapter at work in it while they are measured.
 
-For this adapter the loss of the task was no lower for it: less error in the outputs of the layers promises nothing.
+Without it (0.1107 at rank 2, 0.0712 at rank 8) the loss was no lower than that of a plain squeeze (0.1085, 0.0706).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from loratools.training.texts import read_texts
 
 N_TEXTS = 128
 N_ROWS = 96
-NEAR = 0.004  # nats: about twice the largest difference that was measured
 
 pytestmark = pytest.mark.real
 
@@ -33,7 +32,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealModel:
 def statistics(real: RealModel) -> Statistics:
     texts = read_texts(ADAPTERS / "data" / "numwords_en_train.jsonl", N_TEXTS)
     how = Calibrate(max_texts=N_TEXTS, batch=16)
-    return calibrate(real.model, load(ADAPTERS / "en_lora_r64"), texts, tokenizer=real.tokenizer, options=how)
+    adapter = load(ADAPTERS / "en_lora_r64")
+    with real.merged(adapter):
+        return calibrate(real.model, adapter, texts, tokenizer=real.tokenizer, options=how)
 
 
 def output_errors(real: RealModel, adapter: Adapter, others: list[Adapter], texts: list[str]) -> list[float]:
@@ -64,20 +65,21 @@ def test_held_out_inputs_see_less_error(real: RealModel, statistics: Statistics)
     weighed = squeeze(adapter, 8, options=Squeeze(weights=statistics))[0]
     plain = squeeze(adapter, 8)[0]
     texts = [row["prompt"] + row["answer"] for row in real.rows[:32]]
-    ours, theirs = output_errors(real, adapter, [weighed, plain], texts)
+    with real.merged(adapter):
+        ours, theirs = output_errors(real, adapter, [weighed, plain], texts)
     print(f"held-out squared output error: {ours:.5f} weighed, {theirs:.5f} plain")
     assert ours < 0.9 * theirs
 
 
 @pytest.mark.parametrize("rank", [2, 8])
-def test_the_task_is_kept_as_well(real: RealModel, statistics: Statistics, rank: int) -> None:
-    """Measured: 0.1107 weighed and 0.1085 plain at rank 2, 0.0712 and 0.0706 at rank 8."""
+def test_the_task_is_kept_better(real: RealModel, statistics: Statistics, rank: int) -> None:
+    """Measured: 0.1047 weighed and 0.1085 plain at rank 2, 0.0695 and 0.0706 at rank 8."""
     adapter = load(ADAPTERS / "en_lora_r64")
     weighed, report = squeeze(adapter, rank, options=Squeeze(weights=statistics))
     plain, without = squeeze(adapter, rank)
     ours, theirs = real.nll(weighed), real.nll(plain)
     print(f"rank {rank}: {ours:.4f} weighed, {theirs:.4f} plain")
-    assert ours < theirs + NEAR
+    assert ours < theirs
     assert report.total["relative_error"] > without.total["relative_error"]
 
 
