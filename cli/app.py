@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from loratools_cli.cache import cache
+from loratools_cli.calibrate import calibrate
 from loratools_cli.check import check
 from loratools_cli.compare import compare
 from loratools_cli.convert import convert
@@ -46,6 +47,7 @@ for command in (
     quantize,
     dequantize,
     pareto,
+    calibrate,
     convert,
     check,
     merge,

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loratools.reports.cache import CacheReport
+from loratools.reports.calibrate import CalibrateReport
 from loratools.reports.check import CheckReport
 from loratools.reports.compare import CompareReport
 from loratools.reports.convert import ConvertReport
@@ -36,6 +37,7 @@ from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, reasons, some, texts
+from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
@@ -93,6 +95,12 @@ def _(report: SqueezeReport | QuantizeReport, planned: Path | None = None) -> st
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
     return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
+
+
+@closing.register
+def _(report: CalibrateReport, planned: Path | None = None) -> str:
+    seen = f"from {report.tokens} tokens of {report.texts} texts" if report.tokens else "from the base's norms alone"
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}, {seen}\n"
 
 
 @closing.register
@@ -166,9 +174,16 @@ def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
 
 
 @blocks.register
+def _(report: CalibrateReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_calibrate(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
+
+
+@blocks.register
 def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     changes = report.targets
-    shown_rows = new_grid("target", "rank", "energy kept %", "rel. error", "size")
+    weighted = [] if report.weighted_error is None else [number(report.weighted_error)]
+    titles = ("target", "rank", "energy kept %", "rel. error", *("weighted" for _ in weighted), "size")
+    shown_rows = new_grid(*titles)
     if everything or len(changes) <= _GROUP_ABOVE:
         for target, change in changes.items():
             shown_rows.add_row(*texts(target, *_change_cells([change])))
@@ -178,7 +193,7 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     if changes:
         total = report.total
         tensors = sizes(sum(c.bytes_before for c in changes.values()), sum(c.bytes_after for c in changes.values()))
-        cells = [percent(total["energy_kept"]), number(total["relative_error"]), tensors]
+        cells = [percent(total["energy_kept"]), number(total["relative_error"]), *weighted, tensors]
         shown_rows.add_row(*texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
         yield shown_rows
     yield from reasons("unchanged", report.unchanged, everything)
@@ -406,10 +421,12 @@ def _(report: CacheReport, everything: bool) -> Iterator[RenderableType]:
 
 
 def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
+    weighted = [c.weighted_error for c in changes if c.weighted_error is not None]
     return [
         _ranks(changes),
         span((c.energy_kept for c in changes), percent),
         span((c.relative_error for c in changes), number),
+        *([span(weighted, number)] if weighted else []),
         sizes(sum(c.bytes_before for c in changes), sum(c.bytes_after for c in changes)),
     ]
 

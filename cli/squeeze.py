@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Option
@@ -23,6 +24,9 @@ def squeeze(
     adaptertune: options.AdapterTune = None,
     bits: Annotated[
         Literal["auto"] | None, Option(help="With --budget or --ratio: choose bits as well as ranks; see quantize.")
+    ] = None,
+    weights: Annotated[
+        Path | None, Option(metavar="FILE", help="Count errors by the inputs that calibrate measured.")
     ] = None,
     max_rank: options.MaxRank = None,
     min_rank: options.MinRank = 1,
@@ -58,6 +62,7 @@ def squeeze(
       loratools squeeze my_peft_folder --energy 0.95 -o smaller
       loratools squeeze my_lora.safetensors --budget 4MB --dry-run
       loratools squeeze my_lora.safetensors --budget 500kB --bits auto
+      loratools squeeze my_lora.safetensors --rank 8 --weights stats.safetensors
     """
     import loratools
     from loratools.errors import UsageError
@@ -77,13 +82,16 @@ def squeeze(
     if bits is not None:
         if budget is None and ratio is None:
             raise UsageError("--bits auto chooses bits and ranks for a size; give --budget or --ratio with it")
+        if weights is not None:
+            raise UsageError("--bits auto does not weigh by inputs; squeeze with --weights, then quantize its output")
         wanted = quantize.bytes_wanted(adapter, budget, ratio)
         how = loratools.Quantize(budget=wanted, allow_nonfinite=allow_nonfinite)
         quantize.write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
         return
     policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
-    squeezing = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged)
+    found = None if weights is None else loratools.load_statistics(weights, adapter)
+    squeezing = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged, found)
     place = destination(adapter, output, tag, force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)

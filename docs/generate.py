@@ -46,6 +46,7 @@ REPORTS = {
     "loratools info": "info",
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
+    "loratools calibrate": "calibrate",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",

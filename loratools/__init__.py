@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loratools.ops.pareto import pareto
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
+    from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
     from loratools.ranks import (
         AdapterTuneElbow,
@@ -44,11 +45,14 @@ if TYPE_CHECKING:
         Ratio,
         Threshold,
     )
+    from loratools.training.calibrate import Calibrate, calibrate
+    from loratools.training.data_free import data_free_statistics
 
 __all__ = [
     "AdapterTuneElbow",
     "Budget",
     "Cache",
+    "Calibrate",
     "Convert",
     "Cumulative",
     "Elbow",
@@ -62,13 +66,16 @@ __all__ = [
     "Ratio",
     "Search",
     "Squeeze",
+    "Statistics",
     "Threshold",
     "__version__",
     "aurac",
+    "calibrate",
     "check",
     "compare",
     "convert",
     "convert_file",
+    "data_free_statistics",
     "default_cache",
     "delta",
     "delta_file",
@@ -82,6 +89,7 @@ __all__ = [
     "intruders",
     "load",
     "load_base",
+    "load_statistics",
     "merge",
     "mitigate",
     "open_fine_tune",
@@ -120,6 +128,7 @@ _HOMES = {
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
+    "loratools.ops.statistics": ("Statistics", "load_statistics"),
     "loratools.ops.truncate": ("truncate", "truncate_file"),
     "loratools.ranks": (
         "AdapterTuneElbow",
@@ -134,6 +143,8 @@ _HOMES = {
         "Ratio",
         "Threshold",
     ),
+    "loratools.training.calibrate": ("Calibrate", "calibrate"),
+    "loratools.training.data_free": ("data_free_statistics",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -39,6 +39,7 @@ LAYERS = (
     ("reports",),  # records of plain data: the verbs return them
     ("ops",),
     ("hub", "training"),
+    ("peft",),
     ("loratools",),  # the public face, loratools/__init__.py
     ("loratools_cli",),
 )

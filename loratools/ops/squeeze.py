@@ -15,7 +15,7 @@ from loratools.errors import AdapterError, UnchangedError, UsageError
 from loratools.files import Saved, header_room, write
 from loratools.linalg.factored import balanced_factors, fits_single, is_finite, squared_distance
 from loratools.linalg.inner import frobenius
-from loratools.linalg.svd import Method, blocks_of, truncate
+from loratools.linalg.svd import Method, Truncation, blocks_of, truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator, sum_of
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import (
@@ -30,6 +30,8 @@ from loratools.ops.spectra import (
     stack_blocks,
     stack_factors,
 )
+from loratools.ops.statistics import weighed_targets
+from loratools.ops.weighing import measure_weighed, truncate_weighed
 from loratools.pipeline import ordered_map, worker_count
 from loratools.ranks import Budget, Fixed, Limits, PerTarget, Policy, Spectrum, allocate
 from loratools.reports.squeeze import Outcome, SqueezeReport, TargetChange, summarise
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
     from loratools.formats import ScaleMode
+    from loratools.ops.spectra import Measured
+    from loratools.ops.statistics import Statistics
 
 
 _FACTORS = ("down", "up", "mid")
@@ -49,7 +53,8 @@ class Squeeze:
     """How to squeeze, beside the ranks.
 
     `scale`: `fold` writes scale 1 wherever the file can say so, `keep` the scale as read. `seed` matters to the
-    randomised method alone. `allow_nonfinite` carries targets with NaN or infinity over unchanged.
+    randomised method alone. `allow_nonfinite` carries targets with NaN or infinity over unchanged. With `weights`, the
+    statistics of what enters this adapter's targets, errors count by those inputs, for ranks and for factors alike.
     """
 
     method: Method = "auto"
@@ -59,6 +64,11 @@ class Squeeze:
     seed: int = 0
     allow_nonfinite: bool = False
     allow_unchanged: bool = False
+    weights: Statistics | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.method == "rsvd":
+            raise UsageError("weights need exact singular values; leave the method at auto")
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ def squeeze(
 ) -> tuple[Adapter, SqueezeReport]:
     """The best adapter of lower rank, in memory, with what it costs.
 
-    Each target gets the Eckart-Young optimum at its rank, with balanced factors in the stored dtypes. A target whose
+    Each target gets the Eckart-Young optimum at its rank, with balanced factors in the stored dtypes; with weights, the
+    optimum of the error that its inputs see. A target whose
     rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all,
     NeedsBaseError for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
     """
@@ -141,7 +152,10 @@ def stream(
 def arguments(rank: int | Policy | PerTarget, limits: Limits, options: Squeeze) -> dict[str, object]:
     """The choices that shape the output, as the record states them."""
     policy = Fixed(rank) if isinstance(rank, int) else rank
-    fields = {"policy": repr(policy), "method": options.method, "scale": options.scale, "seed": options.seed}
+    fields: dict[str, object] = {"policy": repr(policy), "method": options.method}
+    fields |= {"scale": options.scale, "seed": options.seed}
+    if options.weights is not None:
+        fields["weights"] = {"tokens": options.weights.tokens}
     return fields if limits == Limits() else fields | {"limits": repr(limits)}
 
 
@@ -152,6 +166,8 @@ def decide(
     if isinstance(rank, bool) or not isinstance(rank, int | Policy | PerTarget):
         raise UsageError(f"a rank is a whole number or a policy such as Energy(0.9), not {rank!r}")
     refuse_mutated(adapter, AT_OTHER_RANKS)
+    if options.weights is not None:
+        weighed_targets(adapter)
     policy = Fixed(rank) if isinstance(rank, int) else rank
     if isinstance(policy, PerTarget) and (unknown := [t for t in policy.exceptions if t not in adapter.entries]):
         raise UsageError(f"a rank of its own is given to {unknown[0]}, which the adapter does not have")
@@ -160,7 +176,7 @@ def decide(
     targets = [t for t in adapter.entries if t not in unchanged]
     if isinstance(policy, Fixed) and limits == Limits():
         wanted = {t: whole_steps(adapter.entries[t], policy.value, policy) for t in targets}
-        measured = measure(adapter, targets, base=options.base, device=options.device, allow_nonfinite=True)
+        measured = _measured(adapter, targets, replace(options, allow_nonfinite=True))
         bad = [m.target for m in measured if not m.blocks] if options.allow_nonfinite else []
     else:
         wanted, bad, note = _allocate(adapter, targets, policy, limits, options)
@@ -237,10 +253,9 @@ def _allocate(
     spectra: dict[str, Spectrum] = {}
     bad: list[str] = []
     relative_to_base = isinstance(policy, Budget) and policy.relative_to == "base"
-    measured = measure(
-        adapter, targets, base=options.base, device=options.device, allow_nonfinite=options.allow_nonfinite
-    )
-    for m in measured:
+    if relative_to_base and options.weights is not None:
+        raise UsageError("weighted errors cannot be relative to the base's weights, which are not weighed")
+    for m in _measured(adapter, targets, options):
         entry = adapter.entries[m.target]
         if not m.blocks:
             bad.append(m.target)
@@ -264,6 +279,14 @@ def _allocate(
     return ranks, bad, notes
 
 
+def _measured(adapter: Adapter, targets: list[str], options: Squeeze) -> Iterator[Measured]:
+    """The spectra that the ranks are chosen by."""
+    base, device, lenient = options.base, options.device, options.allow_nonfinite
+    if options.weights is None:
+        return measure(adapter, targets, base=base, device=device, allow_nonfinite=lenient)
+    return measure_weighed(adapter, targets, options.weights, base=base, device=device, allow_nonfinite=lenient)
+
+
 def overhead(adapter: Adapter, squeezable: set[str]) -> int:
     """Bytes of the written file that no choice of ranks changes."""
     fixed = header_room(adapter) + sum(extra.spec.nbytes for extra in adapter.extras.values())
@@ -277,7 +300,7 @@ def overhead(adapter: Adapter, squeezable: set[str]) -> int:
 def apply(adapter: Adapter, plan: Plan, options: Squeeze) -> Iterator[tuple[Outcome, Update]]:
     """Squeeze the planned targets, several at a time, in batches of equal shape."""
     targets = list(plan.ranks)
-    batched = options.method != "rsvd"
+    batched = options.method != "rsvd" and options.weights is None
     groups = group_targets(adapter, targets, options.device, rank=plan.ranks.__getitem__)
 
     def work(batch: list[str]) -> list[tuple[Outcome, Update]]:
@@ -336,7 +359,11 @@ def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> 
         raise nonfinite_error(target)
     part = low_rank_part(update, base).to(torch.float64, options.device)
     step = entry.rank_step
-    best = truncate(part, rank // step, method=options.method, seed=options.seed)
+    best: Truncation
+    if options.weights is None:
+        best = truncate(part, rank // step, method=options.method, seed=options.seed)
+    else:
+        best = truncate_weighed(part, rank, options.weights.moment_of(target, update))
     scale = adapter.format.writable_scale(target, rank, update.scale, options.scale)
     new = fit_update(update, best.operator, target=target, scale=scale, base=base)
     delta = update.operator(base).to(torch.float64, options.device)
@@ -344,17 +371,30 @@ def _squeeze_one(adapter: Adapter, target: str, rank: int, options: Squeeze) -> 
     norm, distance = frobenius(delta) ** 2, frobenius(sum_of([delta, -stored])) ** 2
     kept = math.fsum(float(s[: rank // step].square().sum()) for s in best.spectra)
     total = math.fsum(float(s.square().sum()) for s in best.spectra) if best.complete else frobenius(part) ** 2
-    return _outcome(adapter, target, new, distance, norm, kept, total), new
+    lost = None if options.weights is None else float(best.spectra[0][rank:].square().sum())
+    return _outcome(adapter, target, new, distance, norm, kept, total, lost), new
 
 
 def _outcome(
-    adapter: Adapter, target: str, new: Update, distance: float, norm: float, kept: float, total: float
+    adapter: Adapter,
+    target: str,
+    new: Update,
+    distance: float,
+    norm: float,
+    kept: float,
+    total: float,
+    lost: float | None = None,
 ) -> Outcome:
+    """`kept` and `total` are squares of singular values; so is `lost`, where they are weighted."""
     before, after = adapter.entries[target], entry_of(new)
     if not math.isfinite(distance) or not math.isfinite(norm):
         raise AdapterError(f"{target}: its norm overflows float64")
     distance = max(0.0, distance)
     share = min(1.0, kept / total) if total else 1.0
     error = math.sqrt(distance / norm) if norm else 0.0
-    change = TargetChange(before.rank, after.rank, share, error, before.nbytes, after.nbytes)
-    return Outcome(target, change, norm, distance, share * norm)
+    if lost is None:
+        change = TargetChange(before.rank, after.rank, share, error, before.nbytes, after.nbytes)
+        return Outcome(target, change, norm, distance, share * norm)
+    weighted = math.sqrt(lost / total) if total else 0.0
+    change = TargetChange(before.rank, after.rank, share, error, before.nbytes, after.nbytes, weighted)
+    return Outcome(target, change, norm, distance, share * norm, total, lost)

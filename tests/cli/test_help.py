@@ -35,6 +35,7 @@ def test_the_commands_are_the_files() -> None:
         "quantize",
         "dequantize",
         "pareto",
+        "calibrate",
         "convert",
         "check",
         "merge",

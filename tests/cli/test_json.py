@@ -16,7 +16,15 @@ from loratools.reports.squeeze import SqueezeReport
 Run = Callable[..., Any]
 Make = Callable[..., Path]
 
-CHANGE = ["rank_before", "rank_after", "energy_kept", "relative_error", "bytes_before", "bytes_after"]
+CHANGE = [
+    "rank_before",
+    "rank_after",
+    "energy_kept",
+    "relative_error",
+    "bytes_before",
+    "bytes_after",
+    "weighted_error",
+]
 TOTAL = [
     "targets",
     "changed",
@@ -52,7 +60,7 @@ def test_squeeze_and_truncate(run: Run, peft: Make, tmp_path: Path, verb: str) -
     report: SqueezeReport = change(loratools.load(source), tmp_path / "out", 3, force=True)[1]
     check(done, report)
     found = done.json
-    assert list(found) == ["targets", "unchanged", "total", "warnings", "output"]
+    assert list(found) == ["targets", "unchanged", "total", "weighted_error", "warnings", "output"]
     assert list(found["total"]) == TOTAL
     assert all(list(target) == CHANGE for target in found["targets"].values())
 
