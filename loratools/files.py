@@ -72,8 +72,8 @@ def load(
 
     `alpha`, `scaling` for MatryoshkaLoRA, and `enable_lora` for fused projections of loralib (one flag for each) stand
     in for what the file does not state; the shapes and the config of `base` do too, for random projections that were
-    not saved, transposed weights and the number of heads. `petl` names the YAML that describes a file of PETL-ViT, where
-    it does not lie beside the file under the same name. Raises InputError for what cannot be read or recognised and
+    not saved, transposed weights and the number of heads. `petl` is the YAML of a file of PETL-ViT, where it does
+    not lie beside the file under the same name. Raises InputError for what cannot be read or recognised and
     AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))

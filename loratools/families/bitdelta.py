@@ -58,10 +58,8 @@ class BitDelta(Update):
         return {"mask": self.mask, "coeff": self.coeff}
 
     def operator(self, base: Tensor | None = None) -> Operator:
-        if self.mask.numel() * WORD > MAX_DENSE_ELEMENTS:
-            raise AdapterError(
-                f"a dense matrix of {self.mask.numel() * WORD:,} signs would hold more than {MAX_DENSE_ELEMENTS:,} numbers"
-            )
+        if (count := self.mask.numel() * WORD) > MAX_DENSE_ELEMENTS:
+            raise AdapterError(f"a dense matrix would hold {count:,} numbers; the limit is {MAX_DENSE_ELEMENTS:,}")
         return Dense(signs_of(self.mask).double() * (float(self.coeff) * self.scale))
 
 

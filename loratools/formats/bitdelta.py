@@ -1,4 +1,4 @@
-"""BitDelta: `<module>.mask` and `<module>.coeff`, or `.A` and `.B`, in a pickle beside parameters that are kept whole."""
+"""BitDelta: `<module>.mask` and `<module>.coeff`, or `.A` and `.B`, in a pickle with parameters kept whole."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _FACTORS = {"A": "down", "B": "up"}  # (n, r) and (r, m): the change of the weig
 @final
 @dataclass(frozen=True)
 class BitDeltaFile(ReadOnly):
-    """No scale; what is not packed replaces a parameter of the model, its bias or embedding for one.
+    """No scale; what is not packed replaces a parameter of the model, such as an embedding, a norm or a bias.
 
-    Of a module that has signs the authors' loader takes nothing else, and so does this one.
+    Of a module that has signs the authors' loader takes no other weight, and so does this one. It passes over biases,
+    which are in the files all the same.
     """
 
     name: ClassVar[str] = "bitdelta"
@@ -46,9 +47,9 @@ class BitDeltaFile(ReadOnly):
                 keys.setdefault(target, {})[_FACTORS[part]] = key
             else:
                 extras.append(key)
-        whole = {key: key for key in extras if key.rpartition(".")[0] not in keys and "." in key}
+        whole = {key: key for key in extras if not _is_unused(key, keys)}
         unused = len(extras) - len(whole)
-        warnings = [f"{unused} tensors of modules that have signs or factors are not used"] if unused else []
+        warnings = [f"{unused} weights and factors of modules that have signs are not used"] if unused else []
         return cls(None, 1.0, keys, {}, tuple(extras), {}, tuple(warnings), whole)
 
     def place(self, target: str) -> Placement | None:
@@ -62,6 +63,11 @@ class BitDeltaFile(ReadOnly):
 
     def replacements(self) -> Mapping[str, str]:
         return self.whole
+
+
+def _is_unused(key: str, keys: Mapping[str, Mapping[str, str]]) -> bool:
+    target, _, part = key.rpartition(".")
+    return part in _FACTORS or (part == "weight" and target in keys)
 
 
 def _is_signs(header: Header, target: str) -> bool:

@@ -36,7 +36,9 @@ def extract_bitdelta(
     whole = [adapter.format.parameter(target) for target in adapter.entries if target not in set(packable)]
     whole += found.left_out
     if moved := sorted(set(whole) & set(found.reordered)):
-        raise AdapterError(f"{moved[0]}: lies in another order than in the base, and has to be kept whole; extract a LoRA")
+        raise AdapterError(
+            f"{moved[0]}: lies in another order than in the base, and has to be kept whole; extract a LoRA"
+        )
     tensors: dict[str, Tensor] = {}
     rows: dict[str, ExtractedTarget] = {}
     squares = []
@@ -64,11 +66,13 @@ def extract_bitdelta(
         "norm": math.sqrt(square),
         "bytes": nbytes,
     }
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if whole:
         share = sum(tensors[name].nbytes for name in whole)
-        warnings = (
-            f"{len(whole)} changed parameters are kept whole, {share:,} bytes of the file, such as {whole[0]}",
+        warnings = (f"{len(whole)} changed parameters are kept whole, {share:,} bytes of the file, such as {whole[0]}",)
+    if biases := [name for name in whole if not name.endswith(".weight")]:
+        warnings += (
+            f"{len(biases)} of them are no weights, which BitDelta's own loader passes over, such as {biases[0]}",
         )
     return ExtractReport(rows, {}, found.unchanged, total, warnings)
 

@@ -2,7 +2,7 @@
 
 One mean and one deviation to a tensor, the level of a code is the Gaussian median of its cell. The deviation is the
 unbiased one, and 1e-5 is added to it on the way in but not on the way out, as the authors' code has it. What is coded
-again is therefore another tensor: keep the codes of what was read.
+again becomes another tensor: keep the codes of what was read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MOMENTS: Final = struct.Struct("<ff")  # the authors write the machine's own or
 
 @dataclass(frozen=True, eq=False)
 class PetlCodes:
-    """A tensor in codes: uint8 in its shape, with the mean and the deviation of what was coded, both float32 numbers."""
+    """A tensor in codes: uint8 in its shape, with the mean and the deviation of what was coded."""
 
     bits: int
     codes: Tensor
@@ -68,7 +68,7 @@ def encode(weight: Tensor, bits: int) -> PetlCodes:
     A constant tensor decodes to its constant. AdapterError for fewer than two numbers, which have no deviation, for NaN
     and infinity, and for numbers whose deviation float32 cannot hold.
     """
-    table, boundaries = _table(bits)
+    boundaries = _table(bits)[1]
     flat = weight.detach().float().contiguous()
     if flat.numel() < 2:
         raise AdapterError(

@@ -73,8 +73,9 @@ class PetlModel:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise AdapterError(f"{name} is {quoted(str(value))}, not a {'whole ' if whole else ''}number")
             numbers[_STATED.get(name, name)] = value
+        numbers["scale"] = float(numbers["scale"])
         texts = {name: str(config[name]) for name in ("dataset", "backbone") if config.get(name) is not None}
-        return cls(str(config["method"]), **{**numbers, "scale": float(numbers["scale"])}, **texts)
+        return cls(str(config["method"]), **(numbers | texts))
 
     def to_config(self) -> dict[str, str | int | float]:
         """The fields of the YAML, in the order in which the authors write them."""

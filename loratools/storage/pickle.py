@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import IO, Any, Final, cast, final
 
 from loratools._lazy import torch
 from loratools.errors import InputError, OutputError
@@ -141,7 +141,8 @@ def write_pickle(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tenso
     try:
         stream = _Stream(out)
         try:
-            torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, stream)
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            torch.save(held, cast("IO[bytes]", stream))
         except RuntimeError:  # torch says only that its writer failed
             if stream.error is not None:
                 raise stream.error from None
