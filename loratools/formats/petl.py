@@ -23,8 +23,9 @@ _PARAMETERS = {"q": "query", "v": "value"}
 @final
 @dataclass(frozen=True)
 class PetlVit(ReadOnly):
-    """The scale is the one that the YAML states, of up @ down itself; the head is carried along.
+    """The scale is that of the YAML, of up @ down itself; the head is carried along.
 
+    A file tells nothing of itself: its YAML lies beside it under the same name, or in configs/ as the authors have it.
     A target is the query or the value part of timm's fused qkv. Its base parameter goes by the name in the hub's
     checkpoints, its module by that of transformers 5.
     """

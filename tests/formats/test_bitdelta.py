@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools import convert_file, delta, delta_file, differences, extract_bitdelta, inspect, load, load_base
+from loratools import convert_file, delta, delta_file, differences, extract_bitdelta, fuse, inspect, load, load_base
 from loratools.errors import AdapterError, OutputError, UnchangedError
 from loratools.families import LoRA
 from loratools.families.bitdelta import BitDelta, encode_bitdelta
@@ -137,6 +137,20 @@ def test_factors_are_transposed_and_signs_go_before_them(tmp_path: Path) -> None
     assert set(adapter.extras) == {"v.A", "v.weight"}
     assert not adapter.format.replacements()
     assert adapter.warnings == ("2 weights and factors of modules that have signs are not used",)
+
+
+def test_a_base_with_it_is_the_model_of_the_authors_loader(tmp_path: Path) -> None:
+    before, after = two_models(tmp_path)
+    adapter = load(extracted(tmp_path))
+    (tmp_path / "model").mkdir()
+    save_file(before, tmp_path / "model" / "model.safetensors")
+    fuse(adapter, load_base(tmp_path / "model"), tmp_path / "fused")
+    found = load_file(tmp_path / "fused" / "model.safetensors")
+    assert set(found) == set(before)
+    for name, tensor in found.items():
+        target = name.removesuffix(".weight")
+        wanted = before[name] + adapter[target].delta() if target in PACKED else after[name]
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_it_can_be_inspected_and_made_a_lora(tmp_path: Path) -> None:
