@@ -97,9 +97,10 @@ def quantization_aware_steps(
         raise UsageError(f"{steps} steps at a learning rate of {lr:g}: give at least one, at more than 0")
     measured = _model_loss if loss is None else loss
     was_training = model.training
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     losses = []
     try:
-        with torch.random.fork_rng(), quantization_aware(model, quantise) as latent:
+        with torch.random.fork_rng(devices), quantization_aware(model, quantise) as latent:
             torch.manual_seed(seed)
             model.train()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

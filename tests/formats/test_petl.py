@@ -14,6 +14,8 @@ from loratools import convert_file, delta, info, load, load_base
 from loratools.errors import UnsupportedInTargetError
 from loratools.formats.petl import PetlVit
 from loratools.ops.convert import Convert
+from loratools.quant.petl import fake_quantise
+from loratools.storage.petl import PetlModel, write_petl
 
 
 def test_queries_and_values_are_loras_with_the_scale_of_the_yaml(tmp_path: Path) -> None:
@@ -67,6 +69,28 @@ def test_adaptformer_is_named_for_what_it_is(tmp_path: Path) -> None:
     assert set(info(adapter).unsupported.values()) == {why}
     with pytest.raises(UnsupportedInTargetError, match=f"nothing to convert: {why}"):
         convert_file(adapter, tmp_path / "out", "peft")
+
+
+def test_a_yaml_from_elsewhere_can_be_named(tmp_path: Path) -> None:
+    path, _ = petl_files.write(tmp_path, "lora", scale=2.0)
+    there = path.with_suffix(".yaml").rename(tmp_path / "settings.yaml")
+    adapter = load(path, petl=there)
+    assert {entry.scale for entry in adapter.entries.values()} == {2.0}
+
+
+def test_what_was_trained_rounded_is_what_the_file_holds(tmp_path: Path) -> None:
+    """Weights behind the rounded ones go into the file, not those, whose deviation is another."""
+    model = PetlModel("lora-bihead", 1, 2, 3, 1.0, "toy")
+    generator = torch.Generator().manual_seed(0)
+    latent = {name: torch.randn(shape, generator=generator) for name, shape, _ in model.coded()}
+    rounded = {name: fake_quantise(tensor, 1) for name, tensor in latent.items()}
+    write_petl(tmp_path / "latent.bin", latent, model)
+    write_petl(tmp_path / "rounded.bin", rounded, model)
+    target = "blocks.3.attn.lora_q"
+    wanted = rounded[f"{target}.adapter_up.weight"].double() @ rounded[f"{target}.adapter_down.weight"].double()
+    found = {name: load(tmp_path / f"{name}.bin")[target].delta().double() for name in ("latent", "rounded")}
+    assert float((found["latent"] - wanted).norm()) < 1e-6 * float(wanted.norm())
+    assert float((found["rounded"] - wanted).norm()) > 0.1 * float(wanted.norm())
 
 
 def test_tensors_of_the_modules_alone_have_no_scale(tmp_path: Path) -> None:
