@@ -14,7 +14,7 @@ from loratools.storage.petl import METHODS, PetlModel, PetlSource
 
 _NAME = re.compile(r"-bit\d+-dim\d+\.bin$")
 _SUFFIXES = (".yaml", ".yml")
-_OTHERS = (b"PK\x03\x04", b"\x80")  # how a pickle begins
+_PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a\n")  # as torch.save has begun its files, in either of its ways
 
 
 def open_petl(path: Path, description: str | os.PathLike[str] | None = None) -> PetlSource | None:
@@ -25,15 +25,16 @@ def open_petl(path: Path, description: str | os.PathLike[str] | None = None) -> 
     """
     if description is not None:
         return PetlSource(path, _model(Path(description)))
-    if path.suffix != ".bin":
+    if path.suffix != ".bin" or not path.is_file() or _is_pickle(path):
         return None
     for place in _descriptions(path):
         if read_config(place).get("method") in METHODS:
             return PetlSource(path, _model(place))
-    if _NAME.search(path.name) and path.is_file() and not _begins_as_pickle(path):
+    if _NAME.search(path.name):
         raise InputError(
             f"{printable(path)}: has the name of a file of PETL-ViT, which does not say what it holds; put its YAML "
-            f"beside it ({path.with_suffix('.yaml').name}, from configs/ of the authors' repository)"
+            f"beside it or name it with --petl ({path.with_suffix('.yaml').name}, from configs/ of the authors' "
+            "repository)"
         )
     return None
 
@@ -56,6 +57,6 @@ def _model(place: Path) -> PetlModel:
         raise InputError(f"{printable(place)}: {error}") from error
 
 
-def _begins_as_pickle(path: Path) -> bool:
+def _is_pickle(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4).startswith(_OTHERS)
+        return file.read(4) in _PICKLES

@@ -141,7 +141,13 @@ def test_a_binary_adapter_of_petl_vit_goes_by_its_yaml(run: Run, tmp_path: Path)
     refused = run("convert", bottleneck, "--to", "peft", "-o", tmp_path / "other")
     assert (refused.code, refused.err.count("\n")) == (4, 1)
     assert "a bottleneck adapter with a ReLU, which is not an update of a weight" in refused.err
-    path.with_suffix(".yaml").unlink()
+    there = path.with_suffix(".yaml").rename(tmp_path / "elsewhere.yaml")
+    again = run("convert", path, "--petl", there, "--to", "peft", "--drop", "extras", "-o", tmp_path / "given")
+    assert again.code == 0
+    one, two = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "given"))
+    assert one.read_bytes() == two.read_bytes()
+    assert "petl-vit" in run("info", path, "--petl", there).out
+    assert run("info", path, "--petl", tmp_path / "missing.yaml").code == 3
     lost = run("info", path)
     assert (lost.code, lost.err.count("\n")) == (3, 1)
-    assert "put its YAML beside it (toy-bit1-dim2.yaml" in lost.err
+    assert "put its YAML beside it or name it with --petl (toy-bit1-dim2.yaml" in lost.err

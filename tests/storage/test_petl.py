@@ -90,7 +90,9 @@ def test_the_yaml_is_found_where_the_authors_keep_it(tmp_path: Path) -> None:
     path.with_suffix(".yaml").rename(config)
     assert opened(path).model.method == "lora"
     elsewhere = config.rename(tmp_path / "other.yaml")
-    with pytest.raises(InputError, match=r"does not say what it holds; put its YAML beside it \(toy-bit1-dim2\.yaml"):
+    with pytest.raises(
+        InputError, match=r"does not say what it holds; put its YAML beside it or name it with --petl \(toy"
+    ):
         open_petl(path)
     given = open_petl(path, elsewhere)
     assert given is not None
@@ -99,9 +101,12 @@ def test_the_yaml_is_found_where_the_authors_keep_it(tmp_path: Path) -> None:
 
 def test_other_files_are_left_to_others(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2)}, tmp_path / "run-bit1-dim8.bin")
+    torch.save({"x": torch.ones(2)}, tmp_path / "old-bit1-dim8.bin", _use_new_zipfile_serialization=False)
+    for name in ("run", "old"):  # settings of a training, which may name a method as well
+        (tmp_path / f"{name}-bit1-dim8.yaml").write_text("method: lora\nlr: 0.001\n")
     (tmp_path / "notes.bin").write_bytes(b"anything")
     (tmp_path / "notes.yaml").write_text("method: other\n")
-    for name in ("run-bit1-dim8.bin", "notes.bin", "missing-bit1-dim8.bin"):
+    for name in ("run-bit1-dim8.bin", "old-bit1-dim8.bin", "notes.bin", "missing-bit1-dim8.bin"):
         assert open_petl(tmp_path / name) is None
 
 
