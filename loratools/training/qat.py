@@ -83,7 +83,7 @@ def quantization_aware_steps(
     quantise: Quantiser,
     *,
     steps: int,
-    lr: float = 1e-3,
+    learning_rate: float = 1e-3,
     loss: Callable[[Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> QuantizationAwareSteps:
@@ -93,8 +93,8 @@ def quantization_aware_steps(
     where they are too few; each goes to the model as keywords, which returns a loss, unless `loss` takes it. Steps are
     the same for the same `seed`. AdapterError where the loss is no longer finite; the factors are then as they were.
     """
-    if steps < 1 or not lr > 0:
-        raise UsageError(f"{steps} steps at a learning rate of {lr:g}: give at least one, at more than 0")
+    if steps < 1 or not learning_rate > 0:
+        raise UsageError(f"{steps} steps at a learning rate of {learning_rate:g}: give at least one, at more than 0")
     measured = _model_loss if loss is None else loss
     was_training = model.training
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -104,10 +104,10 @@ def quantization_aware_steps(
             torch.manual_seed(seed)
             model.train()
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
             for step, batch in enumerate(_repeated(batches, steps)):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * _schedule(step, steps)
+                    group["lr"] = learning_rate * _schedule(step, steps)
                 with torch.nn.utils.parametrize.cached():  # one rounding a step, however often a weight is looked at
                     value = measured(model, batch)
                     value.backward()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loratools.errors import AdapterError
+from loratools.quant import codec
 from loratools.quant.codebooks import levels
 from loratools.quant.petl import encode, fake_quantise, file_size, from_bytes, record_size
 
@@ -61,6 +62,20 @@ def test_levels_and_codes_are_the_authors(bits: int) -> None:
         assert np.array_equal(found.decode().numpy(), wanted)
         assert torch.equal(fake_quantise(weight, bits), found.decode())
     assert levels("median", bits) == pytest.approx(values, abs=2e-7)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_container_of_quantize_holds_the_same_numbers(bits: int) -> None:
+    """Its moments are those of doubles, rounded once; only what lies on a boundary may get another code."""
+    for spread in (1.0, 1e-4):
+        weight = numbers(24, 40, seed=20 + bits, spread=spread) - spread / 4
+        found = encode(weight, bits)
+        ours = codec.encode(weight, codec.Coding(bits, "median", -1, offset=True, stored="F32"), "moments")
+        assert ours.offsets is not None
+        assert float(ours.offsets) == pytest.approx(found.mean, rel=1e-6, abs=1e-7 * spread)
+        assert float(ours.scales) == pytest.approx(found.deviation, rel=1e-6)
+        assert torch.equal(ours.codes, found.codes)
+        torch.testing.assert_close(ours.decode(), found.decode(), rtol=1e-5, atol=1e-6 * spread)
 
 
 def test_the_deviation_is_unbiased_and_a_tie_goes_down() -> None:

@@ -61,7 +61,7 @@ def test_one_bit_is_brought_back_by_training(real: RealModel, quantise: Quantise
         model.load_state_dict(state, strict=False)
         began = time.perf_counter()
         report = quantization_aware_steps(
-            model, trained_batches(real), quantise, steps=STEPS, lr=1e-3, loss=answer_loss
+            model, trained_batches(real), quantise, steps=STEPS, learning_rate=1e-3, loss=answer_loss
         )
         seconds, after = time.perf_counter() - began, nll()
         print(f"full {full:.4f}, rounded {rounded:.4f}, trained {after:.4f}; {STEPS} steps in {seconds:.0f} s")

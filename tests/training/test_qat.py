@@ -135,7 +135,7 @@ def test_training_recovers_what_rounding_lost(quantise: Callable[[Tensor], Tenso
         pass
     rounded = mean_loss(model, rows)
     model.load_state_dict(state, strict=False)
-    report = quantization_aware_steps(model, rows, quantise, steps=160, lr=0.01)
+    report = quantization_aware_steps(model, rows, quantise, steps=160, learning_rate=0.01)
     after = mean_loss(model, rows)
     assert rounded > trained + 0.05
     assert after < trained + 0.5 * (rounded - trained), (trained, rounded, after)
