@@ -12,6 +12,8 @@ from loratools.reports.extract import ExtractedTarget, ExtractReport
 from loratools.storage.pickle import write_pickle
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from loratools.adapter import Entry
@@ -44,15 +46,18 @@ def extract_bitdelta(
     squares = []
     for target in packable:
         diff = adapter[target].parameters()["diff"].double()
-        with naming(target):
-            mask, coeff = encode_bitdelta(diff)
-        tensors |= {f"{target}.mask": mask, f"{target}.coeff": coeff}
-        square, scale = float(diff.square().sum()), float(coeff)
+        packed = _packed(target, diff)
+        tensors |= packed
+        square, scale = float(diff.square().sum()), float(packed[f"{target}.coeff"])
         error = max(0.0, square - 2 * scale * float(diff.abs().sum()) + scale**2 * diff.numel())
         squares.append((error, square))
         change = found.changes[target]
         rows[target] = ExtractedTarget(
-            0, change.relative, math.sqrt(error / square), change.noise / change.change, mask.nbytes + coeff.nbytes
+            0,
+            change.relative,
+            math.sqrt(error / square),
+            change.noise / change.change,
+            sum(t.nbytes for t in packed.values()),
         )
     tensors |= {name: tuned.source.read(name) for name in whole}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -75,6 +80,37 @@ def extract_bitdelta(
             f"{len(biases)} of them are no weights, which BitDelta's own loader passes over, such as {biases[0]}",
         )
     return ExtractReport(rows, {}, found.unchanged, total, warnings)
+
+
+def write_bitdelta(
+    path: str | os.PathLike[str],
+    deltas: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor] | None = None,
+    *,
+    force: bool = False,
+) -> int:
+    """Write BitDelta's file of the (m, n) `deltas` of modules and of parameters kept `whole`; its size in bytes.
+
+    AdapterError names a delta that has no signs, a parameter that the signs of its module would hide, and a file
+    without any signs, which nobody would know for what it is.
+    """
+    if not deltas:
+        raise AdapterError("there is no delta to pack; save whole parameters with safetensors")
+    tensors: dict[str, Tensor] = {}
+    for target, delta in deltas.items():
+        tensors |= _packed(target, delta)
+    for name, tensor in (whole or {}).items():
+        target, _, part = name.rpartition(".")
+        if target in deltas and part in ("weight", "mask", "coeff", "A", "B"):
+            raise AdapterError(f"{name}: the signs of {target} go before it; leave one of them out")
+        tensors[name] = tensor
+    return write_pickle(path, tensors, force=force)
+
+
+def _packed(target: str, delta: Tensor) -> dict[str, Tensor]:
+    with naming(target):
+        mask, coeff = encode_bitdelta(delta)
+    return {f"{target}.mask": mask, f"{target}.coeff": coeff}
 
 
 def _is_packable(target: str, entry: Entry) -> bool:

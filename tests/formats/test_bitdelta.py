@@ -14,6 +14,7 @@ from loratools import convert_file, delta, delta_file, differences, extract_bitd
 from loratools.errors import AdapterError, OutputError, UnchangedError
 from loratools.families import LoRA
 from loratools.families.bitdelta import BitDelta, encode_bitdelta
+from loratools.ops.bitdelta import write_bitdelta
 from loratools.ops.convert import Convert
 from loratools.ops.lowering import Lowering
 
@@ -185,6 +186,29 @@ def test_signs_and_their_scale() -> None:
     ):
         with pytest.raises(AdapterError, match=problem):
             encode_bitdelta(wrong)
+
+
+def test_deltas_of_ones_own_are_written(tmp_path: Path) -> None:
+    deltas = {"q": rand(0, 6, 64), "v": rand(1, 3, 32).bfloat16()}
+    whole = {"norm.weight": torch.ones(4), "q.bias": torch.zeros(6)}
+    assert write_bitdelta(tmp_path / "x.bin", deltas, whole) == (tmp_path / "x.bin").stat().st_size
+    adapter = load(tmp_path / "x.bin")
+    assert adapter.format.replacements() == {name: name for name in whole}
+    for target, d in deltas.items():
+        d = d.double()
+        wanted = torch.where(d < 0, -1.0, 1.0).double() * d.abs().sum() / d.numel()
+        torch.testing.assert_close(adapter[target].delta().double(), wanted, rtol=1e-6, atol=0)
+    before = (tmp_path / "x.bin").read_bytes()
+    for bad, raw, problem in (
+        ({}, whole, "no delta to pack"),
+        ({"q": torch.ones(2, 33)}, whole, r"q: a delta of shape \(2, 33\)"),
+        (deltas, {"q.weight": torch.ones(6, 64)}, r"q\.weight: the signs of q go before it"),
+    ):
+        with pytest.raises(AdapterError, match=problem):
+            write_bitdelta(tmp_path / "x.bin", bad, raw, force=True)
+    with pytest.raises(OutputError, match="exists already"):
+        write_bitdelta(tmp_path / "x.bin", deltas, whole)
+    assert (tmp_path / "x.bin").read_bytes() == before
 
 
 def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
