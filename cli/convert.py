@@ -48,6 +48,7 @@ def convert(
     initial_adapter: options.InitialAdapter = None,
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
+    petl: options.Petl = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
     output: options.OutputPath = None,
     dry_run: options.DryRun = False,
@@ -68,6 +69,7 @@ def convert(
       loratools convert my_loha.safetensors --to peft --rank 32
       loratools convert my_peft_folder --to gguf --base llama/config.json
       loratools convert my_peft_folder --to mlx
+      loratools convert cifar-bit1-dim32.bin --petl cifar.yaml --to peft
     """
     from loratools.errors import UsageError
     from loratools.ops.convert import DROPPABLE, Convert, writable_formats, write_converted
@@ -101,7 +103,7 @@ def convert(
         base=weights,
         dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights, petl=petl)
     with Progress() as progress:
         watched = progress.watch(adapter)
         result, report = planned_conversion(watched, to, how)

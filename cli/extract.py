@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -13,7 +13,11 @@ from loratools_cli import options
 def extract(
     base: Annotated[Path, Argument(metavar="BASE", help="Base model: its folder, index or weights file.")],
     tuned: Annotated[Path, Argument(metavar="TUNED", help="The model that was fine-tuned from it.")],
-    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="The PEFT adapter to write.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="PATH", help="The adapter to write.")],
+    to: Annotated[
+        Literal["peft", "bitdelta"],
+        Option(help="A LoRA in a folder, or one file with the sign of every change, which has no ranks to choose."),
+    ] = "peft",
     rank: options.Rank = None,
     energy: options.Energy = None,
     budget: options.Budget = None,
@@ -41,17 +45,21 @@ def extract(
     """Make a LoRA of what full fine-tuning changed.
 
     The best low-rank approximation of tuned - base for each matrix (PHLoRA). Changes that no LoRA holds, of norms,
-    biases and embedding tables, are listed. Channels in another order (S2FT) are put back.
+    biases and embedding tables, are listed. Channels in another order (S2FT) are put back. With --to bitdelta, one bit
+    for each number of a changed matrix instead; what else changed is kept whole.
 
     \b
     Examples:
       loratools extract llama llama-tuned --rank 16 -o tuned-r16
       loratools extract llama llama-tuned --energy 0.95 --max-rank 64 -o tuned
+      loratools extract llama llama-tuned --to bitdelta -o tuned.bin
     """
     from dataclasses import replace
 
     import loratools
+    from loratools.errors import UsageError
     from loratools.files import save
+    from loratools.ops.bitdelta import extract_bitdelta
     from loratools.ranks import Limits
     from loratools.storage.atomic import refuse_existing
     from loratools_cli.output import Output
@@ -59,7 +67,12 @@ def extract(
     from loratools_cli.rank_choice import RankChoice
 
     choice = RankChoice(rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune)
-    _ = choice.given  # before anything is read: a wrong choice is known now
+    if to == "peft":
+        _ = choice.given  # before anything is read: a wrong choice is known now
+    elif choice.is_given:
+        raise UsageError(
+            f"--to {to} has one bit to a number and no ranks; leave --{choice.given.replace('_', '-')} out"
+        )
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
     refuse_existing(output, force=force or dry_run)
@@ -68,8 +81,13 @@ def extract(
         before, after = loratools.load_base(base), loratools.load_base(tuned)
         step = progress.steps(len(after.source.specs), "parameters compared")
         found = loratools.differences(before, after, step=step)
-        policy = choice.policy(found.adapter.nbytes)
         watched = replace(found, adapter=progress.watch(found.adapter))
+        if to == "bitdelta":
+            report = extract_bitdelta(watched, after, None if dry_run else output, force=force)
+            report = report if dry_run else replace(report, output=str(output))
+            shown.show(report, planned=output if dry_run else None)
+            return
+        policy = choice.policy(found.adapter.nbytes)
         made, report = loratools.extract(watched, policy, limits=limits, seed=seed, device=device)
         if not dry_run:
             report = replace(report, output=str(save(made, output, force=force).path))

@@ -9,6 +9,7 @@ from loratools_cli.output import Output
 def info(
     path: options.AdapterPath,
     enable_lora: options.EnableLora = None,
+    petl: options.Petl = None,
     everything: options.Everything = False,
     as_json: options.Json = False,
 ) -> None:
@@ -22,4 +23,4 @@ def info(
     from loratools_cli.opening import open_adapter
 
     output = Output(as_json=as_json, everything=everything)
-    output.show(loratools.info(open_adapter(path, enable_lora=enable_lora)))
+    output.show(loratools.info(open_adapter(path, enable_lora=enable_lora, petl=petl)))

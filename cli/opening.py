@@ -19,12 +19,13 @@ def open_adapter(
     enable_lora: str | None = None,
     initial: Path | None = None,
     base: BaseWeights | None = None,
+    petl: Path | None = None,
 ) -> Adapter:
     """The adapter at `path`, relative to the original base where its initial factors are given."""
     import loratools
     from loratools_cli.options import flags
 
-    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base)
+    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base, petl=petl)
     return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
 
 

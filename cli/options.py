@@ -21,6 +21,12 @@ EnableLora = Annotated[
         help="Which of the projections that a loralib or LitGPT parameter fuses are updated, such as 1,0,1.",
     ),
 ]
+Petl = Annotated[
+    Path | None,
+    typer.Option(
+        "--petl", metavar="YAML", help="What a file of PETL-ViT holds, where its YAML does not lie beside it."
+    ),
+]
 Base = Annotated[
     Path | None,
     typer.Option(metavar="DIR_OR_FILE", help="Base model: its weights file or folder. DoRA needs it."),

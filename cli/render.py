@@ -306,8 +306,9 @@ def _(report: ExtractReport, everything: bool) -> Iterator[RenderableType]:
             shown_rows.add_row(*texts(name, str(t.rank), *shares))
         yield shown_rows
     total = report.total
+    form = f"rank up to {total['rank_out']}" if total["rank_out"] else "one bit to a number"
     yield Text(
-        f"{len(report.targets)} matrices, rank up to {total['rank_out']}, relative error "
+        f"{len(report.targets)} matrices, {form}, relative error "
         f"{number(total['relative_error'])}; {report.unchanged} parameters unchanged"
     )
     left = {name: f"changed by {percent(share)} %, and no LoRA holds it" for name, share in report.left_out.items()}

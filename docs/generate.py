@@ -98,7 +98,7 @@ def formats() -> str:
         rows.append((opener.container, _names(container.suffixes, ordered=True), _doc(opener).split("\n\n")[0]))
     parts += [
         "# Containers",
-        "A container is how tensors lie in a file. Its content tells it, not its name; output is always safetensors.",
+        "A container is how tensors lie in a file. Its content tells it, not its name. Output is safetensors, or GGUF.",
         _table(("container", "usual suffixes", "reading"), rows),
         "## packed",
         inspect.getdoc(packed) or "",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratools.files import load, save
     from loratools.ops.aurac import aurac
     from loratools.ops.base_spectra import Search
+    from loratools.ops.bitdelta import extract_bitdelta
     from loratools.ops.check import check
     from loratools.ops.compare import compare
     from loratools.ops.convert import Convert, convert, convert_file
@@ -82,6 +83,7 @@ __all__ = [
     "diff",
     "differences",
     "extract",
+    "extract_bitdelta",
     "fuse",
     "hydra",
     "info",
@@ -110,6 +112,7 @@ _HOMES = {
     "loratools.cache": ("Cache", "default_cache"),
     "loratools.files": ("load", "save"),
     "loratools.ops.aurac": ("aurac",),
+    "loratools.ops.bitdelta": ("extract_bitdelta",),
     "loratools.ops.base_spectra": ("Search",),
     "loratools.ops.check": ("check",),
     "loratools.ops.compare": ("compare",),

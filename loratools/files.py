@@ -18,6 +18,7 @@ from loratools.errors import AdapterError, InputError, OutputError, naming
 from loratools.families import family_of
 from loratools.formats import Declaration, Format, Header, Hints, NestedScaling, Written, recognise
 from loratools.formats.packing import packed, unpacked, unpacked_spec
+from loratools.petl import open_petl
 from loratools.pipeline import begun
 from loratools.storage import open_source
 from loratools.storage.atomic import printable, refuse_existing
@@ -65,16 +66,18 @@ def load(
     scaling: NestedScaling | None = None,
     enable_lora: Sequence[bool] | None = None,
     base: BaseWeights | None = None,
+    petl: str | os.PathLike[str] | None = None,
 ) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
     `alpha`, `scaling` for MatryoshkaLoRA, and `enable_lora` for fused projections of loralib (one flag for each) stand
     in for what the file does not state; the shapes and the config of `base` do too, for random projections that were
-    not saved, transposed weights and the number of heads. Raises InputError for what cannot be read or recognised and
+    not saved, transposed weights and the number of heads. `petl` is the YAML of a file of PETL-ViT, where it does
+    not lie beside the file under the same name. Raises InputError for what cannot be read or recognised and
     AdapterError for incomplete or mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
-    source = open_source(weights)
+    source = open_petl(weights, petl) or open_source(weights)
     metadata = dict(source.metadata)
     stated = metadata.pop(CONFIG_KEY, None)  # a packed file holds the config of its adapter
     try:

@@ -30,7 +30,7 @@ LAYERS = (
     ("quant", "pipeline"),
     ("operators", "storage"),
     ("cache", "configs"),
-    ("base_weights",),
+    ("base_weights", "petl"),
     ("linalg",),
     ("families",),
     ("formats",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loratools.errors import AdapterError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
+from loratools.families.bitdelta import BitDelta
 from loratools.families.boft import BOFT
 from loratools.families.c3a import C3A
 from loratools.families.delora import DeLoRA
@@ -69,6 +70,7 @@ FAMILIES: tuple[type[Update], ...] = (
     VBLoRA,
     VeRA,
     WaveFT,
+    BitDelta,
     DoHa,
     DoKr,
     Full,
@@ -87,6 +89,7 @@ __all__ = [
     "IA3",
     "OFT",
     "AdaLoRA",
+    "BitDelta",
     "DeLoRA",
     "DoHa",
     "DoKr",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratools.errors import AdapterError, InputError
 from loratools.formats.adapterhub import AdapterHub
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
+from loratools.formats.bitdelta import BitDeltaFile
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
@@ -15,6 +16,7 @@ from loratools.formats.mlx import Mlx
 from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
+from loratools.formats.petl import PetlVit
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -31,6 +33,8 @@ FORMATS: tuple[type[Format], ...] = (
     AdapterHub,
     LitGPT,
     Torchtune,
+    PetlVit,
+    BitDeltaFile,
     Loralib,
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ExtractedTarget:
-    """One matrix.
+    """One matrix, at a rank, or at rank 0 as signs.
 
     `relative_change` is ||tuned - base|| / ||base||; `relative_error` is that of the factors as stored, as a share of
     the change; `noise` is what rounding the tuned weight to its dtype adds to any change, as a share of the change.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import IO, Any, Final, cast, final
 
 from loratools._lazy import torch
-from loratools.errors import InputError
-from loratools.storage.atomic import printable
+from loratools.errors import InputError, OutputError
+from loratools.storage.atomic import AtomicFile, printable, refuse_existing
 from loratools.storage.base import TensorSource, TensorSpec
 from loratools.storage.header import quoted, spec_of
 from loratools.storage.safetensors import open_regular_file
@@ -127,3 +128,47 @@ def _state_dict(tree: object) -> Mapping[Any, Any]:
 
 def _is_named_tensor(name: object, value: object) -> bool:
     return isinstance(name, str) and isinstance(value, torch.Tensor)
+
+
+def write_pickle(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], *, force: bool = False) -> int:
+    """A `torch.save` file of one flat dictionary, complete or not at all; its size in bytes.
+
+    For formats whose readers want a pickle. OutputError where it exists and `force` is not given, or cannot be written.
+    """
+    place = Path(path)
+    refuse_existing(place, force=force)
+    out = AtomicFile(place)
+    try:
+        stream = _Stream(out)
+        try:
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            torch.save(held, cast("IO[bytes]", stream))
+        except RuntimeError:  # torch says only that its writer failed
+            if stream.error is not None:
+                raise stream.error from None
+            raise
+        out.commit(stream.size)
+    finally:
+        out.abort()
+    return stream.size
+
+
+class _Stream(io.RawIOBase):
+    """What torch.save writes to: one byte after another, into a file that is not in place yet."""
+
+    def __init__(self, out: AtomicFile) -> None:
+        self._out, self.size = out, 0
+        self.error: OutputError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._out.write_at(self.size, view)
+        except OutputError as error:
+            self.error = error
+            raise
+        self.size += len(view)
+        return len(view)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import petl_files
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -126,3 +127,27 @@ def test_initial_factors_are_subtracted(run: Run, peft: Make, tmp_path: Path) ->
     found = loratools.load(tmp_path / "out.safetensors")
     for (_, update), again in zip(wanted.items(), found.values(), strict=True):
         torch.testing.assert_close(again.delta(), update.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_binary_adapter_of_petl_vit_goes_by_its_yaml(run: Run, tmp_path: Path) -> None:
+    path, _ = petl_files.write(tmp_path / "models_bin" / "lora", "lora")
+    refused = run("convert", path, "--to", "peft", "-o", tmp_path / "out")
+    assert refused.code == 4
+    assert "head.weight; pass --drop extras" in refused.err
+    assert run("convert", path, "--to", "peft", "--drop", "extras", "-o", tmp_path / "out").code == 0
+    assert len(loratools.load(tmp_path / "out")) == 24
+    bottleneck, _ = petl_files.write(tmp_path / "models_bin" / "adaptformer", "adaptformer")
+    assert "a bottleneck adapter with a ReLU" in run("info", bottleneck).out.replace("\n", " ")
+    refused = run("convert", bottleneck, "--to", "peft", "-o", tmp_path / "other")
+    assert (refused.code, refused.err.count("\n")) == (4, 1)
+    assert "a bottleneck adapter with a ReLU, which is not an update of a weight" in refused.err
+    there = path.with_suffix(".yaml").rename(tmp_path / "elsewhere.yaml")
+    again = run("convert", path, "--petl", there, "--to", "peft", "--drop", "extras", "-o", tmp_path / "given")
+    assert again.code == 0
+    one, two = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "given"))
+    assert one.read_bytes() == two.read_bytes()
+    assert "petl-vit" in run("info", path, "--petl", there).out
+    assert run("info", path, "--petl", tmp_path / "missing.yaml").code == 3
+    lost = run("info", path)
+    assert (lost.code, lost.err.count("\n")) == (3, 1)
+    assert "put its YAML beside it or name it with --petl (toy-bit1-dim2.yaml" in lost.err

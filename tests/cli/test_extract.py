@@ -59,3 +59,32 @@ def test_wrong_calls_fail_in_one_line(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert run("extract", base, tuned, "--rank", 2, "-o", tmp_path / "out").code == 5
     assert run("extract", base, tuned, "--rank", 2, "-o", tmp_path / "out", "--force").code == 0
+
+
+def test_one_bit_to_a_number(run: Run, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    base = {"layers.0.q_proj.weight": torch.randn(16, 64, generator=generator), "norm.weight": torch.ones(64)}
+    tuned = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    models, out = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"), tmp_path / "delta.bin"
+    dry = run("extract", *models, "--to", "bitdelta", "-o", out, "--dry-run")
+    assert (dry.code, out.exists()) == (0, False)
+    done = run("extract", *models, "--to", "bitdelta", "-o", out)
+    assert done.code == 0
+    assert "1 matrices, one bit to a number, relative error 0.59" in done.out
+    assert "1 changed parameters are kept whole" in done.err.replace("\n", " ")
+    assert set(torch.load(out, weights_only=True)) == {
+        "layers.0.q_proj.mask", "layers.0.q_proj.coeff", "norm.weight",
+    }  # fmt: skip
+    for verb in ("info", "inspect"):
+        assert run(verb, out).code == 0
+    assert run("diff", out, out).code == 0
+    assert run("delta", out, "--base", models[0], "-o", tmp_path / "d.safetensors").code == 0
+    found = load_file(tmp_path / "d.safetensors")
+    torch.testing.assert_close(found["norm.weight"], tuned["norm.weight"] - base["norm.weight"])
+    again = run("extract", *models, "--to", "bitdelta", "-o", out)
+    assert (again.code, again.err.count("\n")) == (5, 1)
+    ranked = run("extract", *models, "--to", "bitdelta", "--rank", 2, "-o", tmp_path / "x.bin")
+    assert ranked.code == 2
+    assert "leave --rank out" in ranked.err

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import gguf
+import petl_files
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from loratools.errors import AdapterError, InputError, OutputError
 from loratools.files import is_folder_adapter, load, locate, save
 from loratools.formats import FORMATS, Format, Header, Hints, recognise
 from loratools.formats.peft_methods import METHODS
+from loratools.petl import open_petl
 from loratools.storage import open_source
 from loratools.storage.base import TensorSpec
 
@@ -73,8 +75,10 @@ SAMPLES: dict[str, list[str]] = {
     ],
     "litgpt": ["others/litgpt_mha"],
     "torchtune": ["others/torchtune_lora/adapter_model.pt"],
+    "petl-vit": ["lora", "lora-bihead", "adaptformer"],
+    "bitdelta": ["bitdelta"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune"}
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -118,15 +122,33 @@ def image_model(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def petl(folder: Path, name: str) -> Path:
+    return petl_files.write(folder, name)[0]
+
+
+def bitdelta(folder: Path, name: str) -> Path:
+    """Signs of one module, factors of another, and parameters that are kept whole."""
+    tensors = {
+        "layers.0.q_proj.mask": torch.randint(-(2**31), 2**31 - 1, (2, 6)).to(torch.int32),
+        "layers.0.q_proj.coeff": torch.nn.Parameter(torch.tensor(0.01)),
+        "layers.1.q_proj.A": torch.randn(7, 2),
+        "layers.1.q_proj.B": torch.randn(2, 5),
+        "norm.weight": torch.ones(4),
+    }
+    torch.save(tensors, folder / f"{name}.bin")
+    return folder / f"{name}.bin"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
-    made = {"loralib": bare, "matryoshka": bare}
+    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta}
+    made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
 def header_of(path: Path) -> Header:
     weights, config = locate(path)
-    with open_source(weights) as opened:
+    with open_petl(weights) or open_source(weights) as opened:
         fields = json.loads(config.read_text()) if config else None
         return Header(weights, opened.specs, opened.metadata, fields, partial(config_beside, weights.parent))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -14,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.errors import InputError
+from loratools.errors import InputError, OutputError
 from loratools.storage import DTYPES, PickleSource, open_source
+from loratools.storage.pickle import write_pickle
 
 MODES = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -193,3 +196,31 @@ def test_damage_is_an_input_error_and_nothing_else(
 def assert_one_line(message: str) -> None:
     assert message.isprintable()
     assert len(message) < 600
+
+
+def test_a_pickle_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "made" / "x.bin"
+    size = write_pickle(place, example())
+    assert size == place.stat().st_size
+    found = torch.load(place, weights_only=True)
+    assert list(found) == list(example())
+    assert all(torch.equal(found[name], tensor) for name, tensor in example().items())
+    again = tmp_path / "y.bin"
+    write_pickle(again, example())
+    assert again.read_bytes() == place.read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        write_pickle(place, example())
+    pwrite, calls = os.pwrite, []
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "full")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    before = place.read_bytes()
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_pickle(place, {"x": torch.ones(1000)}, force=True)
+    assert os.listdir(place.parent) == ["x.bin"]
+    assert place.read_bytes() == before
