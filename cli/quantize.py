@@ -51,8 +51,8 @@ def quantize(
 ) -> None:
     """Write an adapter in few bits, as one small file.
 
-    Every command reads it. Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits target by target, for the
-    least error of the whole delta; the other methods are published ones, and plain rounding.
+    Every command reads it. Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits
+    target by target, for the least error of the whole delta; the other methods are published ones, and plain rounding.
 
     \b
     Examples:

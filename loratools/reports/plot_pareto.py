@@ -31,8 +31,8 @@ _COLOURS = (
 def plot_pareto(report: ParetoReport, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write relative error against bytes, both logarithmic, as PNG or SVG by the suffix of `path`.
 
-    A line is the best that its method does at each size. Raises UsageError for another suffix, MissingExtraError without
-    matplotlib, AdapterError without points, and OutputError where the file exists and `force` is not given.
+    A line is the best that its method does at each size. Raises UsageError for another suffix, MissingExtraError
+    without matplotlib, AdapterError without points, and OutputError where the file exists and `force` is not given.
     """
     place = place_of(path, force=force)
     if not report.points:
