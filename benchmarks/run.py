@@ -15,6 +15,7 @@ PAGES = {
     "samples": ("samples",),
     "intruders": ("intruder_speed",),
     "fine_tuning": ("fine_tuning",),
+    "quantize_real": ("quantize_real",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -22,6 +23,7 @@ TITLES = {
     "samples": "",
     "intruders": "# Intruder dimensions\n\n",
     "fine_tuning": "",
+    "quantize_real": "",
 }
 
 

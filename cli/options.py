@@ -31,6 +31,9 @@ Base = Annotated[
     Path | None,
     typer.Option(metavar="DIR_OR_FILE", help="Base model: its weights file or folder. DoRA needs it."),
 ]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Count errors by the inputs that calibrate measured.")
+]
 InitialAdapter = Annotated[
     Path | None,
     typer.Option(

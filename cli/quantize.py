@@ -38,6 +38,7 @@ def quantize(
     ] = 2,
     energy: Annotated[float, Option(metavar="SHARE", help="For loraquant: share of the squared spectrum.")] = 0.8,
     seed: Annotated[int, Option(metavar="N", help="For random rotations.")] = 0,
+    weights: options.Weights = None,
     alpha: options.Alpha = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
@@ -62,6 +63,7 @@ def quantize(
     """
     from loratools.errors import UsageError
     from loratools.ops.quantize import Quantize
+    from loratools.ops.statistics import load_statistics
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
 
@@ -83,6 +85,7 @@ def quantize(
         energy,
         seed,
         allow_nonfinite,
+        None if weights is None else load_statistics(weights, adapter),
     )
     tag = f"{method}{bits:g}bit" if bits is not None else budget.replace(" ", "") if budget else f"x{ratio:g}"
     write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)

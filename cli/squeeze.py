@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Option
@@ -25,9 +24,7 @@ def squeeze(
     bits: Annotated[
         Literal["auto"] | None, Option(help="With --budget or --ratio: choose bits as well as ranks; see quantize.")
     ] = None,
-    weights: Annotated[
-        Path | None, Option(metavar="FILE", help="Count errors by the inputs that calibrate measured.")
-    ] = None,
+    weights: options.Weights = None,
     max_rank: options.MaxRank = None,
     min_rank: options.MinRank = 1,
     multiple_of: options.MultipleOf = 1,
@@ -82,10 +79,9 @@ def squeeze(
     if bits is not None:
         if budget is None and ratio is None:
             raise UsageError("--bits auto chooses bits and ranks for a size; give --budget or --ratio with it")
-        if weights is not None:
-            raise UsageError("--bits auto does not weigh by inputs; squeeze with --weights, then quantize its output")
         wanted = quantize.bytes_wanted(adapter, budget, ratio)
-        how = loratools.Quantize(budget=wanted, allow_nonfinite=allow_nonfinite)
+        met = None if weights is None else loratools.load_statistics(weights, adapter)
+        how = loratools.Quantize(budget=wanted, allow_nonfinite=allow_nonfinite, weights=met)
         quantize.write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
         return
     policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)

@@ -9,10 +9,11 @@ which deflating comes near. Singular vectors are the gauge for that: each row ke
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratools._lazy import torch
 from loratools.linalg.factored import balanced_factors, factored
+from loratools.linalg.weighted import weighted_factors
 from loratools.operators import LowRank
 from loratools.quant.grid import LARGEST, Gridded
 from loratools.storage.packed import Coded
@@ -26,13 +27,15 @@ _FINEST = 2.0**-12  # steps to the largest entry, beyond which there is nothing 
 class Components:
     """delta = x diag(1 / s) y with x = U S and y = S V^T (or in a weighted norm, likewise), float64.
 
-    `down_step`: how much coarser the grid of `y` may be, for its errors to count as those of `x` do.
+    `down_step`: how much coarser the grid of `y` may be, for its errors to count as those of `x` do; `channels`: what
+    each input channel weighs, where inputs are known.
     """
 
     x: torch.Tensor  # (m, r)
     s: torch.Tensor  # (r,)
     y: torch.Tensor  # (r, n)
     down_step: float = 1.0
+    channels: torch.Tensor | None = None  # (n,)
 
     @property
     def largest(self) -> float:
@@ -45,9 +48,21 @@ class Components:
 def components_of(part: LowRank) -> Components:
     """The components of a low-rank delta, in the order of what they matter; zeros are left out."""
     left, right = part.left.double() * part.scale, part.right.double()
-    rank = min(left.shape[0], *right.shape)
-    best = balanced_factors(factored(left[None], right[None]), rank)
-    up, down, s = best.up[0], best.down[0], best.spectrum[0][:rank]
+    best = balanced_factors(factored(left[None], right[None]), min(left.shape[0], *right.shape))
+    return _components(best.up[0], best.down[0], best.spectrum[0][: best.up.shape[2]])
+
+
+def weighted_components_of(part: LowRank, moment: torch.Tensor, channels: torch.Tensor) -> Components:
+    """The components that matter most to the outputs, for inputs of which `moment` and mean squares are known.
+
+    `moment` is E[(right x)(right x)^T]; an error in an entry of `y` counts by what its channel carries on average.
+    """
+    up, down, s = weighted_factors(part.left.double() * part.scale, part.right.double(), moment)
+    mean = float(channels.mean())
+    return replace(_components(up, down, s), down_step=mean**-0.5 if mean > 0 else 1.0, channels=channels.double())
+
+
+def _components(up: torch.Tensor, down: torch.Tensor, s: torch.Tensor) -> Components:
     some = s > 1e-12 * s.max().clamp_min(1e-300)
     root = s[some].sqrt()
     return Components(up[:, some] * root, s[some], down[some] * root.unsqueeze(1))
@@ -78,8 +93,9 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 def _gains(c: Components, x: torch.Tensor, y: torch.Tensor, nominal: torch.Tensor) -> torch.Tensor:
     """The gains that bring sum_i gain_i x_i y_i nearest to the delta; the nominal ones where that has no answer."""
-    gram = (x.T @ x) * (y @ y.T)
-    target = ((c.x.T @ x) * ((c.y / c.s.unsqueeze(1)) @ y.T)).sum(0)
+    weighed = y if c.channels is None else y * c.channels
+    gram = (x.T @ x) * (weighed @ y.T)
+    target = ((c.x.T @ x) * ((c.y / c.s.unsqueeze(1)) @ weighed.T)).sum(0)
     jitter = 1e-10 * gram.diagonal().mean()
     gains, failed = torch.linalg.solve_ex(gram + jitter * torch.eye(len(gram), dtype=gram.dtype), target)
     sound = int(failed) == 0 and bool(torch.isfinite(gains).all())

@@ -21,9 +21,10 @@ from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.operators import Dense, LowRank, Operator, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
-from loratools.ops.gridding import Components, components_of, dense_on_grid, on_grid
+from loratools.ops.gridding import Components, components_of, dense_on_grid, on_grid, weighted_components_of
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, nonfinite_error
+from loratools.ops.statistics import Statistics, weighed_targets
 from loratools.ops.steps import StepSearch
 from loratools.pipeline import ordered_map, worker_count
 from loratools.quant.gauges import Gauge
@@ -48,7 +49,8 @@ class Quantize:
     `bits`: to a number; for `grid` any number, which codes and scales take on average; `budget`: bytes of the file, for
     `grid`, instead. `group`, `scales` and `rounds`: as in `Plain`, where a method has groups and rounds. `gauge` and
     `sweeps`: of `balanced`. `energy`: of LoRAQuant, the share that its better codes hold. `allow_nonfinite` carries
-    targets with NaN or infinity over unchanged.
+    targets with NaN or infinity over unchanged. `weights`: statistics of the inputs, for `grid`, which then keeps what
+    the outputs are made of.
     """
 
     method: Method = "grid"
@@ -62,10 +64,13 @@ class Quantize:
     energy: float = 0.8
     seed: int = 0
     allow_nonfinite: bool = False
+    weights: Statistics | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.method != "grid":
             raise UsageError(f"a budget in bytes is met by --method grid; {self.method} takes --bits")
+        if self.weights is not None and self.method != "grid":
+            raise UsageError(f"statistics are for --method grid; {self.method} rounds all numbers alike")
         if not 0 < self.bits <= 16:
             raise UsageError(f"{self.bits:g} bits to a number: give more than 0, and 16 at most")
         if self.method not in ("grid", "delta-come"):
@@ -122,8 +127,12 @@ def quantize_file(
 
 def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:
     """The choices that shape the output, as the record states them, and the dtype that most numbers had."""
-    shown = {name: getattr(options, name) for name in Quantize.__dataclass_fields__}
-    told = {k: v for k, v in shown.items() if k == "method" or v != Quantize.__dataclass_fields__[k].default}
+    shown = {name: getattr(options, name) for name in Quantize.__dataclass_fields__ if name != "weights"}
+    if options.weights is not None:
+        shown["tokens"] = options.weights.tokens
+    told = {
+        k: v for k, v in shown.items() if k in ("method", "tokens") or v != Quantize.__dataclass_fields__[k].default
+    }
     return {**told, "dtype": _usual_dtype(adapter)}
 
 
@@ -149,6 +158,8 @@ def _run(
     adapter: Adapter, options: Quantize, path: Path | None, *, keep: Any, force: bool
 ) -> tuple[int, QuantizeReport]:
     refuse_mutated(adapter, AT_OTHER_RANKS)
+    if options.weights is not None:
+        weighed_targets(adapter)
     if options.method != "grid":
         return _written(adapter, options, 0.0, path, keep=keep, force=force)
     numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
@@ -220,7 +231,11 @@ def _factored(
     scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
     wide = LowRank(part.left.double(), part.right.double(), part.scale)
     if options.method == "grid":
-        components = components_of(wide)
+        if options.weights is None:
+            components = components_of(wide)
+        else:
+            moment = options.weights.moment_of(target, update)
+            components = weighted_components_of(wide, moment, options.weights.channels(target))
         codes = on_grid(_over(components, scale), step / abs(scale or 1.0))
         label = "grid"
     else:
