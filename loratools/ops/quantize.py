@@ -164,7 +164,7 @@ def _run(
         return _written(adapter, options, 0.0, path, keep=keep, force=force)
     numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
     goal = options.budget or max(1, int(numbers * options.bits / 8))
-    search = StepSearch.begun(adapter, goal, allow_nonfinite=options.allow_nonfinite)
+    search = StepSearch.begun(adapter, goal, weights=options.weights, allow_nonfinite=options.allow_nonfinite)
     while (step := search.next_step()) is not None:
         size = write_packed(adapter, _packed(adapter, options, step, [], lambda outcome: None), None)
         search.tried(step, size.file if options.budget else size.codes)

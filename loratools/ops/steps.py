@@ -12,10 +12,12 @@ from loratools.errors import UsageError
 from loratools.families.base import LowRankUpdate
 from loratools.ops.gridding import DEADZONE
 from loratools.ops.spectra import measure
+from loratools.ops.weighing import measure_weighed
 from loratools.sizes import format_size
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
+    from loratools.ops.statistics import Statistics
 
 _NEAR = 0.99  # of the budget: nearer is not worth another pass
 _PASSES = 8
@@ -42,11 +44,17 @@ class StepSearch:
     tries: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
-    def begun(cls, adapter: Adapter, goal: int, *, allow_nonfinite: bool = False) -> StepSearch:
-        """From the spectra of an adapter's deltas."""
+    def begun(
+        cls, adapter: Adapter, goal: int, *, weights: Statistics | None = None, allow_nonfinite: bool = False
+    ) -> StepSearch:
+        """From the spectra of an adapter's deltas, weighed by what is known of their inputs."""
         spreads: list[Spread] = []
         factored = [t for t, e in adapter.entries.items() if issubclass(e.family, LowRankUpdate)]
-        for m in measure(adapter, factored, directions=True, allow_nonfinite=allow_nonfinite):
+        if weights is None:
+            measured = measure(adapter, factored, directions=True, allow_nonfinite=allow_nonfinite)
+        else:
+            measured = measure_weighed(adapter, factored, weights, allow_nonfinite=allow_nonfinite)
+        for m in measured:
             shape = adapter.entries[m.target].base_shape
             assert shape is not None  # of a factored family it is known
             for value in m.values:

@@ -370,3 +370,32 @@ def test_bits_of_gaussian_numbers_on_the_grid(deviation: float) -> None:
 def test_callers_may_ask_by_name(samples: Callable[[str], Path]) -> None:
     adapter, report = loratools.quantize(loratools.load(samples("peft/rslora")), loratools.Quantize(bits=4))
     assert len(report.targets) == len(adapter)
+
+
+def test_weighing_by_inputs_lowers_the_error_of_outputs(tmp_path: Path) -> None:
+    from loratools.ops.statistics import Statistics, fingerprint
+
+    source = loratools.load(peft(tmp_path / "in", rank=16, size=8))
+    moments, means, prints, inputs = {}, {}, {}, {}
+    for i, (target, update) in enumerate(source.items()):
+        down = update.parameters()["down"].double()
+        n = down.shape[1]
+        x = noise(4000, n, seed=i).double() * torch.logspace(1, -1, n, dtype=torch.float64)
+        x = x @ torch.linalg.qr(noise(n, n, seed=i + 50).double()).Q
+        inputs[target] = x
+        moments[target], means[target] = (x @ down.T).T @ (x @ down.T) / len(x), x.square().mean(0)
+        prints[target] = fingerprint(update)
+    met = Statistics(moments, means, 4000, prints)
+    truth = deltas(source)
+
+    def of_outputs(options: Quantize) -> float:
+        found = deltas(loratools.load(quantize_file(source, tmp_path / "out", options, force=True)[0].path))
+        pairs = [((x @ (found[t] - truth[t]).T).norm() ** 2, (x @ truth[t].T).norm() ** 2) for t, x in inputs.items()]
+        return math.sqrt(sum(float(a) for a, _ in pairs) / sum(float(b) for _, b in pairs))
+
+    for budget in (9_000, 18_000):
+        assert of_outputs(Quantize(budget=budget, weights=met)) < 0.99 * of_outputs(Quantize(budget=budget))
+    other = loratools.load(peft(tmp_path / "other", rank=16, size=8, alpha=3))
+    quantize(other, Quantize(budget=9_000, weights=met))  # the same factors: alpha does not matter
+    with pytest.raises(UsageError, match="statistics are for --method grid"):
+        Quantize("rtn", 4, weights=met)

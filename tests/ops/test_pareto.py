@@ -1,0 +1,74 @@
+"""Rate-distortion curves: sizes and errors against files that the named commands write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ops.test_quantize import deltas, peft, relative
+
+import loratools
+from loratools.errors import UsageError
+from loratools.ops.pareto import marked, pareto, relative_error
+from loratools.reports.pareto import ParetoReport, Point
+from loratools_cli.app import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return peft(tmp_path_factory.mktemp("curves") / "in", rank=8, size=4)
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> ParetoReport:
+    return pareto(loratools.load(folder), ("grid", "svd", "rtn", "delta-come"), ratios=(4, 8))
+
+
+def test_a_point_is_what_its_command_writes(report: ParetoReport, folder: Path, tmp_path: Path) -> None:
+    truth = deltas(loratools.load(folder))
+    for i, point in enumerate(p for p in report.points if p.method in ("grid", "rtn")):
+        place, less = tmp_path / f"{i}.safetensors", tmp_path / f"less{i}"
+        for command in point.command.split(" && "):
+            words = command.removeprefix("loratools ").replace("IN", str(folder)).replace("LESS", str(less)).split()
+            assert main([*words, *([] if "-o" in words else ["-o", str(place)]), "--quiet"]) == 0
+        assert place.stat().st_size == pytest.approx(point.bytes, abs=96), point  # two verbs leave a longer record
+        assert relative(truth, deltas(loratools.load(place))) == pytest.approx(point.relative_error, rel=1e-3), point
+
+
+def test_every_method_is_there_and_the_best_are_marked(report: ParetoReport) -> None:
+    assert {p.method for p in report.points} == {"grid", "svd", "rtn", "delta-come"}
+    assert [p.bytes for p in report.points] == sorted((p.bytes for p in report.points), reverse=True)
+    for p in report.points:
+        beaten = any(q.bytes <= p.bytes and q.relative_error < p.relative_error for q in report.points)
+        assert p.best != beaten
+
+
+def test_marking_by_hand() -> None:
+    points = [
+        Point("a", "", size, error, None, False, "") for size, error in ((10, 0.5), (20, 0.6), (30, 0.1), (30, 0.2))
+    ]
+    assert [(p.bytes, p.relative_error, p.best) for p in marked(points)] == [
+        (30, 0.2, False),
+        (30, 0.1, True),
+        (20, 0.6, False),
+        (10, 0.5, True),
+    ]
+
+
+def test_an_adapter_errs_nothing_against_itself(folder: Path) -> None:
+    adapter = loratools.load(folder)
+    assert relative_error(adapter, adapter) < 1e-7
+
+
+def test_a_figure_and_a_table(report: ParetoReport, tmp_path: Path) -> None:
+    from loratools.reports.frames import write_table
+    from loratools.reports.plot_pareto import plot_pareto
+
+    assert plot_pareto(report, tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    assert len(write_table(report, tmp_path / "a.csv").read_text().splitlines()) == len(report.points) + 1
+    assert list(report.to_frame().columns) == list(report.columns)
+
+
+def test_an_unknown_method_is_named(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no method 'zip'; there are grid, svd"):
+        pareto(loratools.load(folder), ("zip",))
