@@ -41,7 +41,7 @@ def calibrate(
 
     \b
     Examples:
-      loratools calibrate llama my_lora --data texts.jsonl -o stats.safetensors
+      loratools calibrate fused my_lora --data texts.jsonl -o stats.safetensors
       loratools squeeze my_lora --rank 8 --weights stats.safetensors
     """
     from loratools.errors import UsageError

@@ -75,7 +75,16 @@ def test_mistakes(
     assert message in done.err
 
 
-def test_bits_auto_does_not_weigh(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    done = run("squeeze", places[1], "--ratio", 4, "--bits", "auto", "--weights", tmp_path / "stats")
-    assert done.code == 2
-    assert "then quantize" in done.err
+def test_bits_and_ranks_are_weighed_too(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = places
+    stats = tmp_path / "stats.safetensors"
+    assert run("calibrate", base, adapter, "--data-free", "-o", stats).code == 0
+    small = tmp_path / "small.safetensors"
+    done = run("squeeze", adapter, "--ratio", 2, "--bits", "auto", "--weights", stats, "-o", small, "--json")
+    assert done.code == 0, done.err
+    assert done.json["total"]["bytes_after"] == small.stat().st_size
+    made_by = run("info", small, "--json").json["record"]["arguments"]
+    assert made_by["tokens"] == 0
+    refused = run("quantize", adapter, "--bits", 4, "--method", "rtn", "--weights", stats, "-o", tmp_path / "other")
+    assert refused.code == 2
+    assert "statistics are for --method grid" in refused.err
