@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
 from loratools_cli import options
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+    from loratools.ops.convert import Convert
+    from loratools_cli.output import Output
 
 
 def convert(
@@ -72,17 +78,13 @@ def convert(
       loratools convert cifar-bit1-dim32.bin --petl cifar.yaml --to peft
     """
     from loratools.errors import UsageError
-    from loratools.ops.convert import DROPPABLE, Convert, writable_formats, write_converted
-    from loratools.ops.convert import convert as planned_conversion
+    from loratools.ops.convert import DROPPABLE, Convert
     from loratools.ops.lowering import Lowering
-    from loratools_cli.destination import destination
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
-    from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
-    if to not in writable_formats():
-        raise UsageError(f"--to {to}: the dialects that can be written are {', '.join(writable_formats())}")
+    check_dialect(to)
     if unknown := [kind for kind in drop or [] if kind not in DROPPABLE]:
         raise UsageError(f"--drop {unknown[0]}: what can be dropped is {', '.join(DROPPABLE)}")
     if rank is not None and energy is not None:
@@ -104,10 +106,38 @@ def convert(
         dtype=dtype,
     )
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights, petl=petl)
+    write_conversion(adapter, to, how, output, to, shown=shown, dry_run=dry_run, force=force)
+
+
+def check_dialect(to: str) -> None:
+    """UsageError for a dialect that cannot be written."""
+    from loratools.errors import UsageError
+    from loratools.ops.convert import writable_formats
+
+    if to not in writable_formats():
+        raise UsageError(f"--to {to}: the dialects that can be written are {', '.join(writable_formats())}")
+
+
+def write_conversion(
+    adapter: Adapter,
+    to: str,
+    how: Convert,
+    output: Path | None,
+    tag: str,
+    *,
+    shown: Output,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Convert to `output`, or to a place beside the input, with progress, and show what came of it."""
+    from loratools.ops.convert import convert as planned_conversion
+    from loratools.ops.convert import write_converted
+    from loratools_cli.destination import destination
+    from loratools_cli.progress import Progress
+
     with Progress() as progress:
-        watched = progress.watch(adapter)
-        result, report = planned_conversion(watched, to, how)
-        place = destination(result, output, to, force=force or dry_run)
+        result, report = planned_conversion(progress.watch(adapter), to, how)
+        place = destination(result, output, tag, force=force or dry_run)
         if not dry_run:
             report = write_converted(result, report, place, force=force)[1]
     shown.show(report, planned=place if dry_run else None)

@@ -85,7 +85,7 @@ def merge(
     options.check_device(device)
     pairs = [path_and_weight(text) for text in adapters]
     opened = [open_adapter(path, alpha=alpha, scaling=scaling) for path, _ in pairs]
-    size = sum(adapter.origin.nbytes if adapter.origin else adapter.nbytes for adapter in opened)
+    size = sum(adapter.file_nbytes for adapter in opened)
     policy = choice.policy(size, relative_to) if choice.is_given else None
     if policy is None and relative_to:
         raise UsageError("--relative-to weighs the errors of a budget; give --budget or --ratio with it")

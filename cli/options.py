@@ -84,6 +84,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path 
 Rank = Annotated[int | None, typer.Option(metavar="N", help="The same rank everywhere.")]
 Energy = Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the squared spectrum to keep.")]
 Budget = Annotated[str | None, typer.Option(metavar="SIZE", help="Size of the output: 4MB, 500kB, 1.5MiB.")]
+Ratio = Annotated[float | None, typer.Option(metavar="X", help="Size of the output: the input's, divided by X.")]
 Threshold = Annotated[float | None, typer.Option(metavar="T", help="Drop singular values up to T times the largest.")]
 Elbow = Annotated[bool, typer.Option("--elbow", help="Cut each spectrum where it bends.")]
 SvRatio = Annotated[float | None, typer.Option(metavar="R", help="As in sd-scripts: sv_ratio.")]

@@ -12,6 +12,7 @@ from loratools_cli import options
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.ops.quantize import Quantize
+    from loratools_cli.output import Output
 
 
 def quantize(
@@ -20,7 +21,7 @@ def quantize(
         float | None, Option(metavar="B", help="Bits to a number: 1, 2, 3, 4 or 8; for grid any, of codes and scales.")
     ] = None,
     budget: options.Budget = None,
-    ratio: Annotated[float | None, Option(metavar="X", help="Size of the output: the input's, divided by X.")] = None,
+    ratio: options.Ratio = None,
     method: Annotated[
         Literal["grid", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"],
         Option(help="How; grid has the least error for its bytes."),
@@ -66,17 +67,19 @@ def quantize(
     from loratools.ops.statistics import load_statistics
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
+    from loratools_cli.rank_choice import RankChoice
 
     given = [name for name, value in (("--bits", bits), ("--budget", budget), ("--ratio", ratio)) if value is not None]
     if len(given) != 1:
         wrong = f"{' and '.join(given)} exclude each other; give one of them" if given else "give --bits, or --budget"
         raise UsageError(f"how small is not clear: {wrong}")
+    choice = RankChoice(budget=budget, ratio=ratio)
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling)
     how = Quantize(
         method,
         4 if bits is None else bits,
-        bytes_wanted(adapter, budget, ratio),
+        None if bits is not None else choice.bytes(adapter.file_nbytes),
         group,
         scales,
         rounds,
@@ -87,37 +90,20 @@ def quantize(
         allow_nonfinite,
         None if weights is None else load_statistics(weights, adapter),
     )
-    tag = f"{method}{bits:g}bit" if bits is not None else budget.replace(" ", "") if budget else f"x{ratio:g}"
+    tag = choice.tag if bits is None else f"{method}{bits:g}bit"
     write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
 
 
-def bytes_wanted(adapter: Adapter, budget: str | None, ratio: float | None) -> int | None:
-    """The size that a budget or a ratio asks for; None where there is neither."""
-    from loratools.errors import UsageError
-    from loratools.sizes import format_size, parse_size
-
-    if budget is not None:
-        return parse_size(budget)
-    if ratio is None:
-        return None
-    size = adapter.origin.nbytes if adapter.origin else adapter.nbytes
-    if not 1 <= ratio <= size:
-        raise UsageError(f"--ratio {ratio:g}: of {format_size(size)} this leaves nothing or more; try 16")
-    return int(size / ratio)
-
-
 def write_quantized(
-    adapter: Adapter, how: Quantize, output: Path | None, tag: str, *, shown: object, dry_run: bool, force: bool
+    adapter: Adapter, how: Quantize, output: Path | None, tag: str, *, shown: Output, dry_run: bool, force: bool
 ) -> None:
     """Quantise to `output`, or to a file beside the input, with progress, and show what came of it."""
     from loratools.files import packed_place
     from loratools.ops.quantize import quantize as in_memory
     from loratools.ops.quantize import quantize_file
     from loratools_cli.destination import packed_destination
-    from loratools_cli.output import Output
     from loratools_cli.progress import Progress
 
-    assert isinstance(shown, Output)
     place = packed_place(packed_destination(adapter, output, tag), force=force or dry_run)
     with Progress() as progress:
         watched = progress.watch(adapter)
@@ -147,25 +133,17 @@ def dequantize(
     Example: loratools dequantize my_lora.grid2bit.safetensors --to peft -o my_lora_again
     """
     from loratools.errors import UsageError
-    from loratools.ops.convert import Convert, writable_formats, write_converted
-    from loratools.ops.convert import convert as planned_conversion
+    from loratools.ops.convert import Convert
     from loratools.ops.quantize import dtype_before
-    from loratools_cli.destination import destination
+    from loratools_cli.convert import check_dialect, write_conversion
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
-    from loratools_cli.progress import Progress
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     adapter = open_adapter(path)
     if adapter.origin is None or adapter.origin.container != "packed":
         raise UsageError(f"{path}: is an ordinary adapter already; loratools convert writes it in another dialect")
     dialect = to or adapter.format.name
-    if dialect not in writable_formats():
-        raise UsageError(f"--to {dialect}: the dialects that can be written are {', '.join(writable_formats())}")
-    with Progress() as progress:
-        how = Convert(dtype=dtype or dtype_before(adapter))
-        result, report = planned_conversion(progress.watch(adapter), dialect, how)
-        place = destination(result, output, "dequantized", force=force or dry_run)
-        if not dry_run:
-            report = write_converted(result, report, place, force=force)[1]
-    shown.show(report, planned=place if dry_run else None)
+    check_dialect(dialect)
+    how = Convert(dtype=dtype or dtype_before(adapter))
+    write_conversion(adapter, dialect, how, output, "dequantized", shown=shown, dry_run=dry_run, force=force)

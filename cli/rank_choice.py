@@ -65,7 +65,7 @@ class RankChoice:
         if relative_to and self.given not in ("budget", "ratio"):
             raise UsageError("--relative-to weighs the errors of a budget; give --budget or --ratio with it")
         if self.budget is not None or self.ratio is not None:
-            return ranks.Budget(self._bytes(size), relative_to)
+            return ranks.Budget(self.bytes(size), relative_to)
         if self.adaptertune is not None:
             return ranks.AdapterTuneElbow(*_noise_and_samples(self.adaptertune))
         if self.rank is not None:
@@ -81,7 +81,8 @@ class RankChoice:
         }
         return rules[self.given](getattr(self, self.given))
 
-    def _bytes(self, size: int) -> int:
+    def bytes(self, size: int) -> int:
+        """The size that a budget or a ratio asks for; UsageError for one that makes no sense."""
         if self.budget is not None:
             return parse_size(self.budget)
         assert self.ratio is not None

@@ -14,7 +14,7 @@ def squeeze(
     rank: options.Rank = None,
     energy: options.Energy = None,
     budget: options.Budget = None,
-    ratio: Annotated[float | None, Option(metavar="X", help="Size of the output: the input's, divided by X.")] = None,
+    ratio: options.Ratio = None,
     threshold: options.Threshold = None,
     elbow: options.Elbow = False,
     sv_ratio: options.SvRatio = None,
@@ -79,12 +79,11 @@ def squeeze(
     if bits is not None:
         if budget is None and ratio is None:
             raise UsageError("--bits auto chooses bits and ranks for a size; give --budget or --ratio with it")
-        wanted = quantize.bytes_wanted(adapter, budget, ratio)
         met = None if weights is None else loratools.load_statistics(weights, adapter)
-        how = loratools.Quantize(budget=wanted, allow_nonfinite=allow_nonfinite, weights=met)
+        how = loratools.Quantize(budget=choice.bytes(adapter.file_nbytes), allow_nonfinite=allow_nonfinite, weights=met)
         quantize.write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
         return
-    policy = choice.policy(adapter.origin.nbytes if adapter.origin else adapter.nbytes, relative_to)
+    policy = choice.policy(adapter.file_nbytes, relative_to)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     found = None if weights is None else loratools.load_statistics(weights, adapter)
     squeezing = loratools.Squeeze(method, scale, open_base(base), device, seed, allow_nonfinite, allow_unchanged, found)

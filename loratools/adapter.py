@@ -167,6 +167,11 @@ class Adapter(Mapping[str, "Update"]):
         """Bytes of all tensors, extras included, without headers."""
         return sum(e.nbytes for e in self.entries.values()) + sum(e.spec.nbytes for e in self.extras.values())
 
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the container that it was read from, or of all tensors of one made in memory."""
+        return self.origin.nbytes if self.origin else self.nbytes
+
     def written(self) -> dict[str, Written]:
         """Rank and scale of every target."""
         return {target: Written(e.rank, e.scale, e.alpha) for target, e in self.entries.items()}

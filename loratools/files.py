@@ -26,7 +26,7 @@ from loratools.storage.base import DTYPES, TensorSink, TensorSource
 from loratools.storage.folder import AtomicFolder
 from loratools.storage.gguf import GGUFSink
 from loratools.storage.header import header_bytes, quoted
-from loratools.storage.packed import CONFIG_KEY, Content, PackedSink, Raw
+from loratools.storage.packed import CONFIG_KEY, Content, PackedSink
 from loratools.storage.safetensors import SafetensorsSink
 
 if TYPE_CHECKING:
@@ -225,8 +225,7 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
     Nothing exists at the destination before all of it does. ValueError where a target is missing.
     """
     check_destination(adapter, path, force=force)
-    if adapter.record:  # its hash of the input is needed last, so it is computed meanwhile
-        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
+    adapter = _with_hash_begun(adapter)
     weights = destination_weights(adapter, path)
     if not is_folder_adapter(adapter):
         with _sink(adapter, weights) as sink:
@@ -277,26 +276,25 @@ def write_packed(
     if path is not None:
         check_writable(adapter, path)
     place = None if path is None else packed_place(path, force=force)
-    if adapter.record:
-        adapter = replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
+    adapter = _with_hash_begun(adapter)
     written: dict[str, Written] = {}
-    sink = PackedSink(place)
-    with sink:
+    with PackedSink(place) as sink:
         for each in targets:
             for slot, content in each.contents.items():
                 sink.pack(adapter.format.spell(each.target, slot), content)
             entry = entry_of(each.update)
             written[each.target] = Written(entry.rank, entry.scale, adapter.entries[each.target].alpha)
-        if missing := [t for t in adapter.entries if t not in written]:
-            raise ValueError(f"no update for {missing[0]}")
-        declared = adapter.format.declare(written, adapter.metadata)
-        for key, (value, spec) in declared.scalars.items():
-            sink.pack(key, Raw(torch.full(spec.shape, value, dtype=getattr(torch, DTYPES[spec.dtype][0]))))
-        for key, extra in adapter.extras.items():
-            sink.pack(key, Raw(extra.read()))
+        declared = _fill_rest(sink, adapter, written)
         sink.config = declared.config
         file = sink.commit(_metadata(adapter, declared, placeholder=path is None))
         return PackedSize(file, sink.coded)
+
+
+def _with_hash_begun(adapter: Adapter) -> Adapter:
+    """The same adapter; the hash of its input, which its record needs last, is computed meanwhile."""
+    if adapter.record is None:
+        return adapter
+    return replace(adapter, record=replace(adapter.record, source_sha256=begun(adapter.record.source_sha256)))
 
 
 def _sink(adapter: Adapter, weights: Path) -> TensorSink:
@@ -314,6 +312,11 @@ def _fill(sink: TensorSink, adapter: Adapter, updates: Iterable[tuple[str, Updat
             stored = packed(tensor, slot, adapter.format.packing(target, slot), experts)
             sink.write(adapter.format.spell(target, slot), stored)
         written[target] = Written(entry.rank, entry.scale, adapter.entries[target].alpha)
+    return _fill_rest(sink, adapter, written)
+
+
+def _fill_rest(sink: TensorSink, adapter: Adapter, written: Mapping[str, Written]) -> Declaration:
+    """What goes after the updates: the numbers that the dialect keeps in tensors, and the extras."""
     if missing := [t for t in adapter.entries if t not in written]:
         raise ValueError(f"no update for {missing[0]}")
     declared = adapter.format.declare(written, adapter.metadata)

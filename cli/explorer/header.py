@@ -51,7 +51,7 @@ class Header(Widget):
             plain(adapter.format.name),
             counted(families, 2) if families else "",
             f"{targets} target{'s' * (targets != 1)}",
-            size(adapter.origin.nbytes if adapter.origin else adapter.nbytes),
+            size(adapter.file_nbytes),
         ]
 
     def _progress(self) -> Content:

@@ -100,7 +100,10 @@ class Banded:
 
     def pair(self, left: Tensor, right: Tensor) -> Pair:
         """left (m, r) @ right (r, n), float64, in codes."""
-        up, down = singular_pair(left, right)
+        return self.of_singular(*singular_pair(left, right))
+
+    def of_singular(self, up: Tensor, down: Tensor) -> Pair:
+        """As `pair`, of what `singular_pair` makes of the factors."""
         heights = self._heights(up.shape[1])
         spin = rotation(up, down, heights, self.gauge, self.seed)
         up, down = up @ spin, spin.T @ down

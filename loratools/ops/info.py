@@ -52,7 +52,7 @@ def info(adapter: Adapter) -> InfoReport:
         dtypes=_count(spec.dtype for spec in specs),
         codings=adapter.origin.codings if adapter.origin else {},
         parameters=sum(spec.numel for spec in specs),
-        bytes=adapter.origin.nbytes if adapter.origin else adapter.nbytes,
+        bytes=adapter.file_nbytes,
         extras={key: extra.spec.nbytes for key, extra in adapter.extras.items()},
         unsupported=adapter.unsupported,
         config={field: config[field] for field in _CONFIG if config.get(field) not in (None, {}, [], False)},

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loratools._lazy import torch
 from loratools.errors import AdapterError, LoratoolsError, UnchangedError, UsageError
-from loratools.families.base import LowRankUpdate
 from loratools.files import header_room
 from loratools.linalg.inner import frobenius
-from loratools.operators import Operator, sum_of
+from loratools.operators import sum_of
 from loratools.ops.quantize import Quantize, quantize
+from loratools.ops.spectra import known_delta
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.pipeline import ordered_map, worker_count
 from loratools.ranks import Budget
@@ -22,13 +21,19 @@ from loratools.reports.pareto import ParetoReport, Point
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
-    from loratools.families.base import Update
 
 METHODS = ("grid", "svd", "balanced", "rtn", "lloyd", "nf", "petl", "sign", "loraquant", "delta-come")
 RATIOS = (2, 4, 8, 16, 32, 64)
 _RANKS = (1, 2, 4, 8)  # by which the rank is divided before numbers are rounded
-_BITS = {"balanced": (1, 2, 3, 4, 8), "rtn": (2, 3, 4, 8), "lloyd": (1, 2, 3, 4), "nf": (3, 4), "petl": (1, 2, 3, 4)}
-_BITS |= {"sign": (1,), "loraquant": (2, 3)}
+_BITS = {
+    "balanced": (1, 2, 3, 4, 8),
+    "rtn": (2, 3, 4, 8),
+    "lloyd": (1, 2, 3, 4),
+    "nf": (3, 4),
+    "petl": (1, 2, 3, 4),
+    "sign": (1,),
+    "loraquant": (2, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -95,17 +100,12 @@ def relative_error(before: Adapter, after: Adapter) -> float:
     """||delta - delta'|| / ||delta|| of all targets together; of directions, where a delta needs the base."""
 
     def work(target: str) -> tuple[float, float]:
-        one, other = (_known(a[target]) for a in (before, after))
+        one, other = (known_delta(a[target]) for a in (before, after))
         return frobenius(sum_of([one, -other])) ** 2, frobenius(one) ** 2
 
     pairs = list(ordered_map(work, before.entries, workers=worker_count("cpu")))
     distance, norm = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
     return math.sqrt(distance / norm) if norm else 0.0
-
-
-def _known(update: Update) -> Operator:
-    op = update.direction_operator() if isinstance(update, LowRankUpdate) else update.operator()
-    return op.to(torch.float64)
 
 
 def _size(adapter: Adapter) -> int:

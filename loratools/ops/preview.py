@@ -77,7 +77,7 @@ def unsized(
     }
     return Preview(
         targets=targets,
-        bytes_before=adapter.origin.nbytes if adapter.origin else adapter.nbytes,
+        bytes_before=adapter.file_nbytes,
         bytes_after=None,
         energy_kept=energy_kept(targets.values()),
         relative_error=relative_error(targets.values()),

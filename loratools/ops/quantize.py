@@ -6,12 +6,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, entry_of
 from loratools.errors import AdapterError, UsageError
 from loratools.families.base import LowRankUpdate
@@ -19,11 +18,11 @@ from loratools.files import PackedTarget, Saved, check_writable, packed_place, w
 from loratools.formats.packing import packed, unpacked
 from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
-from loratools.operators import Dense, LowRank, Operator, sum_of
+from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
 from loratools.ops.gridding import Components, components_of, dense_on_grid, on_grid, weighted_components_of
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
-from loratools.ops.spectra import is_finite_update, nonfinite_error
+from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
 from loratools.ops.steps import StepSearch
 from loratools.pipeline import ordered_map, worker_count
@@ -84,34 +83,44 @@ class Quantize:
         if method == "loraquant":
             return Plain("rtn", bits, "group", self.group)
         if method in ("grid", "balanced", "delta-come"):
-            whole = next(b for b in (1, 2, 3, 4, 8, 8) if b >= min(self.bits, 8))
+            whole = next(b for b in (1, 2, 3, 4, 8) if b >= min(self.bits, 8))
             return Plain("rtn" if whole == 8 else "lloyd", whole, "group", self.group, self.rounds)
         return Plain(method, bits, self.scales, self.group, self.rounds)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    packed: PackedTarget
+    """What a report is made of: no tensors, for it outlives the target's own."""
+
+    target: str
     coded: TargetCoded | None  # None: carried over
     reason: str
     squared_norm: float
     squared_error: float
 
 
+_Result: TypeAlias = tuple[PackedTarget, _Outcome]
+_Keep: TypeAlias = Callable[[PackedTarget], None]
+
+
+def _forget(packed: PackedTarget) -> None:
+    """For targets that go to a file, or are packed for their size alone."""
+
+
 def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter, QuantizeReport]:
     """The adapter as it is once it has been packed and is read again, in memory, with what that costs.
 
-    Sizes are those of the file that `quantize_file` would write, but for the hash of the input. Raises AdapterError for
-    NaN and infinity, UsageError where a budget holds nothing.
+    Sizes are those of the file that `quantize_file` would write. Raises AdapterError for NaN and infinity, UsageError
+    where a budget holds nothing.
     """
     changed = adapter.recorded("quantize", arguments(adapter, options))
     updates: dict[str, Update] = {}
 
-    def keep(outcome: _Outcome) -> None:
-        updates[outcome.packed.target] = outcome.packed.update
+    def keep(packed: PackedTarget) -> None:
+        updates[packed.target] = packed.update
 
-    size, report = _run(changed, options, None, keep=keep, force=False)
-    return changed.with_updates(updates), replace(report, total={**report.total, "bytes_after": size})
+    _, report = _run(changed, options, None, keep=keep, force=False)
+    return changed.with_updates(updates), report
 
 
 def quantize_file(
@@ -121,7 +130,7 @@ def quantize_file(
     changed = adapter.recorded("quantize", arguments(adapter, options))
     check_writable(changed, Path(path))
     place = packed_place(Path(path), force=force)
-    size, report = _run(changed, options, place, keep=lambda outcome: None, force=force)
+    size, report = _run(changed, options, place, keep=_forget, force=force)
     return Saved(place, place, size, None), replace(report, output=str(place))
 
 
@@ -154,25 +163,28 @@ def _usual_dtype(adapter: Adapter) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
+def _numbers(adapter: Adapter) -> int:
+    return sum(spec.numel for entry in adapter.entries.values() for spec in entry.specs.values())
+
+
 def _run(
-    adapter: Adapter, options: Quantize, path: Path | None, *, keep: Any, force: bool
+    adapter: Adapter, options: Quantize, path: Path | None, *, keep: _Keep, force: bool
 ) -> tuple[int, QuantizeReport]:
     refuse_mutated(adapter, AT_OTHER_RANKS)
     if options.weights is not None:
         weighed_targets(adapter)
     if options.method != "grid":
         return _written(adapter, options, 0.0, path, keep=keep, force=force)
-    numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
-    goal = options.budget or max(1, int(numbers * options.bits / 8))
+    goal = options.budget or max(1, int(_numbers(adapter) * options.bits / 8))
     search = StepSearch.begun(adapter, goal, weights=options.weights, allow_nonfinite=options.allow_nonfinite)
     while (step := search.next_step()) is not None:
-        size = write_packed(adapter, _packed(adapter, options, step, [], lambda outcome: None), None)
+        size = write_packed(adapter, _packed(adapter, options, step, [], _forget), None)
         search.tried(step, size.file if options.budget else size.codes)
     return _written(adapter, options, search.best, path, keep=keep, force=force)
 
 
 def _written(
-    adapter: Adapter, options: Quantize, step: float, path: Path | None, *, keep: Any, force: bool
+    adapter: Adapter, options: Quantize, step: float, path: Path | None, *, keep: _Keep, force: bool
 ) -> tuple[int, QuantizeReport]:
     outcomes: list[_Outcome] = []
     size = write_packed(adapter, _packed(adapter, options, step, outcomes, keep), path, force=force)
@@ -180,18 +192,18 @@ def _written(
 
 
 def _packed(
-    adapter: Adapter, options: Quantize, step: float, outcomes: list[_Outcome], keep: Any
+    adapter: Adapter, options: Quantize, step: float, outcomes: list[_Outcome], keep: _Keep
 ) -> Iterator[PackedTarget]:
-    def work(target: str) -> _Outcome:
+    def work(target: str) -> _Result:
         return _one(adapter, target, options, step)
 
-    for outcome in ordered_map(work, adapter.entries, workers=worker_count("cpu")):
+    for done, outcome in ordered_map(work, adapter.entries, workers=worker_count("cpu")):
         outcomes.append(outcome)
-        keep(outcome)
-        yield outcome.packed
+        keep(done)
+        yield done
 
 
-def _one(adapter: Adapter, target: str, options: Quantize, step: float) -> _Outcome:
+def _one(adapter: Adapter, target: str, options: Quantize, step: float) -> _Result:
     update = adapter[target]
     if not is_finite_update(update):
         if not options.allow_nonfinite:
@@ -209,9 +221,9 @@ def _one(adapter: Adapter, target: str, options: Quantize, step: float) -> _Outc
         raise AdapterError(f"{target}: {error}") from error
 
 
-def _carried(adapter: Adapter, target: str, update: Update, reason: str) -> _Outcome:
+def _carried(adapter: Adapter, target: str, update: Update, reason: str) -> _Result:
     contents = {slot: Raw(tensor) for slot, tensor in _stored(adapter, target, update).items()}
-    return _Outcome(PackedTarget(target, update, contents), None, reason, 0.0, 0.0)
+    return PackedTarget(target, update, contents), _Outcome(target, None, reason, 0.0, 0.0)
 
 
 def _stored(adapter: Adapter, target: str, update: Update) -> dict[str, Tensor]:
@@ -225,7 +237,7 @@ def _stored(adapter: Adapter, target: str, update: Update) -> dict[str, Tensor]:
 
 def _factored(
     adapter: Adapter, target: str, update: LowRankUpdate, part: LowRank, options: Quantize, step: float
-) -> _Outcome:
+) -> _Result:
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
     scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
@@ -239,8 +251,9 @@ def _factored(
         codes = on_grid(_over(components, scale), step / abs(scale or 1.0))
         label = "grid"
     else:
-        coder, label = _banded(options, wide)
-        codes = coder.pair(wide.left * (wide.scale / (scale or 1.0)), wide.right)
+        pair = singular_pair(wide.left * (wide.scale / (scale or 1.0)), wide.right)
+        coder, label = _banded(options, *pair)
+        codes = coder.of_singular(*pair)
     up, down = codes[0].decode(), codes[1].decode()
     k = up.shape[1]
     if k != rank:  # what a dialect can say of a scale may depend on the rank
@@ -266,7 +279,8 @@ def _over(c: Components, scale: float) -> Components:
     return replace(c, x=c.x / by, s=c.s / abs(by), y=c.y / abs(by))
 
 
-def _banded(options: Quantize, part: LowRank) -> tuple[Banded, str]:
+def _banded(options: Quantize, up: Tensor, down: Tensor) -> tuple[Banded, str]:
+    """The coder for a singular pair, and what to call its codes."""
     bits = math.ceil(options.bits)
     if options.method == "balanced":
         coder = balanced(
@@ -279,13 +293,12 @@ def _banded(options: Quantize, part: LowRank) -> tuple[Banded, str]:
         )
         return coder, f"{bits}-bit {options.gauge}"
     if options.method == "delta-come":
-        return delta_come(min(part.left.shape[0], *part.right.shape), bits=options.bits), "8, 3 and 2 bits"
-    up, down = singular_pair(part.left * part.scale, part.right)
+        return delta_come(up.shape[1], bits=options.bits), "8, 3 and 2 bits"
     values = (up.norm(dim=0) * down.norm(dim=1)).tolist()
     return loraquant(values, high_bits=bits, energy=options.energy), f"{bits} bits and signs"
 
 
-def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Outcome:
+def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Result:
     """A delta that is stored as it is goes on the grid; of other families nobody knows what an error would do."""
     tensors = _stored(adapter, target, update)
     if update.family != "full" or len(tensors) != 1:
@@ -297,7 +310,7 @@ def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Outco
     return _of_tensors(adapter, target, update, {slot: replace(coded, shape=tuple(tensor.shape))}, "grid")
 
 
-def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Outcome:
+def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Result:
     contents: dict[str, Coded] = {}
     for slot, tensor in _stored(adapter, target, update).items():
         flipped = adapter.format.packing(target, slot) == "transposed"
@@ -308,7 +321,7 @@ def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _
     return _of_tensors(adapter, target, update, contents, f"{plain.bits}-bit {plain.method}")
 
 
-def _of_tensors(adapter: Adapter, target: str, update: Update, coded: Mapping[str, Coded], label: str) -> _Outcome:
+def _of_tensors(adapter: Adapter, target: str, update: Update, coded: Mapping[str, Coded], label: str) -> _Result:
     """The outcome of a target some of whose stored tensors are in codes."""
     contents: dict[str, Content] = {
         slot: coded.get(slot) or Raw(tensor) for slot, tensor in _stored(adapter, target, update).items()
@@ -317,36 +330,28 @@ def _of_tensors(adapter: Adapter, target: str, update: Update, coded: Mapping[st
     numbers = {slot: unpacked(content.decode(), slot, packing(target, slot)) for slot, content in coded.items()}
     entry, new = adapter.entries[target], update.with_tensors(numbers)
     try:
-        before, after = _delta_operator(update), _delta_operator(new)
+        before, after = known_delta(update), known_delta(new)
     except AdapterError:  # it needs the base
         return _outcome(target, entry.rank, new, contents, label, math.nan, math.nan)
     norm, distance = frobenius(before) ** 2, frobenius(sum_of([before, -after])) ** 2
     return _outcome(target, entry.rank, new, contents, label, norm, distance)
 
 
-def _delta_operator(update: Update) -> Operator:
-    op = update.direction_operator() if isinstance(update, LowRankUpdate) else update.operator()
-    if isinstance(op, Dense):
-        return Dense(op.matrix.double())
-    return op.to(torch.float64)
-
-
 def _outcome(
     target: str, rank: int, new: Update, contents: Mapping[str, Content], label: str, norm: float, distance: float
-) -> _Outcome:
+) -> _Result:
     distance = max(distance, 0.0)
     error = None if math.isnan(norm) else math.sqrt(distance / norm) if norm else 0.0
     coded = TargetCoded(rank, entry_of(new).rank, error, label)
-    return _Outcome(PackedTarget(target, new, contents), coded, "", norm, distance)
+    return PackedTarget(target, new, contents), _Outcome(target, coded, "", norm, distance)
 
 
 def _report(adapter: Adapter, outcomes: list[_Outcome], size: int) -> QuantizeReport:
     known = [o for o in outcomes if o.coded is not None and not math.isnan(o.squared_norm)]
     norm, error = math.fsum(o.squared_norm for o in known), math.fsum(o.squared_error for o in known)
-    targets = {o.packed.target: o.coded for o in outcomes if o.coded is not None}
-    unchanged = dict(adapter.unsupported) | {o.packed.target: o.reason for o in outcomes if o.coded is None}
-    numbers = sum(spec.numel for e in adapter.entries.values() for spec in e.specs.values())
-    before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    targets = {o.target: o.coded for o in outcomes if o.coded is not None}
+    unchanged = dict(adapter.unsupported) | {o.target: o.reason for o in outcomes if o.coded is None}
+    numbers, before = _numbers(adapter), adapter.file_nbytes
     total: dict[str, float | int | None] = {
         "targets": len(outcomes) + len(adapter.unsupported),
         "quantized": len(targets),

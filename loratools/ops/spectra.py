@@ -142,6 +142,12 @@ def low_rank_part(update: Update, base: Tensor | None = None) -> Operator:
     return update.low_rank_part(base) if isinstance(update, LowRankUpdate) else update.operator(base)
 
 
+def known_delta(update: Update) -> Operator:
+    """The delta in float64, or its direction where a magnitude needs the base; AdapterError for what needs it whole."""
+    op = update.direction_operator() if isinstance(update, LowRankUpdate) else update.operator()
+    return op.to(torch.float64)
+
+
 def _measured_alone(
     target: str, part: Operator, device: str, allow_nonfinite: bool, *, is_finite_beside: bool
 ) -> Measured:

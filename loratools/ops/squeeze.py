@@ -141,7 +141,7 @@ def stream(
                 yield target, adapter[target]
 
     saved = write(adapter, updates(), Path(path), force=force)
-    before = adapter.origin.nbytes if adapter.origin else adapter.nbytes
+    before = adapter.file_nbytes
     notes = (*adapter.warnings, *warnings)
     report = summarise(
         outcomes, unchanged, bytes_before=before, bytes_after=saved.nbytes, warnings=notes, output=str(saved.path)

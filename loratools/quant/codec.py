@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from loratools._lazy import torch
@@ -187,8 +187,6 @@ def _round(x: Tensor, coding: Coding, scales: Tensor, offsets: Tensor | None, fi
 
 def _stored(coding: Coding, scales: Tensor, offsets: Tensor | None) -> tuple[Coding, Tensor, Tensor | None]:
     """Scales and offsets as they are kept: in F32 where F16 has too few digits for them."""
-    from dataclasses import replace
-
     if coding.stored == "F16":
         both = torch.cat([scales.reshape(-1), *([] if offsets is None else [offsets.reshape(-1)])])
         least = torch.finfo(torch.float16).tiny / 8  # below, three digits of ten bits are lost

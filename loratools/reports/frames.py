@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
 
-from loratools.reports.output import checked, require, write
+from loratools.reports.output import checked, require
+from loratools.storage.atomic import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +54,7 @@ def write_table(report: Tabular, path: str | os.PathLike[str], *, force: bool = 
     and `force` is not given, or cannot be written.
     """
     place = place_of(path, force=force)
-    return write(place, _csv(report) if place.suffix.lower() == ".csv" else _parquet(report))
+    return write_whole(place, _csv(report) if place.suffix.lower() == ".csv" else _parquet(report))
 
 
 def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from loratools._version import __version__
 from loratools.reports.compare import CompareReport, FineTune, PairNumbers
-from loratools.reports.output import checked, require, write
+from loratools.reports.output import checked, require
+from loratools.storage.atomic import write_whole
 
 SUFFIXES = (".html",)
 DIGITS = 6  # of numbers on the page; tables and JSON have all
@@ -38,7 +39,7 @@ def write_html(report: CompareReport, path: str | os.PathLike[str], *, force: bo
     Raises UsageError for a suffix other than .html, MissingExtraError without plotly, and OutputError where the file
     exists and `force` is not given, or cannot be written.
     """
-    return write(place_of(path, force=force), _page(report).encode("utf-8"))
+    return write_whole(place_of(path, force=force), _page(report).encode("utf-8"))
 
 
 def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:

@@ -30,14 +30,3 @@ def require(module: str, *, extra: str, what: str) -> None:
     """MissingExtraError with the install line, unless `module` can be imported."""
     if importlib.util.find_spec(module) is None:
         raise MissingExtraError(f"{what} need {module}: pip install 'loratools[{extra}]'")
-
-
-def write(place: Path, data: bytes) -> Path:
-    """Put `data` in place; OutputError leaves what was there as it was."""
-    file = AtomicFile(place)
-    try:
-        file.write_at(0, data)
-        file.commit(len(data))
-    finally:
-        file.abort()
-    return place

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools.reports.output import checked, require, write
+from loratools.reports.output import checked, require
+from loratools.storage.atomic import write_whole
 
 SUFFIXES = (".png", ".svg")
 DECADES = 5  # of singular values shown below the largest
@@ -59,7 +60,7 @@ def write_figure(place: Path, draw: Callable[[Any], Any]) -> Path:
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
         draw(Figure).savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata[kind])
-    return write(place, _numbered(buffer.getvalue()) if kind == "svg" else buffer.getvalue())
+    return write_whole(place, _numbered(buffer.getvalue()) if kind == "svg" else buffer.getvalue())
 
 
 def _numbered(svg: bytes) -> bytes:

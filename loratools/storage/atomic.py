@@ -139,6 +139,17 @@ class AtomicFile:
                 self._made.append(folder)
 
 
+def write_whole(place: Path, data: bytes) -> Path:
+    """Put `data` in place; OutputError leaves what was there as it was."""
+    file = AtomicFile(place)
+    try:
+        file.write_at(0, data)
+        file.commit(len(data))
+    finally:
+        file.abort()
+    return place
+
+
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn an OSError into an OutputError that names `path` and a remedy."""

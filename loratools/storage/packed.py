@@ -212,7 +212,8 @@ class PackedSource(TensorSource):
 
     def __init__(self, file: SafetensorsSource) -> None:
         self._file, self.path, self.nbytes = file, file.path, file.nbytes
-        self._lock, self._last = threading.Lock(), _NO_PIECE
+        self._lock = threading.Lock()
+        self._last: _Piece | None = None  # targets are mostly read in order
         try:
             if file.metadata[MARK] != VERSION:
                 raise ValueError(f"is of version {file.metadata[MARK]!r}; this loratools reads version {VERSION}")
@@ -229,7 +230,7 @@ class PackedSource(TensorSource):
             raise self._damaged(f"tensor {name!r}: {error}") from None
 
     def close(self) -> None:
-        self._last = _NO_PIECE
+        self._last = None
         self._file.close()
 
     def sha256(self) -> str:
@@ -277,7 +278,7 @@ class PackedSource(TensorSource):
 
     def _piece(self, number: int) -> _Piece:
         with self._lock:
-            if self._last.number != number:
+            if self._last is None or self._last.number != number:
                 self._last = _Piece(number, self._file.read(f"data.{number}"), self._streams[number])
             return self._last
 
@@ -346,9 +347,6 @@ class _Piece:
                 stream = self._streams[kind]
                 self._numbers[kind] = expand(stream, self.bytes(at, stream.nbytes).numpy().tobytes())
             return self._numbers[kind]
-
-
-_NO_PIECE: Final = _Piece(-1, None, {})  # type: ignore[arg-type]
 
 
 def _checked_spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:

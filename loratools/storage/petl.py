@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError, InputError
 from loratools.quant.petl import FILE_BITS, PetlCodes, encode, from_bytes, record_size
-from loratools.storage.atomic import AtomicFile, printable, refuse_existing
+from loratools.storage.atomic import printable, refuse_existing, write_whole
 from loratools.storage.base import TensorSource, TensorSpec
 from loratools.storage.header import quoted
 from loratools.storage.safetensors import open_regular_file
@@ -179,12 +179,7 @@ def write_petl(
     data = b"".join(_records(tensors, model))
     text = "".join(f"{name}: {value if value != '' else chr(39) * 2}\n" for name, value in model.to_config().items())
     for file, content in ((description, text.encode()), (place, data)):
-        out = AtomicFile(file)
-        try:
-            out.write_at(0, content)
-            out.commit(len(content))
-        finally:
-            out.abort()
+        write_whole(file, content)
     return len(data)
 
 
