@@ -28,6 +28,7 @@ from loratools_cli.merge import merge
 from loratools_cli.output import say
 from loratools_cli.pareto import pareto
 from loratools_cli.quantize import dequantize, quantize
+from loratools_cli.reparameterize import reparameterize
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
@@ -48,6 +49,7 @@ for command in (
     dequantize,
     pareto,
     calibrate,
+    reparameterize,
     convert,
     check,
     merge,

@@ -33,12 +33,14 @@ from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.pareto import ParetoReport
 from loratools.reports.quantize import QuantizeReport
+from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
+from loratools_cli.render_families import render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_quantize import render_pareto, render_quantize
@@ -89,7 +91,8 @@ def closing(report: object, planned: Path | None = None) -> str:
 
 @closing.register(SqueezeReport)
 @closing.register(QuantizeReport)
-def _(report: SqueezeReport | QuantizeReport, planned: Path | None = None) -> str:
+@closing.register(ReparameterizeReport)
+def _(report: SqueezeReport | QuantizeReport | ReparameterizeReport, planned: Path | None = None) -> str:
     before, after = int(report.total["bytes_before"] or 0), int(report.total["bytes_after"] or 0)
     share = f", {percent(after / before)} % of it" if before else ""
     if planned is not None:
@@ -397,14 +400,12 @@ def _(report: FormatsReport, everything: bool) -> Iterator[RenderableType]:
 
 @blocks.register
 def _(report: FamiliesReport, everything: bool) -> Iterator[RenderableType]:
-    for name, family in report.families.items():
-        facts = [
-            "ranks can be lowered" if family.squeezable else "",
-            "needs the base weight" if family.needs_base else "",
-            f"written in {', '.join(family.written_by)}" if family.written_by else "read only",
-        ]
-        yield Text.assemble((name, "bold"), f": {'; '.join(f for f in facts if f)}")
-        yield Text(f"  {family.summary}")
+    yield from render_families(report)
+
+
+@blocks.register
+def _(report: ReparameterizeReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_reparameterize(report, everything=everything)
 
 
 @blocks.register

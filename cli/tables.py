@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from typer import Argument
+
 from loratools_cli import options
 
 
@@ -16,12 +20,18 @@ def formats(as_json: options.Json = False) -> None:
     Output(as_json=as_json).show(tables.formats())
 
 
-def families(as_json: options.Json = False) -> None:
+def families(
+    name: Annotated[str | None, Argument(metavar="NAME", help="Only this one, with all that is known of it.")] = None,
+    as_json: options.Json = False,
+) -> None:
     """List the families of updates, and where they can be written.
 
-    Example: loratools families --json
+    \b
+    Examples:
+      loratools families
+      loratools families shira
     """
     from loratools.ops import tables
     from loratools_cli.output import Output
 
-    Output(as_json=as_json).show(tables.families())
+    Output(as_json=as_json).show(tables.families(name))

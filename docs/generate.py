@@ -47,6 +47,7 @@ REPORTS = {
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools calibrate": "calibrate",
+    "loratools reparameterize": "reparameterize",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",
@@ -65,16 +66,42 @@ INTERNAL = {"Outcome"}  # records that no report holds
 def families() -> str:
     """What the parameters may mean."""
     from loratools.families import FAMILIES
+    from loratools.ops import tables
 
+    found = tables.families().families
+    rows = [
+        (f"[{n}](#{n})", f"`{f.formula}`", f.count, f.guarantee, _needed(f), f.paper)
+        for n, f in found.items()
+        if f.guarantee
+    ]
     parts = ["# Families", "What the parameters of a target mean. The set of slots that a file fills picks the family."]
+    parts += [
+        (
+            "`loratools reparameterize --to NAME` writes any delta in one of these. *exact*: every delta, but for "
+            "rounding; *optimal*: the nearest one of the family, with these options; *local*: the best that was found."
+        ),
+        _table(("family", "delta", "numbers stored", "fit", "needs the base", "source"), rows),
+    ]
     for family in FAMILIES:
-        rows = [
+        told = found[family.family]
+        facts = [
             ("slots", _names(family.required)),
             ("optional slots", _names(family.optional) or "none"),
-            ("needs the base weight", "yes" if family.needs_base else "no"),
+            ("needs the base weight", _needed(told)),
         ]
-        parts += [f"## {family.family}", _doc(family), _table(("", ""), rows)]
+        if told.guarantee:
+            options = ", ".join(f"`{name}` ({value})" for name, value in told.options.items()) or "none"
+            facts += [("fit", told.guarantee), ("options", options)]
+        if told.reconstruction:
+            facts.append(("reconstruction", told.reconstruction))
+        parts += [f"## {family.family}", _doc(family), _table(("", ""), facts)]
     return _page(parts)
+
+
+def _needed(family: Any) -> str:
+    return {"yes": "yes", "shape": "its shape, which loratools' own files state", "fit": "to be fitted", "no": "no"}[
+        family.base
+    ]
 
 
 def formats() -> str:

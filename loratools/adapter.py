@@ -50,6 +50,11 @@ class Entry:
         return self.family.base_shape(self.specs, self.layout)
 
     @property
+    def needs_base(self) -> bool:
+        """Whether its delta cannot be had without the base weight."""
+        return self.family.awaits_base(self.layout)
+
+    @property
     def is_factored(self) -> bool:
         """Whether it has ranks that can be lowered."""
         return issubclass(self.family, LowRankUpdate)

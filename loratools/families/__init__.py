@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, UsageError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.bitdelta import BitDelta
@@ -14,6 +14,7 @@ from loratools.families.delora import DeLoRA
 from loratools.families.doha import DoHa
 from loratools.families.dokr import DoKr
 from loratools.families.dora import DoRA
+from loratools.families.fitting import Fittable
 from loratools.families.fourierft import FourierFT
 from loratools.families.full import Full
 from loratools.families.glora import GLoRA
@@ -21,6 +22,7 @@ from loratools.families.gralora import GraLoRA
 from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
 from loratools.families.ia3 import IA3
+from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
@@ -75,18 +77,23 @@ FAMILIES: tuple[type[Update], ...] = (
     DoKr,
     Full,
     GLoRA,
+    LDU,
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
 )
 
+FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
+
 __all__ = [
     "BOFT",
     "C3A",
     "FAMILIES",
+    "FITTABLE",
     "HRA",
     "IA3",
+    "LDU",
     "OFT",
     "AdaLoRA",
     "BitDelta",
@@ -94,6 +101,7 @@ __all__ = [
     "DoHa",
     "DoKr",
     "DoRA",
+    "Fittable",
     "FourierFT",
     "Full",
     "GLoRA",
@@ -120,6 +128,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "family_of",
+    "fittable",
 ]
 
 
@@ -133,3 +142,12 @@ def family_of(slots: Collection[str]) -> type[Update]:
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")
+
+
+def fittable(name: str) -> type[Fittable]:
+    """The family with an encoder that has this name; UsageError lists those there are."""
+    if name not in FITTABLE:
+        known = ", ".join(FITTABLE)
+        why = "is not one that a delta can be written in" if name in {f.family for f in FAMILIES} else "is not known"
+        raise UsageError(f"the family {name!r} {why}; there are: {known}")
+    return FITTABLE[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -29,6 +30,7 @@ class Layout:
     many matrices, and the factors interleave them. `embedding`: the target is an embedding table. `magnitude_axis`: the
     axis of the operator that a DoRA magnitude runs along, 0 for outputs and 1 for input channels. `blocks`: the rows of
     consecutive projections that the parameter fuses, and whether each of them is updated; empty where all rows are one.
+    `shape`: that of the base parameter, where the dialect states it.
     """
 
     transposed: bool = False
@@ -36,6 +38,19 @@ class Layout:
     embedding: bool = False
     magnitude_axis: int = 0
     blocks: tuple[tuple[int, bool], ...] = ()
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(m, n) of the operator, from the stated shape; ValueError where there is none."""
+        if self.shape is None:
+            raise ValueError("the dialect states no shape")
+        return _sides(self.shape, transposed=self.transposed)
+
+
+def _sides(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, int]:
+    outputs, inputs = (shape[0] if shape else 1), math.prod(shape[1:])
+    return (inputs, outputs) if transposed else (outputs, inputs)
 
 
 Settings = Mapping[str, Any]
@@ -49,7 +64,8 @@ class Update(ABC):
     made: AdapterError where they do not fit together. `references` are slots whose tensors several targets share;
     settings are the numbers that a method keeps in its config rather than in tensors. `scaled` are the slots that take
     what a change of scale leaves over: the delta is linear in those of them that there are, together; none where a
-    scale cannot be changed.
+    scale cannot be changed. `needs_shape_alone`: of the base no more is needed than its shape, which some dialects
+    state.
     """
 
     family: ClassVar[str]
@@ -57,6 +73,7 @@ class Update(ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     references: ClassVar[frozenset[str]] = frozenset()
     needs_base: ClassVar[bool] = False
+    needs_shape_alone: ClassVar[bool] = False
     scaled: ClassVar[tuple[str, ...]] = ()
     scale: float
     layout: Layout
@@ -86,11 +103,24 @@ class Update(ABC):
     @classmethod
     def base_shape(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> tuple[int, ...] | None:
         """Shape of the base parameter that the delta is added to; None where the file does not tell."""
-        return None
+        return layout.shape
+
+    @classmethod
+    def awaits_base(cls, layout: Layout) -> bool:
+        """Whether the delta cannot be had without the base weight."""
+        return cls.needs_base and not (cls.needs_shape_alone and layout.shape is not None)
 
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
         """Stored tensors by slot, without those that targets share."""
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The tensors by slot that targets share and a file has to hold; those drawn from a seed are not among them."""
+        return {}
+
+    def stated_settings(self) -> dict[str, Any]:
+        """What `from_parameters` takes for settings, as JSON has it."""
+        return {}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same update with other numbers in some slots, in the shapes and of the kind that were there."""
@@ -195,8 +225,9 @@ def base_matrix(family: str, base: Tensor | None, layout: Layout) -> Tensor:
 
 
 def base_size(family: str, base: Tensor | None, layout: Layout) -> tuple[int, int]:
-    """(m, n) of the base weight, for a delta that its shape alone decides; NeedsBaseError where there is none."""
-    if base is None:
+    """(m, n) of the base weight, for a delta that its shape alone decides; NeedsBaseError where nobody states it."""
+    if base is not None:
+        return _sides(tuple(base.shape), transposed=layout.transposed)
+    if layout.shape is None:
         raise NeedsBaseError(f"the delta of {family} depends on the base weight, for its shape")
-    outputs, inputs = base.shape[0], base[0].numel() if len(base) else 0
-    return (inputs, outputs) if layout.transposed else (outputs, inputs)
+    return layout.sides

@@ -29,6 +29,7 @@ class FourierFT(Update):
     family: ClassVar[str] = "fourierft"
     required: ClassVar[frozenset[str]] = frozenset({"fourierft_spectrum"})
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     spectrum: Tensor
     seed: int

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, LowRankUpdate, Settings
+from loratools.families.fitting import Fittable, Guarantee, Source
+from loratools.linalg.svd import truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator
 from loratools.storage.base import TensorSpec
 
@@ -18,9 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class LoRAOptions:
+    """`rank`: of the factors; None for the rank that the delta has, where it is a product of factors."""
+
+    rank: int | None = None
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class LoRA(LowRankUpdate):
+class LoRA(LowRankUpdate, Fittable):
     """Hu et al. 2021; with `mid`, the Tucker form of LyCORIS; with experts, PEFT's `target_parameters`.
 
     Shapes: linear down (r, n), up (m, r); convolution down (r, n, *kernel), up (m, r, *ones), or down (r, n, *ones) and
@@ -32,6 +41,11 @@ class LoRA(LowRankUpdate):
     required: ClassVar[frozenset[str]] = frozenset({"down", "up"})
     optional: ClassVar[frozenset[str]] = frozenset({"mid", "up_bias"})
     scaled: ClassVar[tuple[str, ...]] = ("up", "up_bias")
+    Options: ClassVar[type[LoRAOptions]] = LoRAOptions
+    guarantee: ClassVar[Guarantee] = "optimal"
+    formula: ClassVar[str] = "B A"
+    count: ClassVar[str] = "r (m + n)"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
 
     down: Tensor
     up: Tensor
@@ -117,6 +131,26 @@ class LoRA(LowRankUpdate):
         else:
             return LowRank(self.up.flatten(1), self.down.flatten(1), self.scale)
         return BlockDiagonal(tuple(LowRank(le, ri, self.scale) for le, ri in zip(lefts, rights, strict=True)))
+
+    @classmethod
+    def encode(cls, source: Source, options: LoRAOptions) -> LoRA:
+        m, n = source.shape
+        rank = options.rank
+        if rank is None:
+            if not isinstance(source.delta, LowRank):
+                raise AdapterError("the delta is no product of factors; say of which rank it should become: rank=N")
+            rank = min(source.delta.rank, m, n)
+        best = truncate(source.delta, min(rank, m, n), seed=source.seed).operator
+        shape, transposed = source.layout.shape or (m, n), source.layout.transposed
+        kernel = () if transposed else shape[2:]
+        down = torch.empty(1, n // math.prod(kernel), *kernel, dtype=source.stored)
+        up = torch.empty(m, 1, *(1 for _ in kernel), dtype=source.stored)
+        return cls(down, up, 1.0, source.layout).fit(best, scale=1.0)
+
+    @classmethod
+    def within(cls, source: Source, nbytes: int) -> LoRAOptions | None:
+        rank = nbytes // (sum(source.shape) * source.stored.itemsize)
+        return LoRAOptions(min(rank, *source.shape)) if rank else None
 
     def _composed_down(self) -> Tensor:
         assert self.mid is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools._lazy import torch
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update, base_size
 from loratools.families.random_projections import Projections, check_vectors, scaled
 from loratools.operators import Operator
@@ -29,6 +30,7 @@ class PVeRA(Update):
     required: ClassVar[frozenset[str]] = frozenset({"pvera_lambda_b", "pvera_lambda_d"})
     references: ClassVar[frozenset[str]] = frozenset(_SHARED)
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     lambda_b: Tensor
     lambda_d: Tensor
@@ -61,7 +63,6 @@ class PVeRA(Update):
 
     def operator(self, base: Tensor | None = None) -> Operator:
         m, n = base_size("PVeRA", base, self.layout)
-        assert base is not None
-        a, b = self.projections.cut(m, n, base.dtype)
+        a, b = self.projections.cut(m, n, torch.float32 if base is None else base.dtype)
         rank = self.projections.rank
         return scaled(self.lambda_b, self.lambda_d[:rank], a[:rank], b, self.scale)

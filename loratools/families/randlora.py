@@ -37,6 +37,7 @@ class RandLoRA(Update):
     required: ClassVar[frozenset[str]] = frozenset({"randlora_lambda", "randlora_gamma"})
     references: ClassVar[frozenset[str]] = frozenset(_SHARED)
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     left: Tensor
     right: Tensor

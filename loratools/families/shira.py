@@ -29,6 +29,7 @@ class SHiRA(Update):
     family: ClassVar[str] = "shira"
     required: ClassVar[frozenset[str]] = frozenset({"shira_weight", "shira_indices"})
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     values: Tensor
     indices: Tensor

@@ -37,6 +37,7 @@ class VBLoRA(Update):
     optional: ClassVar[frozenset[str]] = _WHOLE | _TOP
     references: ClassVar[frozenset[str]] = frozenset({_BANK})
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     tensors: Mapping[str, Tensor]
     bank: Tensor

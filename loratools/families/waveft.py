@@ -30,6 +30,7 @@ class WaveFT(Update):
     family: ClassVar[str] = "waveft"
     required: ClassVar[frozenset[str]] = frozenset({"waveft_spectrum"})
     needs_base: ClassVar[bool] = True
+    needs_shape_alone: ClassVar[bool] = True
 
     spectrum: Tensor
     seed: int

@@ -13,6 +13,7 @@ from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
+from loratools.formats.native import Native
 from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
@@ -21,6 +22,7 @@ from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
 FORMATS: tuple[type[Format], ...] = (
+    Native,
     Peft,
     PeftMethod,
     Kohya,
@@ -55,6 +57,8 @@ __all__ = [
 
 def recognise(header: Header) -> type[Format]:
     """The one dialect of a file; InputError shows some keys where none or several claim it."""
+    if Native.recognises(header):  # it says what it is; its slots are those of other dialects
+        return Native
     fits = [f for f in FORMATS if f.recognises(header)]
     if len(fits) == 1:
         return fits[0]

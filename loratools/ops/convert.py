@@ -270,7 +270,7 @@ def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Cal
     entry = adapter.entries[target]
     if base is None:
         return lambda: None
-    return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.family.needs_base else None
+    return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.needs_base else None
 
 
 def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None) -> dict[str, Build]:

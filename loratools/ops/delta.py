@@ -58,13 +58,13 @@ def delta_of_target(adapter: Adapter, name: str, base: BaseWeights | None) -> It
         weight = _fused(pieces, base, entry.base_shape or ())
     elif base is not None:
         parameter, weight = _base_parameter(base, parameter, entry.base_shape, experts=entry.layout.experts > 1)
-    elif entry.family.needs_base:
+    elif entry.needs_base:
         raise NeedsBaseError(f"{name}: the delta of {entry.family.family} depends on the base weight; pass --base")
     update = entry.read()
     if not is_finite_update(update):
         raise nonfinite_error(name, "choose others with --target")
     with naming(name):
-        dense = update.delta(weight if entry.family.needs_base else None)
+        dense = update.delta(weight if entry.needs_base else None)
     if weight is not None and dense.shape != weight.shape:
         if dense.ndim == 3 and dense.mT.shape == weight.shape:
             dense = dense.mT.contiguous()  # experts stored as (experts, in, out)

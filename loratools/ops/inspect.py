@@ -107,7 +107,7 @@ class _Against:
 
 def blind(entry: Entry) -> str | None:
     """Why nothing of a target can be measured without the base, where that is so."""
-    if not entry.family.needs_base or entry.is_factored:
+    if not entry.needs_base or entry.is_factored:
         return None
     return f"{entry.family.family} depends on the base weight; pass --base"
 
@@ -120,7 +120,7 @@ def target_numbers(
     if base is None:
         return _numbers(entry, measured, place, None)
     weight = base.find(adapter.format.parameter(measured.target), entry.base_shape)
-    partial = entry.family.needs_base and entry.is_factored
+    partial = entry.needs_base and entry.is_factored
     delta = frobenius(entry.read().operator(weight)) if partial else None
     return _numbers(entry, measured, place, _Against(delta, float(weight.double().norm()), tuple(weight.shape)))
 
@@ -162,7 +162,7 @@ def _numbers(entry: Entry, measured: Measured, place: tuple[str, str], against: 
 
 
 def _part(entry: Entry, has_base: bool) -> Part:
-    if not entry.family.needs_base or not entry.is_factored:
+    if not entry.needs_base or not entry.is_factored:
         return "delta"
     return "low-rank part" if has_base else "direction"
 

@@ -90,7 +90,7 @@ def mitigate(
     before = after = 0.0
     for name, entry in adapter.entries.items():
         reason = unsuitable(adapter, name)
-        if reason is None and (not issubclass(entry.family, LowRankUpdate) or entry.family.needs_base):
+        if reason is None and (not issubclass(entry.family, LowRankUpdate) or entry.needs_base):
             raise AdapterError(f"{name}: {entry.family.family} is no plain LoRA; convert it to one first")
         if reason is not None:
             skipped[name] = reason

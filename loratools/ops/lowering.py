@@ -73,7 +73,7 @@ def lowered(
     what = f"rows of {update.family}" if plain else lack or update.family
     if (why := destination.kindred.get(update.family)) is not None:
         what = f"{what} ({why})"
-    if update.needs_base and base is None and lowering == Lowering(seed=lowering.seed):
+    if update.awaits_base(update.layout) and base is None and lowering == Lowering(seed=lowering.seed):
         raise UnsupportedInTargetError(
             f"{destination.name} has no place for {what}; pass --base with --rank N or --energy E to approximate it, "
             "with the error printed"

@@ -53,7 +53,7 @@ def matrices_of_target(adapter: Adapter, name: str, base: BaseWeights) -> Iterat
         if not is_finite_update(update):
             raise nonfinite_error(name, "choose others with --target")
         with naming(name):
-            needed = weight if entry.family.needs_base else None
+            needed = weight if entry.needs_base else None
             change, gain = update.operator(needed), update.magnitude_gains(needed)
         matrix = _oriented(weight, transposed=entry.layout.transposed)
         if not isinstance(change, BlockDiagonal) and change.shape == tuple(matrix.shape):

@@ -112,7 +112,7 @@ def _refuse(adapter: Adapter, targets: Mapping[str, TargetPreview], has_base: bo
     if has_base:
         return
     for target, entry in adapter.entries.items():
-        if entry.family.needs_base and targets[target].unchanged is None:
+        if entry.needs_base and targets[target].unchanged is None:
             raise NeedsBaseError(f"{target}: lowering the rank of {entry.family.family} takes the base weight, too")
 
 

@@ -76,7 +76,7 @@ def stack_factors(lows: Sequence[LowRank], device: str, dtype: torch.dtype) -> t
 
 def base_tensor(adapter: Adapter, target: str, entry: Entry, base: BaseWeights | None) -> Tensor | None:
     """The base weight of a target whose family needs it; NeedsBaseError where none was given."""
-    if not entry.family.needs_base:
+    if not entry.needs_base:
         return None
     if base is None:
         raise NeedsBaseError(f"{target}: the delta of {entry.family.family} depends on the base weight; pass --base")

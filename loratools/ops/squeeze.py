@@ -305,7 +305,7 @@ def apply(adapter: Adapter, plan: Plan, options: Squeeze) -> Iterator[tuple[Outc
 
     def work(batch: list[str]) -> list[tuple[Outcome, Update]]:
         rank = plan.ranks[batch[0]]
-        if batched and not adapter.entries[batch[0]].family.needs_base:
+        if batched and not adapter.entries[batch[0]].needs_base:
             done = _squeeze_batch(adapter, batch, rank, options)
             if done is not None:
                 return done

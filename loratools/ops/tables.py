@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields, replace
 
-from loratools.families import FAMILIES
+from loratools.errors import UsageError
+from loratools.families import FAMILIES, Fittable, Update
 from loratools.families.base import LowRankUpdate
 from loratools.formats import FORMATS
+from loratools.formats.native import Native
 from loratools.reports.tables import Dialect, FamiliesReport, Family, FormatsReport
 
 
@@ -20,20 +23,44 @@ def formats() -> FormatsReport:
     return FormatsReport(found)
 
 
-def families() -> FamiliesReport:
-    """Every family, with what it needs and the dialects that it can be written in."""
-    written = {name: d.writes for name, d in formats().formats.items()}
+def families(name: str | None = None) -> FamiliesReport:
+    """Every family, or the one of this name, with what it needs and the dialects that it can be written in.
+
+    UsageError for a name that no family has.
+    """
+    written = {dialect: d.writes for dialect, d in formats().formats.items()}
+    chosen = [f for f in FAMILIES if name in (None, f.family)]
+    if not chosen:
+        raise UsageError(f"no family {name!r}; there are {', '.join(f.family for f in FAMILIES)}")
     return FamiliesReport(
-        {
-            f.family: Family(
-                _summary(inspect.getmodule(f)),
-                tuple(sorted(f.required | f.optional)),
-                f.needs_base,
-                issubclass(f, LowRankUpdate),
-                tuple(name for name, holds in written.items() if f.family in holds),
-            )
-            for f in FAMILIES
-        }
+        {f.family: _family(f, tuple(d for d, holds in written.items() if f.family in holds)) for f in chosen}
+    )
+
+
+def _family(f: type[Update], written_by: tuple[str, ...]) -> Family:
+    told = Family(
+        _summary(inspect.getmodule(f)),
+        tuple(sorted(f.required | f.optional)),
+        f.needs_base,
+        "no" if not f.needs_base else "shape" if f.needs_shape_alone else "yes",
+        issubclass(f, LowRankUpdate),
+        written_by,
+        notes=inspect.getdoc(f) or "",
+    )
+    if not issubclass(f, Fittable):
+        return told
+    options = {o.name: str(o.default) for o in fields(f.Options)}
+    return replace(
+        told,
+        base="fit" if f.fits_with_base and told.base == "no" else told.base,
+        written_by=(*written_by, Native.name),
+        guarantee=f.guarantee,
+        formula=f.formula,
+        count=f.count,
+        paper=f.paper,
+        options=options,
+        most_entries=f.most,
+        reconstruction=f.reconstruction,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -28,13 +28,29 @@ class FormatsReport:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of updates."""
+    """One family of updates.
+
+    `base` says what its delta needs of the base weight: `no`, `shape`, `yes`; or `fit`, where only the encoder needs
+    it. Those in which any delta can be written have a `guarantee` (exact, optimal or local), the `formula` of the
+    delta, the `count` of stored numbers, the source, and the `options` of the encoder with their defaults;
+    `most_entries` is the size of a matrix up to which a fit is feasible, None for any, and `reconstruction` what no
+    source tells.
+    """
 
     summary: str
     slots: tuple[str, ...]
     needs_base: bool
+    base: str
     squeezable: bool
     written_by: tuple[str, ...]
+    guarantee: str = ""
+    formula: str = ""
+    count: str = ""
+    paper: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    most_entries: int | None = None
+    reconstruction: str = ""
+    notes: str = ""
 
 
 @dataclass(frozen=True)

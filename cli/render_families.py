@@ -1,0 +1,88 @@
+"""What people read of families, and of deltas that were written in another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from loratools.reports.reparameterize import ReparameterizeReport, TargetFitted
+from loratools.reports.tables import FamiliesReport, Family
+from loratools_cli.grids import by_module, new_grid, texts
+from loratools_cli.text import number, percent, sizes, span
+
+_NEEDED = {"yes": "needs the base weight", "shape": "needs the base's shape", "fit": "needs the base to be fitted"}
+
+
+def render_families(report: FamiliesReport) -> Iterator[RenderableType]:
+    """A line or two for each family; all that is known of a single one."""
+    for name, family in report.families.items():
+        facts = [
+            "any delta can be written in it" if family.guarantee else "",
+            "ranks can be lowered" if family.squeezable else "",
+            _NEEDED.get(family.base, ""),
+            f"written in {', '.join(family.written_by)}" if family.written_by else "read only",
+        ]
+        yield Text.assemble((name, "bold"), f": {'; '.join(f for f in facts if f)}")
+        yield Text(f"  {family.summary}")
+    if len(report.families) == 1:
+        yield from _details(*report.families.values())
+
+
+def _details(family: Family) -> Iterator[RenderableType]:
+    facts = {
+        "delta": family.formula,
+        "numbers": family.count,
+        "fit": family.guarantee,
+        "options": ", ".join(f"{name}={value}" for name, value in family.options.items()),
+        "feasible": "" if family.most_entries is None else f"up to {family.most_entries:,} entries of a matrix",
+        "source": family.paper,
+        "rebuilt": family.reconstruction,
+        "slots": ", ".join(family.slots),
+        "": family.notes.replace("\n", " "),
+    }
+    for name, value in facts.items():
+        if value:
+            yield Text(f"  {name}: {value}" if name else f"  {value}")
+
+
+def render_reparameterize(report: ReparameterizeReport, *, everything: bool) -> Iterator[RenderableType]:
+    """A row for each target, or for each module type, and one for all of them."""
+    shown = new_grid("target", "numbers", "energy kept %", "rel. error", "size")
+    groups = {t: [c] for t, c in report.targets.items()} if everything else by_module(report.targets)
+    for name, members in groups.items():
+        shown.add_row(*texts(name if everything else f"{name} x{len(members)}", *_cells(members)))
+    members = list(report.targets.values())
+    total = report.total
+    shown.add_row(
+        *texts(
+            f"all {len(members)}",
+            f"{total['numbers']:,}",
+            _energy(float(total["energy_kept"] or 0.0)),
+            number(total["relative_error"] or 0.0),
+            sizes(int(total["bytes_before"] or 0), int(total["bytes_after"] or 0)),
+            style="bold",
+        )
+    )
+    yield shown
+    chosen = ", ".join(f"{name}={value}" for name, value in report.options.items())
+    how = {"exact": "exact", "optimal": "the optimum", "local": "a local optimum"}[report.guarantee]
+    yield Text(f"{report.family}{f' ({chosen})' if chosen else ''}: {how} of this family")
+    if report.expected_energy is not None:
+        yield Text(
+            f"a generic delta keeps {percent(report.expected_energy)} % of its energy in a subspace of this size"
+        )
+
+
+def _cells(members: Sequence[TargetFitted]) -> list[str]:
+    return [
+        span((m.numbers for m in members), lambda n: f"{n:,}"),
+        span((m.energy_kept for m in members), _energy),
+        span((m.relative_error for m in members), number),
+        f"{sum(m.bytes for m in members):,} B",
+    ]
+
+
+def _energy(share: float) -> str:
+    return percent(share if share < 1 - 1e-9 else 1.0)
