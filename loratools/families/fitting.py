@@ -105,6 +105,12 @@ class Fittable(Update):
         return None
 
 
+def check_rank(rank: int | None) -> None:
+    """UsageError for a rank below 1."""
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank} is below 1")
+
+
 def options_of(family: type[Fittable], given: Mapping[str, str]) -> Any:
     """The family's options from text; UsageError names the option that it lacks or cannot read, with those there are.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, Settings
-from loratools.families.fitting import Fittable, Guarantee, Source
+from loratools.families.fitting import Fittable, Guarantee, Source, check_rank
 from loratools.families.lora import cast_to
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank, Operator
@@ -29,6 +29,9 @@ class LDUOptions:
     """`rank`: of the factors; None for the rank that the delta has."""
 
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
 
 
 @final

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, LowRankUpdate, Settings
-from loratools.families.fitting import Fittable, Guarantee, Source
+from loratools.families.fitting import Fittable, Guarantee, Source, check_rank
 from loratools.linalg.svd import truncate
 from loratools.operators import BlockDiagonal, LowRank, Operator
 from loratools.storage.base import TensorSpec
@@ -25,6 +25,9 @@ class LoRAOptions:
     """`rank`: of the factors; None for the rank that the delta has, where it is a product of factors."""
 
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
 
 
 @final

@@ -61,15 +61,17 @@ class Native(Format):
             described, parameters = _read(header.metadata[UPDATES_KEY])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{header.path}: {UPDATES_KEY} in its metadata is broken: {error}") from None
-        keys: dict[str, dict[str, str]] = {target: {} for target in described}
+        keys: dict[str, dict[str, str]] = {}
         extras = []
         for key in header.specs:
             target, _, slot = key.rpartition(".")
-            if target in keys and not key.startswith(SHARED):
-                keys[target][slot] = key
+            if target in described and not key.startswith(SHARED):
+                keys.setdefault(target, {})[slot] = key
             else:
                 extras.append(key)
         for target, description in described.items():
+            if target not in keys:
+                raise InputError(f"{header.path}: {target}: has no tensors in the file")
             if lost := [key for key in description.shared.values() if key not in header.specs]:
                 raise InputError(f"{header.path}: {target}: the tensor {lost[0]!r} is not in the file")
         warnings = () if hints.alpha is None else ("the alpha given is ignored: this dialect states its scales",)

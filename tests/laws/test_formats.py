@@ -77,6 +77,7 @@ SAMPLES: dict[str, list[str]] = {
     "torchtune": ["others/torchtune_lora/adapter_model.pt"],
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
+    "loratools": ["native"],
 }  # fmt: skip
 READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
@@ -139,9 +140,28 @@ def bitdelta(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
+def native(folder: Path, name: str) -> Path:
+    """Two families, a scale, a parameter by another name, settings and a tensor that two targets share."""
+    half = {"unilora_indices_A": (2, 5), "unilora_indices_B": (6, 2)}
+    tensors: dict[str, Tensor] = {"layers.0.q_proj.down": torch.randn(2, 7), "layers.0.q_proj.up": torch.randn(6, 2)}
+    for target in ("layers.1.q_proj", "layers.2.q_proj"):
+        for slot, shape in half.items():
+            tensors[f"{target}.{slot}"] = torch.randint(0, 4, shape)
+            tensors[f"{target}.{slot.replace('indices', 'scales')}"] = torch.rand(shape)
+    tensors["shared.0.unilora_theta_d"] = torch.randn(4)
+    theta = {"unilora_theta_d": "shared.0.unilora_theta_d"}
+    kinds = [
+        {"targets": ["layers.0.q_proj"], "shape": [6, 7], "scale": 0.25, "layout": {"magnitude_axis": 1}},
+        {"targets": ["layers.1.q_proj", "layers.2.q_proj"], "shape": [6, 5], "shared": theta, "settings": {"seed": 3}},
+    ]
+    updates = {"version": 1, "kinds": kinds, "parameters": {"layers.0.q_proj": "layers.0.q.weight"}}
+    save_file(tensors, folder / f"{name}.safetensors", {"loratools.updates": json.dumps(updates), "note": "kept"})
+    return folder / f"{name}.safetensors"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
-    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta}
+    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
