@@ -36,6 +36,7 @@ def test_the_commands_are_the_files() -> None:
         "dequantize",
         "pareto",
         "calibrate",
+        "reparameterize",
         "convert",
         "check",
         "merge",
