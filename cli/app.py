@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loratools_cli.bakeoff import bakeoff
 from loratools_cli.cache import cache
 from loratools_cli.calibrate import calibrate
 from loratools_cli.check import check
@@ -50,6 +51,7 @@ for command in (
     pareto,
     calibrate,
     reparameterize,
+    bakeoff,
     convert,
     check,
     merge,

@@ -34,6 +34,7 @@ def write_exports(
 
     A `page` is of comparisons, a `figure` of those, of intruders and of curves.
     """
+    from loratools.reports.bakeoff import BakeoffReport
     from loratools.reports.compare import CompareReport
     from loratools.reports.frames import write_table
     from loratools.reports.intruders import IntrudersReport
@@ -51,6 +52,11 @@ def write_exports(
         from loratools.reports.plot_pareto import plot_pareto
 
         plot_pareto(report, figure, force=force)
+        say(f"wrote {figure}")
+    elif figure is not None and isinstance(report, BakeoffReport):
+        from loratools.reports.plot_bakeoff import plot_bakeoff
+
+        plot_bakeoff(report, figure, force=force)
         say(f"wrote {figure}")
     elif figure is not None:
         from loratools.reports.plot_compare import plot_compare

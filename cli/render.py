@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from loratools.reports.bakeoff import BakeoffReport
 from loratools.reports.cache import CacheReport
 from loratools.reports.calibrate import CalibrateReport
 from loratools.reports.check import CheckReport
@@ -40,7 +41,7 @@ from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
-from loratools_cli.render_families import render_families, render_reparameterize
+from loratools_cli.render_families import render_bakeoff, render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_quantize import render_pareto, render_quantize
@@ -401,6 +402,11 @@ def _(report: FormatsReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: FamiliesReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_families(report)
+
+
+@blocks.register
+def _(report: BakeoffReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_bakeoff(report, everything=everything)
 
 
 @blocks.register

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from loratools.reports.bakeoff import BakeoffReport
 from loratools.reports.reparameterize import ReparameterizeReport, TargetFitted
 from loratools.reports.tables import FamiliesReport, Family
+from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, texts
 from loratools_cli.text import number, percent, sizes, span
 
@@ -73,6 +75,26 @@ def render_reparameterize(report: ReparameterizeReport, *, everything: bool) -> 
         yield Text(
             f"a generic delta keeps {percent(report.expected_energy)} % of its energy in a subspace of this size"
         )
+
+
+def render_bakeoff(report: BakeoffReport, *, everything: bool) -> Iterator[RenderableType]:
+    """A row for each family in each budget, the nearest first; the commands of the best, or of all."""
+    yield Text(f"{len(report.targets)} targets, such as {report.targets[0]}")
+    shown = new_grid("within", "family", "size", "energy kept %", "rel. error", "rank", "fit")
+    last = 0
+    for entrant in report.entrants:
+        within = "" if entrant.budget == last else format_size(entrant.budget)
+        last = entrant.budget
+        rank = "-" if entrant.rank is None else f"{entrant.rank:.3g}"
+        cells = [entrant.family, format_size(entrant.bytes), _energy(entrant.energy_kept)]
+        style = "bold" if entrant.best else ""
+        shown.add_row(*texts(within, *cells, number(entrant.relative_error), rank, entrant.guarantee, style=style))
+    yield shown
+    for entrant in report.entrants:
+        if entrant.best or everything:
+            yield Text(f"  {entrant.command}")
+    for family, reason in report.left_out.items():
+        yield Text(f"  without {family}: {reason}")
 
 
 def _cells(members: Sequence[TargetFitted]) -> list[str]:

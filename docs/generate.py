@@ -48,6 +48,7 @@ REPORTS = {
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools calibrate": "calibrate",
     "loratools reparameterize": "reparameterize",
+    "loratools bakeoff": "bakeoff",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",

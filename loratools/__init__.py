@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loratools.cache import Cache, default_cache
     from loratools.files import load, save
     from loratools.ops.aurac import aurac
+    from loratools.ops.bakeoff import Bakeoff, bakeoff
     from loratools.ops.base_spectra import Search
     from loratools.ops.bitdelta import extract_bitdelta
     from loratools.ops.check import check
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from loratools.ops.merge import Merge, merge
     from loratools.ops.pareto import pareto
     from loratools.ops.quantize import Quantize, quantize, quantize_file
+    from loratools.ops.reparameterize import Reparameterize, reparameterize, reparameterize_file
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterTuneElbow",
+    "Bakeoff",
     "Budget",
     "Cache",
     "Calibrate",
@@ -65,12 +68,14 @@ __all__ = [
     "PerTarget",
     "Quantize",
     "Ratio",
+    "Reparameterize",
     "Search",
     "Squeeze",
     "Statistics",
     "Threshold",
     "__version__",
     "aurac",
+    "bakeoff",
     "calibrate",
     "check",
     "compare",
@@ -98,6 +103,8 @@ __all__ = [
     "pareto",
     "quantize",
     "quantize_file",
+    "reparameterize",
+    "reparameterize_file",
     "save",
     "squeeze",
     "squeeze_file",
@@ -112,6 +119,7 @@ _HOMES = {
     "loratools.cache": ("Cache", "default_cache"),
     "loratools.files": ("load", "save"),
     "loratools.ops.aurac": ("aurac",),
+    "loratools.ops.bakeoff": ("Bakeoff", "bakeoff"),
     "loratools.ops.bitdelta": ("extract_bitdelta",),
     "loratools.ops.base_spectra": ("Search",),
     "loratools.ops.check": ("check",),
@@ -130,6 +138,7 @@ _HOMES = {
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
+    "loratools.ops.reparameterize": ("Reparameterize", "reparameterize", "reparameterize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
     "loratools.ops.statistics": ("Statistics", "load_statistics"),
     "loratools.ops.truncate": ("truncate", "truncate_file"),

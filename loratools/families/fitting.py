@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError
 from loratools.families.base import Layout, Update
+from loratools.operators import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,11 @@ class Source:
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
         return self.delta.shape
+
+    @property
+    def rank(self) -> int:
+        """The rank that the delta has at most, as its structure tells."""
+        return min(*self.shape, self.delta.rank) if isinstance(self.delta, LowRank) else min(self.shape)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,11 @@ class Fittable(Update):
     @abstractmethod
     def within(cls, source: Source, nbytes: int) -> Any:
         """The richest options whose stored tensors take at most `nbytes`; None where none do, or there is no choice."""
+
+    @classmethod
+    def size(cls, source: Source, options: Any) -> int:
+        """Bytes of the stored tensors of a fit with these options; by fitting, unless a family knows better."""
+        return sum(tensor.nbytes for tensor in cls.encode(source, options).parameters().values())
 
     @classmethod
     def encode_together(cls, sources: Mapping[str, Source], options: Any) -> dict[str, Self]:

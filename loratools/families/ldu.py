@@ -129,15 +129,17 @@ class LDU(Fittable):
 
     @classmethod
     def within(cls, source: Source, nbytes: int) -> LDUOptions | None:
-        (m, n), item = source.shape, source.stored.itemsize
-        places = 4 + 2 * (2 if max(m, n) < 2**15 else 4)
-
-        def size(rank: int) -> int:
-            return (rank * (m + n) - rank * (rank + 1)) * item + rank * places
-
-        top = min(m, n, source.delta.rank) if isinstance(source.delta, LowRank) else min(m, n)
-        best = max((rank for rank in range(1, top + 1) if size(rank) <= nbytes), default=0)
+        best = max(
+            (rank for rank in range(1, source.rank + 1) if cls.size(source, LDUOptions(rank)) <= nbytes), default=0
+        )
         return LDUOptions(best) if best else None
+
+    @classmethod
+    def size(cls, source: Source, options: LDUOptions) -> int:
+        m, n = source.shape
+        rank = min(options.rank or source.rank, source.rank)
+        places = 4 + 2 * (2 if max(m, n) < 2**15 else 4)
+        return (rank * (m + n) - rank * (rank + 1)) * source.stored.itemsize + rank * places
 
 
 @dataclass(eq=False)

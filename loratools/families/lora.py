@@ -143,7 +143,7 @@ class LoRA(LowRankUpdate, Fittable):
             if not isinstance(source.delta, LowRank):
                 raise AdapterError("the delta is no product of factors; say of which rank it should become: rank=N")
             rank = min(source.delta.rank, m, n)
-        best = truncate(source.delta, min(rank, m, n), seed=source.seed).operator
+        best = truncate(source.delta, min(rank, source.rank), seed=source.seed).operator
         shape, transposed = source.layout.shape or (m, n), source.layout.transposed
         kernel = () if transposed else shape[2:]
         down = torch.empty(1, n // math.prod(kernel), *kernel, dtype=source.stored)
@@ -153,7 +153,11 @@ class LoRA(LowRankUpdate, Fittable):
     @classmethod
     def within(cls, source: Source, nbytes: int) -> LoRAOptions | None:
         rank = nbytes // (sum(source.shape) * source.stored.itemsize)
-        return LoRAOptions(min(rank, *source.shape)) if rank else None
+        return LoRAOptions(min(rank, source.rank)) if rank else None
+
+    @classmethod
+    def size(cls, source: Source, options: LoRAOptions) -> int:
+        return min(options.rank or source.rank, source.rank) * sum(source.shape) * source.stored.itemsize
 
     def _composed_down(self) -> Tensor:
         assert self.mid is not None

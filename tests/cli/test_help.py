@@ -37,6 +37,7 @@ def test_the_commands_are_the_files() -> None:
         "pareto",
         "calibrate",
         "reparameterize",
+        "bakeoff",
         "convert",
         "check",
         "merge",

@@ -77,6 +77,7 @@ def test_a_fit_is_in_the_budget_and_no_farther_than_nothing(name: str, kind: str
             continue
         update = family.encode(given, options)
         assert nbytes(update) <= limit
+        assert nbytes(update) == family.size(given, options)
         assert update.scale == 1.0
         made = update.operator(given.base).to(torch.float64)
         assert made.shape == delta.shape
