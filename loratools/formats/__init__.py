@@ -71,5 +71,5 @@ def recognise(header: Header) -> type[Format]:
     if not header.specs:
         raise InputError(f"{header.path}: the file holds no tensors")
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])
-    known = ", ".join(f.name for f in FORMATS)
+    known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
     raise InputError(f"{header.path}: no known adapter dialect ({known}); its keys begin with {shown}")
