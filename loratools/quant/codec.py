@@ -75,12 +75,12 @@ class Coded:
 
     def decode(self) -> Tensor:
         """The float32 matrix."""
-        values = values_of(self.codes, self.coding.levels, self.coding.bits)
-        out = values.mul_(self._spread(self.scales))
-        return out if self.offsets is None else out.add_(self._spread(self.offsets))
-
-    def _spread(self, numbers: Tensor) -> Tensor:
-        return _spread(numbers.float(), self.coding, self.codes.shape[1])
+        out = values_of(self.codes, self.coding.levels, self.coding.bits)
+        values, scales = _beside(out, self.scales.float(), self.coding)
+        values.mul_(scales)
+        if self.offsets is not None:
+            values.add_(_beside(out, self.offsets.float(), self.coding)[1])
+        return out
 
     def to_bytes(self) -> Tensor:
         """Scales, offsets, codes, as a uint8 vector of `Coding.size` bytes."""
@@ -119,7 +119,7 @@ def encode(matrix: Tensor, coding: Coding, fit: Fit) -> Coded:
             raise ValueError("holds NaN or infinity")
         if float(ends.abs().max()) > _LARGEST:
             raise ValueError(f"holds numbers beyond {_LARGEST:g}")
-    x = matrix.float()
+    x = matrix.float().contiguous()
     if coding.offset != (fit in ("range", "moments")):
         raise ValueError(f"a fit by {fit} {'needs' if not coding.offset else 'has no'} offsets")
     if not x.numel():
@@ -148,7 +148,7 @@ def _chunks(x: Tensor, coding: Coding) -> tuple[Tensor, Tensor | None]:
 def _range(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor, Tensor]:
     x, mask = chunks
     if mask is None:
-        low, high = torch.aminmax(x, dim=-1)
+        low, high = x.amin(-1), x.amax(-1)  # both at once is slower
     else:
         low, high = x.masked_fill(~mask, math.inf).amin(-1), x.masked_fill(~mask, -math.inf).amax(-1)
     return (high - low) / ((1 << coding.bits) - 1), low
@@ -180,9 +180,11 @@ def _round(x: Tensor, coding: Coding, scales: Tensor, offsets: Tensor | None, fi
     coding, scales, offsets = _stored(coding, scales, offsets)
     wide = scales.float()
     divisor = wide + 1e-5 if fit == "moments" else torch.where(wide == 0, 1.0, wide)  # PETL-ViT's own guard
-    y = x if offsets is None else x - _spread(offsets.float(), coding, x.shape[1])
-    codes = nearest(y / _spread(divisor, coding, x.shape[1]), coding.levels, coding.bits)
-    return Coded(coding, codes, scales, offsets)
+    if coding.bits == 1 and coding.levels != "uniform" and offsets is None:
+        return Coded(coding, nearest(x, coding.levels, 1), scales)  # a sign has no size
+    y, by = _beside(x, divisor, coding)
+    y = y / by if offsets is None else (y - _beside(x, offsets.float(), coding)[1]).div_(by)
+    return Coded(coding, nearest(y, coding.levels, coding.bits).reshape(x.shape), scales, offsets)
 
 
 def _stored(coding: Coding, scales: Tensor, offsets: Tensor | None) -> tuple[Coding, Tensor, Tensor | None]:
@@ -221,11 +223,13 @@ def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None])
     return best
 
 
-def _spread(numbers: Tensor, coding: Coding, columns: int) -> Tensor:
-    """One number for each column, or one that broadcasts."""
+def _beside(x: Tensor, numbers: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+    """A view of `x` and one of `numbers`, those of its groups, that broadcast against each other."""
     if coding.group <= 0 or numbers.shape[1] <= 1:
-        return numbers
-    return numbers.repeat_interleave(coding.group, dim=1)[:, :columns]
+        return x, numbers
+    if x.shape[1] % coding.group == 0:
+        return x.view(len(x), -1, coding.group), numbers.unsqueeze(-1)
+    return x, numbers.repeat_interleave(coding.group, dim=1)[:, : x.shape[1]]
 
 
 @dataclass(frozen=True, eq=False)
