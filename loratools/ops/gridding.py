@@ -23,7 +23,7 @@ from loratools.storage.packed import Coded
 DEADZONE = 0.15
 # The share of the inputs' weight that is as they were met; the rest is the same in every direction. A real task loses
 # least with about this much: docs/measured/quantize_real.md.
-MEASURED = 0.7
+MEASURED = 0.8
 _FINEST = 2.0**-12  # steps to the largest entry, beyond which there is nothing that 16 bits would not hold
 
 
@@ -90,15 +90,15 @@ def on_grid(c: Components, step: float, *, trial: bool = False) -> tuple[Coded, 
     m, n = c.x.shape[0], c.y.shape[1]
     none = torch.zeros(1, m, dtype=torch.int16), torch.zeros(1, n, dtype=torch.int16)
     if not c.s.numel():
-        return _pair(*none, torch.zeros(1), 1.0)
+        return _pair(*none, torch.zeros(1), torch.zeros(1))
     step = max(step, c.largest * _FINEST, c.largest / (LARGEST - 1))
     x, y = rounded(c.x.T / step), rounded(c.y / step)
     kept = (x.abs().amax(1) > 0) & (y.abs().amax(1) > 0)
     if not bool(kept.any()):  # less than the step: a component of zeros
-        return _pair(*none, torch.zeros(1), 1.0)
+        return _pair(*none, torch.zeros(1), torch.zeros(1))
     x, y, nominal = x[kept], y[kept], step**2 / c.s[kept]
     gains = nominal if trial else _gains(c, x.T.double(), y.double(), nominal)
-    return _pair(x, y, gains, math.sqrt(float(gains.abs().mean())) or 1.0)
+    return _pair(x, y, gains, nominal)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +118,11 @@ def _gains(c: Components, x: torch.Tensor, y: torch.Tensor, nominal: torch.Tenso
     return torch.where((gains / nominal - 1).abs() < 1, gains, nominal) if sound else nominal
 
 
-def _pair(x: torch.Tensor, y: torch.Tensor, gains: torch.Tensor, share: float) -> tuple[Coded, Coded]:
-    up = Gridded(x, half_if_it_fits((gains / share).float()))
+def _pair(x: torch.Tensor, y: torch.Tensor, gains: torch.Tensor, nominal: torch.Tensor) -> tuple[Coded, Coded]:
+    """x (k, m) and y (k, n) with their gains; how those are stored follows from the nominal ones, as in a trial."""
+    share = math.sqrt(float(nominal.mean())) or 1.0
+    twice = half_if_it_fits((2 * nominal / share).float())  # no gain is larger
+    up = Gridded(x, (gains / share).to(twice.dtype))
     down = Gridded(y, torch.tensor([share], dtype=torch.float32))
     return Coded((x.shape[1], x.shape[0]), up, transposed=True), Coded((y.shape[0], y.shape[1]), down)
 

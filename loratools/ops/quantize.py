@@ -253,13 +253,13 @@ def _factored(
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
     scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
-    wide = LowRank(part.left.double(), part.right.double(), part.scale)
+    left, right = part.left.double() * part.scale, part.right.double()
     if grid is not None:
         components = grid.components.of(target, update, part)
         codes = on_grid(components, grid.step / abs(scale or 1.0), trial=grid.trial)
         label = "grid"
     else:
-        pair = singular_pair(wide.left * (wide.scale / (scale or 1.0)), wide.right)
+        pair = singular_pair(left / (scale or 1.0), right)
         coder, label = _banded(options, *pair)
         codes = coder.of_singular(*pair)
     trial = grid is not None and grid.trial
@@ -279,7 +279,7 @@ def _factored(
         contents[slot] = Coded(tuple(tensors[slot].shape), coded.parts, coded.transposed != flipped)
     if trial:
         return _outcome(target, rank, new, contents, label, 0.0, 0.0)
-    f = factored((wide.left * wide.scale)[None], wide.right[None])
+    f = factored(left[None], right[None])
     distance, norm = squared_distance(f, (up.double() * scale)[None], down.double()[None])
     return _outcome(target, rank, new, contents, label, float(norm), float(distance))
 
