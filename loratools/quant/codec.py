@@ -18,6 +18,7 @@ Fit = Literal["range", "peak", "mean", "squares", "moments"]
 
 _STORED = {"F16": "float16", "F32": "float32"}
 _LARGEST = 1e38
+_BLOCK = 1 << 17  # numbers that are worked on together where many passes are made over them
 _SWEEPS = 6  # alternations of codes and scales; more changes the third digit of an error at most
 
 
@@ -125,10 +126,9 @@ def encode(matrix: Tensor, coding: Coding, fit: Fit) -> Coded:
     if not x.numel():
         none = x.new_zeros(coding.groups(*x.shape), dtype=getattr(torch, _STORED[coding.stored]))
         return Coded(coding, x.to(torch.uint8), none, none if coding.offset else None)
-    chunks = _chunks(x, coding)
     if fit == "squares":
-        return _by_squares(x, coding, chunks)
-    scales, offsets = _SCALES[fit](chunks, coding)
+        return _by_squares(x, coding)
+    scales, offsets = _SCALES[fit](_chunks(x, coding), coding)
     return _round(x, coding, scales, offsets, fit)
 
 
@@ -198,7 +198,19 @@ def _stored(coding: Coding, scales: Tensor, offsets: Tensor | None) -> tuple[Cod
     return coding, scales.to(dtype), None if offsets is None else offsets.to(dtype)
 
 
-def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None]) -> Coded:
+def _by_squares(x: Tensor, coding: Coding) -> Coded:
+    """Some rows at a time, whose numbers stay in a core's cache through all the sweeps."""
+    height = len(x) if coding.group == -1 else max(1, _BLOCK // max(1, x.shape[1]))
+    found = [_block_by_squares(block, coding) for block in x.split(height)]
+    if len({each.coding for each in found}) > 1:  # some scales need F32, so all have it
+        return _by_squares(x, replace(coding, stored="F32"))
+    return Coded(
+        found[0].coding, torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found])
+    )
+
+
+def _block_by_squares(x: Tensor, coding: Coding) -> Coded:
+    chunks = _chunks(x, coding)
     values, mask = chunks
     flat = values if mask is None else values * mask
     count = values.shape[-1] if mask is None else mask.sum(-1)
@@ -206,13 +218,16 @@ def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None])
     best: Coded | None = None
     least: Tensor | None = None
     for scales in (start, _peak(chunks, coding)[0]):
+        coded = _round(x, coding, scales, None, "squares")
         for _ in range(_SWEEPS):
-            coded = _round(x, coding, scales, None, "squares")
             level = _chunks(values_of(coded.codes, coding.levels, coding.bits), coded.coding)[0]
             level = level if mask is None else level * mask
-            square = level.double().square().sum(-1)
-            scales = torch.where(square > 0, (level.double() * flat).sum(-1) / square, 0.0).clamp_min(0).float()
-        coded = _round(x, coding, scales, None, "squares")
+            square = (level * level).sum(-1, dtype=torch.float64)
+            scales = torch.where(square > 0, (level * flat).sum(-1, dtype=torch.float64) / square, 0.0)
+            before = coded
+            coded = _round(x, coding, scales.clamp_min(0).float(), None, "squares")
+            if torch.equal(coded.scales, before.scales):  # and so it stays
+                break
         error = _chunks((coded.decode() - x).double().square(), coded.coding)[0].sum(-1)
         if best is None or least is None:
             best, least = coded, error
