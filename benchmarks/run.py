@@ -16,6 +16,8 @@ PAGES = {
     "intruders": ("intruder_speed",),
     "fine_tuning": ("fine_tuning",),
     "quantize_real": ("quantize_real",),
+    "codec_speed": ("codec_speed",),
+    "codec_choices": ("codec_choices",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -24,6 +26,8 @@ TITLES = {
     "intruders": "# Intruder dimensions\n\n",
     "fine_tuning": "",
     "quantize_real": "",
+    "codec_speed": "",
+    "codec_choices": "",
 }
 
 

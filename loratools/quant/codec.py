@@ -167,9 +167,10 @@ def _mean(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor,
 def _moments(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor, Tensor]:
     x, mask = chunks
     count = torch.tensor(x.shape[-1]) if mask is None else mask.sum(-1)
-    mean = x.double().sum(-1) / count
-    apart = x.double() - mean.unsqueeze(-1)
-    squares = (apart if mask is None else apart * mask).square().sum(-1)
+    apart = x.double()
+    mean = apart.sum(-1) / count
+    apart.sub_(mean.unsqueeze(-1))
+    squares = (apart if mask is None else apart.mul_(mask)).square_().sum(-1)
     return (squares / (count - 1).clamp_min(1)).sqrt().float(), mean.float()
 
 
