@@ -61,11 +61,16 @@ def _choices(folder: Path, *, step: int) -> str:
 
         base = Quantize("balanced", 2)
         for bits in (1, 2, 4):
-            found = {g: run(replace(base, bits=bits, sweeps=0, gauge=g)) for g in ("svd", "hadamard", "random", "learned")}
+            found = {
+                g: run(replace(base, bits=bits, sweeps=0, gauge=g)) for g in ("svd", "hadamard", "random", "learned")
+            }
             add(f"gauge, {bits} bits, no sweeps", found)
         hadamard = {s: run(replace(base, sweeps=s)) for s in (0, 2, 4)}
         add("sweeps of least squares, 2 bits", {str(s): r for s, r in hadamard.items()})
-        add("rounds, as many bytes", {"2 bits": hadamard[2], "1 + 1 bits": run(replace(base, bits=1, rounds=2, group=128))})
+        add(
+            "rounds, as many bytes",
+            {"2 bits": hadamard[2], "1 + 1 bits": run(replace(base, bits=1, rounds=2, group=128))},
+        )
         size = hadamard[2][0]
         others = {m: run(Quantize(m, 2)) for m in ("rtn", "lloyd", "nf", "petl", "loraquant")}
         on = run(Quantize(budget=size))
@@ -120,9 +125,9 @@ def _shares(folder: Path) -> str:
             cells += [f"{report.total['relative_error']:.3f}", f"{real.nll(load(saved.path)):.4f}"]
         rows.append([f"{share:g}", *cells])
     text = (
-        "The grid with `--weights`, en_lora_r64: how much of what an error counts is by the inputs as they were met, the "
-        f"rest the same in every direction. NLL of an answer token, 256 rows, {N_TEXTS} texts; {real.nll(adapter):.4f} "
-        "as trained. 0 is the grid without weights."
+        "The grid with `--weights`, en_lora_r64: how much of what an error counts is by the inputs as they were met, "
+        f"the rest the same in every direction. NLL of an answer token, 256 rows, {N_TEXTS} texts; "
+        f"{real.nll(adapter):.4f} as trained. 0 is the grid without weights."
     )
     header = ["share", "1/32: error", "NLL", "1/64: error", "NLL"]
     return f"## The share of measured inputs\n\n{text}\n\n" + table(header, rows)

@@ -35,7 +35,10 @@ def pack(codes: Tensor, width: int) -> Tensor:
     if width == 8:
         return flat
     dtype, steps = _WORDS[width]
-    word = _padded(flat, getattr(torch, dtype).itemsize).view(getattr(torch, dtype))
+    flat = _padded(flat, getattr(torch, dtype).itemsize)
+    if flat.storage_offset() % 8:  # no word begins there
+        flat = flat.clone()
+    word = flat.view(getattr(torch, dtype))
     for (shift, _), mask in zip(reversed(steps), [*(m for _, m in reversed(steps[:-1])), -1], strict=True):
         word = (word | (word >> shift)) & mask
     if width == 3:

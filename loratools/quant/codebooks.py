@@ -115,7 +115,8 @@ def values_of(codes: Tensor, name: Levels, bits: int) -> Tensor:
     if bits == 1 and name != "nf":
         half = float(values[1])
         return codes.float().mul_(2 * half).sub_(half)
-    if codes.device.type != "cpu" or codes.numel() % 2 or codes.data_ptr() % 2:
+    flat = codes.contiguous().reshape(-1)
+    if codes.device.type != "cpu" or flat.numel() % 2 or flat.storage_offset() % 2:
         return values.to(codes.device)[codes.long()]
-    both = codes.contiguous().reshape(-1).view(torch.int16).int()
+    both = flat.view(torch.int16).int()
     return _pairs(name, bits).index_select(0, both).view(torch.float32).reshape(codes.shape)

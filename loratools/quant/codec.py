@@ -205,9 +205,7 @@ def _by_squares(x: Tensor, coding: Coding) -> Coded:
     found = [_block_by_squares(block, coding) for block in x.split(height)]
     if len({each.coding for each in found}) > 1:  # some scales need F32, so all have it
         return _by_squares(x, replace(coding, stored="F32"))
-    return Coded(
-        found[0].coding, torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found])
-    )
+    return Coded(found[0].coding, torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
 
 
 def _block_by_squares(x: Tensor, coding: Coding) -> Coded:
