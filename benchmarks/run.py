@@ -18,6 +18,7 @@ PAGES = {
     "quantize_real": ("quantize_real",),
     "codec_speed": ("codec_speed",),
     "codec_choices": ("codec_choices",),
+    "input_shares": ("input_shares",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -28,6 +29,7 @@ TITLES = {
     "quantize_real": "",
     "codec_speed": "",
     "codec_choices": "",
+    "input_shares": "",
 }
 
 

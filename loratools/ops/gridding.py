@@ -22,7 +22,7 @@ from loratools.storage.packed import Coded
 # A number within this much of half a step goes to the smaller magnitude: it errs more, and costs less.
 DEADZONE = 0.15
 # The share of the inputs' weight that is as they were met; the rest is the same in every direction. A real task loses
-# least with about this much: docs/measured/codec_choices.md.
+# least with about this much: docs/measured/input_shares.md.
 MEASURED = 0.8
 _FINEST = 2.0**-12  # steps to the largest entry, beyond which there is nothing that 16 bits would not hold
 

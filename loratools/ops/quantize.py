@@ -59,7 +59,7 @@ class Quantize:
     group: int = 64
     scales: Scales = "group"
     rounds: int = 1
-    gauge: Gauge = "hadamard"
+    gauge: Gauge = "learned"
     sweeps: int = 2
     energy: float = 0.8
     seed: int = 0
