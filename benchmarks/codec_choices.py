@@ -75,8 +75,8 @@ def _choices(folder: Path, *, step: int) -> str:
         "Relative Frobenius error of the whole delta. en_lora_r64: every tenth target of the LoRA of rank 64 on all "
         "linear layers of SmolLM2-135M-Instruct; en_lora_r8: every third of the one of rank 8. Within each group of "
         "rows files have the same size but where the bytes say otherwise; the least error is in bold. 1 + 1 bits: two "
-        "rounds of signs in groups of 128, whose scales take what those of one round of 2 bits take in groups of 64. Deflating "
-        "off: the same container, streams of whole numbers stored as they are."
+        "rounds of signs in groups of 128, whose scales take what those of one round of 2 bits take in groups of 64. "
+        "Deflating off: the same container, streams of whole numbers stored as they are."
     )
     return f"{text}\n\n" + table(["adapter", "choice", "", "bytes", "error"], rows)
 
