@@ -16,6 +16,9 @@ PAGES = {
     "intruders": ("intruder_speed",),
     "fine_tuning": ("fine_tuning",),
     "quantize_real": ("quantize_real",),
+    "codec_speed": ("codec_speed",),
+    "codec_choices": ("codec_choices",),
+    "input_shares": ("input_shares",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -24,6 +27,9 @@ TITLES = {
     "intruders": "# Intruder dimensions\n\n",
     "fine_tuning": "",
     "quantize_real": "",
+    "codec_speed": "",
+    "codec_choices": "",
+    "input_shares": "",
 }
 
 

@@ -33,7 +33,7 @@ def quantize(
     rounds: Annotated[int, Option(metavar="N", help="Code what is left over N - 1 times more.")] = 1,
     gauge: Annotated[
         Literal["svd", "hadamard", "random", "learned"], Option(help="For balanced: how the rank space is turned.")
-    ] = "hadamard",
+    ] = "learned",
     sweeps: Annotated[
         int, Option(metavar="N", help="For balanced: least-squares turns of one factor for the other.")
     ] = 2,

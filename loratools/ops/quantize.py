@@ -20,7 +20,8 @@ from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
-from loratools.ops.gridding import Components, components_of, dense_on_grid, on_grid, weighted_components_of
+from loratools.ops.components import ComponentStore, grid_part
+from loratools.ops.gridding import dense_on_grid, on_grid
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
@@ -58,7 +59,7 @@ class Quantize:
     group: int = 64
     scales: Scales = "group"
     rounds: int = 1
-    gauge: Gauge = "hadamard"
+    gauge: Gauge = "learned"
     sweeps: int = 2
     energy: float = 0.8
     seed: int = 0
@@ -97,6 +98,15 @@ class _Outcome:
     reason: str
     squared_norm: float
     squared_error: float
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A pass at one step; a trial is for the size alone, and decodes nothing."""
+
+    step: float
+    components: ComponentStore
+    trial: bool = False
 
 
 _Result: TypeAlias = tuple[PackedTarget, _Outcome]
@@ -174,28 +184,29 @@ def _run(
     if options.weights is not None:
         weighed_targets(adapter)
     if options.method != "grid":
-        return _written(adapter, options, 0.0, path, keep=keep, force=force)
+        return _written(adapter, options, None, path, keep=keep, force=force)
     goal = options.budget or max(1, int(_numbers(adapter) * options.bits / 8))
-    search = StepSearch.begun(adapter, goal, weights=options.weights, allow_nonfinite=options.allow_nonfinite)
+    store = ComponentStore(adapter, options.weights)
+    search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()))
     while (step := search.next_step()) is not None:
-        size = write_packed(adapter, _packed(adapter, options, step, [], _forget), None)
+        size = write_packed(adapter, _packed(adapter, options, _Grid(step, store, trial=True), [], _forget), None)
         search.tried(step, size.file if options.budget else size.codes)
-    return _written(adapter, options, search.best, path, keep=keep, force=force)
+    return _written(adapter, options, _Grid(search.best, store), path, keep=keep, force=force)
 
 
 def _written(
-    adapter: Adapter, options: Quantize, step: float, path: Path | None, *, keep: _Keep, force: bool
+    adapter: Adapter, options: Quantize, grid: _Grid | None, path: Path | None, *, keep: _Keep, force: bool
 ) -> tuple[int, QuantizeReport]:
     outcomes: list[_Outcome] = []
-    size = write_packed(adapter, _packed(adapter, options, step, outcomes, keep), path, force=force)
+    size = write_packed(adapter, _packed(adapter, options, grid, outcomes, keep), path, force=force)
     return size.file, _report(adapter, outcomes, size.file)
 
 
 def _packed(
-    adapter: Adapter, options: Quantize, step: float, outcomes: list[_Outcome], keep: _Keep
+    adapter: Adapter, options: Quantize, grid: _Grid | None, outcomes: list[_Outcome], keep: _Keep
 ) -> Iterator[PackedTarget]:
     def work(target: str) -> _Result:
-        return _one(adapter, target, options, step)
+        return _one(adapter, target, options, grid)
 
     for done, outcome in ordered_map(work, adapter.entries, workers=worker_count("cpu")):
         outcomes.append(outcome)
@@ -203,19 +214,20 @@ def _packed(
         yield done
 
 
-def _one(adapter: Adapter, target: str, options: Quantize, step: float) -> _Result:
+def _one(adapter: Adapter, target: str, options: Quantize, grid: _Grid | None) -> _Result:
     update = adapter[target]
     if not is_finite_update(update):
         if not options.allow_nonfinite:
             raise nonfinite_error(target)
         return _carried(adapter, target, update, "holds NaN or infinity")
     try:
-        if options.method in ("grid", "balanced", "loraquant", "delta-come") and isinstance(update, LowRankUpdate):
-            part = update.direction_operator()
-            if isinstance(part, LowRank) and adapter.format.packing(target, "down") != "stacked":
-                return _factored(adapter, target, update, part, options, step)
-        if options.method == "grid":
-            return _dense(adapter, target, update, step)
+        if options.method in ("grid", "balanced", "loraquant", "delta-come"):
+            part = grid_part(adapter, target, update)
+            if part is not None:
+                assert isinstance(update, LowRankUpdate)  # it has a part
+                return _factored(adapter, target, update, part, options, grid)
+        if grid is not None:
+            return _dense(adapter, target, update, grid)
         return _by_tensor(adapter, target, update, options._plain())
     except ValueError as error:
         raise AdapterError(f"{target}: {error}") from error
@@ -236,25 +248,22 @@ def _stored(adapter: Adapter, target: str, update: Update) -> dict[str, Tensor]:
 
 
 def _factored(
-    adapter: Adapter, target: str, update: LowRankUpdate, part: LowRank, options: Quantize, step: float
+    adapter: Adapter, target: str, update: LowRankUpdate, part: LowRank, options: Quantize, grid: _Grid | None
 ) -> _Result:
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
     scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
-    wide = LowRank(part.left.double(), part.right.double(), part.scale)
-    if options.method == "grid":
-        if options.weights is None:
-            components = components_of(wide)
-        else:
-            moment = options.weights.moment_of(target, update)
-            components = weighted_components_of(wide, moment, options.weights.channels(target))
-        codes = on_grid(_over(components, scale), step / abs(scale or 1.0))
+    left, right = part.left.double() * part.scale, part.right.double()
+    if grid is not None:
+        components = grid.components.of(target, update, part)
+        codes = on_grid(components, grid.step / abs(scale or 1.0), trial=grid.trial)
         label = "grid"
     else:
-        pair = singular_pair(wide.left * (wide.scale / (scale or 1.0)), wide.right)
+        pair = singular_pair(left / (scale or 1.0), right)
         coder, label = _banded(options, *pair)
         codes = coder.of_singular(*pair)
-    up, down = codes[0].decode(), codes[1].decode()
+    trial = grid is not None and grid.trial
+    up, down = (part.left.new_zeros(c.shape) if trial else c.decode() for c in codes)
     k = up.shape[1]
     if k != rank:  # what a dialect can say of a scale may depend on the rank
         kept = adapter.format.writable_scale(target, k, update.scale, "fold")
@@ -268,15 +277,11 @@ def _factored(
     contents: dict[str, Content] = {slot: Raw(tensor) for slot, tensor in tensors.items() if slot not in ("up", "down")}
     for slot, coded in zip(("up", "down"), codes, strict=True):
         contents[slot] = Coded(tuple(tensors[slot].shape), coded.parts, coded.transposed != flipped)
-    f = factored((wide.left * wide.scale)[None], wide.right[None])
+    if trial:
+        return _outcome(target, rank, new, contents, label, 0.0, 0.0)
+    f = factored(left[None], right[None])
     distance, norm = squared_distance(f, (up.double() * scale)[None], down.double()[None])
     return _outcome(target, rank, new, contents, label, float(norm), float(distance))
-
-
-def _over(c: Components, scale: float) -> Components:
-    """The components of the delta divided by the scale with which they are written."""
-    by = scale or 1.0
-    return replace(c, x=c.x / by, s=c.s / abs(by), y=c.y / abs(by))
 
 
 def _banded(options: Quantize, up: Tensor, down: Tensor) -> tuple[Banded, str]:
@@ -298,7 +303,7 @@ def _banded(options: Quantize, up: Tensor, down: Tensor) -> tuple[Banded, str]:
     return loraquant(values, high_bits=bits, energy=options.energy), f"{bits} bits and signs"
 
 
-def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Result:
+def _dense(adapter: Adapter, target: str, update: Update, grid: _Grid) -> _Result:
     """A delta that is stored as it is goes on the grid; of other families nobody knows what an error would do."""
     tensors = _stored(adapter, target, update)
     if update.family != "full" or len(tensors) != 1:
@@ -306,8 +311,10 @@ def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Resul
     (slot, tensor), *_ = tensors.items()
     if tensor.numel() < _SMALL or tensor.ndim < 2:
         return _carried(adapter, target, update, "is small")
-    coded = dense_on_grid(tensor.flatten(1), step)
-    return _of_tensors(adapter, target, update, {slot: replace(coded, shape=tuple(tensor.shape))}, "grid")
+    coded = replace(dense_on_grid(tensor.flatten(1), grid.step), shape=tuple(tensor.shape))
+    if grid.trial:
+        return _outcome(target, adapter.entries[target].rank, update, {slot: coded}, "grid", 0.0, 0.0)
+    return _of_tensors(adapter, target, update, {slot: coded}, "grid")
 
 
 def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Result:

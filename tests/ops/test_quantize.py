@@ -17,7 +17,8 @@ import loratools
 from loratools.errors import AdapterError, OutputError, UsageError
 from loratools.operators import LowRank
 from loratools.ops.coders import Banded, Plain, balanced, delta_come, loraquant
-from loratools.ops.gridding import components_of, dense_on_grid, on_grid
+from loratools.ops.components import ComponentStore, grid_part
+from loratools.ops.gridding import MEASURED, components_of, dense_on_grid, on_grid, weighted_components_of
 from loratools.ops.quantize import Quantize, dtype_before, quantize, quantize_file
 from loratools.ops.steps import gaussian_bits
 from loratools.quant.gauges import hadamard, learned, rotation
@@ -298,6 +299,47 @@ def test_the_grid_does_not_depend_on_the_gauge() -> None:
         values(on_grid(components_of(LowRank(a, b)), 0.05)) for a, b in ((left, right), (left @ spin, spin.T @ right))
     )
     assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [1e-7, 1e-3, 0.05, 10.0])
+def test_a_trial_takes_the_bytes_that_the_codes_will_take(step: float) -> None:
+    c = components_of(LowRank(*product()))
+    for one, two in zip(on_grid(c, step, trial=True), on_grid(c, step), strict=True):
+        assert torch.equal(one.parts.codes, two.parts.codes)  # type: ignore[union-attr]
+        assert one.parts.scales.dtype == two.parts.scales.dtype  # type: ignore[union-attr]
+        assert one.shape == two.shape
+
+
+def test_inputs_as_they_were_met_are_blended_with_even_ones() -> None:
+    left, right = product()
+    x = noise(400, 50, seed=3).double() * torch.logspace(1, -3, 50, dtype=torch.float64)
+    second = x.T @ x / len(x)
+    channels = second.diagonal()
+    c = weighted_components_of(LowRank(left, right), right @ second @ right.T, channels)
+    blend = MEASURED * second / channels.mean() + (1 - MEASURED) * torch.eye(50, dtype=torch.float64)
+    truth = torch.linalg.svdvals(left @ right @ torch.linalg.cholesky(blend))[: len(c.s)]
+    assert torch.allclose(c.s, truth, rtol=1e-8)
+    assert torch.allclose((c.x / c.s) @ c.y, left @ right, atol=1e-9)
+    assert c.channels is not None
+    assert torch.allclose(c.channels, blend.diagonal())
+    assert float(c.y.abs().max()) < 100 * float(components_of(LowRank(left, right)).y.abs().max())
+
+
+def test_components_are_the_same_whether_they_were_kept_or_not(tmp_path: Path) -> None:
+    adapter = loratools.load(peft(tmp_path / "in"))
+    kept, forgetful = ComponentStore(adapter, None), ComponentStore(adapter, None, limit=0)
+    assert list(kept.spreads()) == list(forgetful.spreads())
+    for target, update in adapter.items():
+        part = grid_part(adapter, target, update)
+        assert part is not None
+        first = kept.of(target, update, part)
+        assert kept.of(target, update, part) is first
+        again = forgetful.of(target, update, part)
+        assert again is not forgetful.of(target, update, part)
+        assert torch.equal(first.x, again.x)
+        assert torch.equal(first.y, again.y)
+        delta = (first.x.double() / first.s) @ first.y.double() * kept.scale(target, update)
+        assert torch.allclose(delta, update.delta().double(), atol=1e-5)
 
 
 def test_a_dense_delta_goes_on_the_grid_row_by_row() -> None:
