@@ -79,10 +79,8 @@ def _task(folder: Path, *, n_rows: int) -> str:
     adapter = load(ADAPTERS / "en_lora_r64")
     assert adapter.origin is not None
     texts = read_texts(ADAPTERS / "data" / "numwords_en_train.jsonl", N_TEXTS)
-    with real.merged(adapter):
-        met = calibrate(
-            real.model, adapter, texts, tokenizer=real.tokenizer, options=Calibrate(max_texts=N_TEXTS, batch=16)
-        )
+    how = Calibrate(max_texts=N_TEXTS, batch=16)
+    met = calibrate(real.model, adapter, texts, tokenizer=real.tokenizer, options=how)
     whole_nll, whole = real.nll(adapter), real.exact_match(adapter)
     rows = [["as trained", f"{adapter.origin.nbytes / 1e6:.2f}", "0", f"{whole_nll:.4f}", f"{whole:.3f}", "100 %"]]
     for ratio in RATIOS:
