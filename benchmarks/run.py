@@ -19,6 +19,7 @@ PAGES = {
     "codec_speed": ("codec_speed",),
     "codec_choices": ("codec_choices",),
     "input_shares": ("input_shares",),
+    "qat_real": ("qat_real",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -30,6 +31,7 @@ TITLES = {
     "codec_speed": "",
     "codec_choices": "",
     "input_shares": "",
+    "qat_real": "",
 }
 
 

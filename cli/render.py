@@ -104,6 +104,7 @@ def _(report: SqueezeReport | QuantizeReport | ReparameterizeReport, planned: Pa
 @closing.register
 def _(report: CalibrateReport, planned: Path | None = None) -> str:
     seen = f"from {report.tokens} tokens of {report.texts} texts" if report.tokens else "from the base's norms alone"
+    seen += ", the adapter not applied" if report.bare else ""
     return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}, {seen}\n"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from training.tiny import save_tiny_lora, tiny_llama
 
 from loratools import Convert, convert_file, load, quantize_file, save
@@ -63,6 +64,29 @@ def test_a_packed_file_loads(lora: Path, tmp_path: Path) -> None:
             plain.get_parameter(f"{target}.weight").add_(update.delta())
     torch.testing.assert_close(logits(load_adapter(tiny_llama(), packed)), logits(plain), rtol=1e-4, atol=1e-4)
     assert torch.allclose(logits(plain), by_peft(lora), atol=0.5)
+
+
+def test_a_kohya_file_loads(tmp_path: Path) -> None:
+    """As sd-scripts writes it: flattened names, alpha as a tensor, the scale alpha / rank."""
+    generator = torch.Generator().manual_seed(3)
+    plain, tensors, alpha, rank = tiny_llama(), {}, 6.0, 4
+    for target in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        weight = plain.get_parameter(f"{target}.weight")
+        down = torch.randn(rank, weight.shape[1], generator=generator)
+        up = 0.3 * torch.randn(weight.shape[0], rank, generator=generator)
+        name = f"lora_te_{target.replace('.', '_')}"
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(alpha),
+        }
+        with torch.no_grad():
+            weight.add_(alpha / rank * up @ down)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    assert load(tmp_path / "kohya.safetensors").format.name == "kohya"
+    found = logits(load_adapter(tiny_llama(), tmp_path / "kohya.safetensors"))
+    torch.testing.assert_close(found, logits(plain), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, logits(tiny_llama()), atol=1e-2)
 
 
 @pytest.mark.parametrize("dialect", ["mlx", "gguf"])

@@ -16,8 +16,8 @@ from loratools._lazy import torch
 from loratools.linalg.factored import balanced_factors, factored
 from loratools.linalg.weighted import weighted_factors
 from loratools.operators import LowRank
-from loratools.quant.grid import LARGEST, Gridded
-from loratools.storage.packed import Coded
+from loratools.quant.grid import LARGEST, Gridded, unit_of_rows
+from loratools.storage.packed import Coded, sides
 
 # A number within this much of half a step goes to the smaller magnitude: it errs more, and costs less.
 DEADZONE = 0.15
@@ -137,6 +137,22 @@ def dense_on_grid(matrix: torch.Tensor, step: float) -> Coded:
     square = wide.square().sum(1)
     gains = torch.where(square > 0, (wide * x).sum(1) / square.clamp_min(1), 0.0)
     return Coded(tuple(matrix.shape), Gridded(codes, half_if_it_fits(gains.float())))
+
+
+def already_on_grid(tensor: torch.Tensor, *, components_last: bool) -> Coded:
+    """A factor whose components are whole multiples of a unit each, as it is; ValueError for any other."""
+    rows, columns = sides(tuple(tensor.shape), transposed=components_last)
+    flat = tensor.double()
+    matrix = flat.reshape(columns, rows).T if components_last else flat.reshape(rows, columns)
+    units = unit_of_rows(matrix)
+    codes = (matrix / torch.where(units > 0, units, 1.0).unsqueeze(1)).round().to(torch.int16).contiguous()
+    if bool((units == units[:1]).all()):
+        scales = units[:1].float()
+    else:
+        halves = half_if_it_fits(units.float())
+        near = (halves.double() - units).abs() <= 2.0**-20 * units
+        scales = halves if bool(near.all()) else units.float()
+    return Coded(tuple(tensor.shape), Gridded(codes, scales), transposed=components_last)
 
 
 def half_if_it_fits(scales: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from loratools.adapter import RECORD_KEY, entry_of
 from loratools.errors import AdapterError, UsageError
@@ -21,7 +21,7 @@ from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
 from loratools.ops.components import ComponentStore, grid_part
-from loratools.ops.gridding import dense_on_grid, on_grid
+from loratools.ops.gridding import already_on_grid, dense_on_grid, on_grid
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.families.base import Update
 
-Method = Literal["grid", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"]
+Method = Literal["grid", "exact", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"]
 _SMALL = 64  # numbers of a tensor below which codes would not pay for their scales
 _NORMS = ("magnitude", "up_bias")
 
@@ -46,6 +46,7 @@ _NORMS = ("magnitude", "up_bias")
 class Quantize:
     """How to quantise.
 
+    `method`: `exact` takes factors that lie on a grid already, as training through one leaves them, and loses nothing.
     `bits`: to a number; for `grid` any number, which codes and scales take on average; `budget`: bytes of the file, for
     `grid`, instead. `group`, `scales` and `rounds`: as in `Plain`, where a method has groups and rounds. `gauge` and
     `sweeps`: of `balanced`. `energy`: of LoRAQuant, the share that its better codes hold. `allow_nonfinite` carries
@@ -73,7 +74,7 @@ class Quantize:
             raise UsageError(f"statistics are for --method grid; {self.method} rounds all numbers alike")
         if not 0 < self.bits <= 16:
             raise UsageError(f"{self.bits:g} bits to a number: give more than 0, and 16 at most")
-        if self.method not in ("grid", "delta-come"):
+        if self.method not in ("grid", "exact", "delta-come"):
             if self.bits != int(self.bits):
                 raise UsageError(f"{self.method} has whole bits, not {self.bits:g}; --method grid has any number")
             self._plain()
@@ -228,7 +229,10 @@ def _one(adapter: Adapter, target: str, options: Quantize, grid: _Grid | None) -
                 return _factored(adapter, target, update, part, options, grid)
         if grid is not None:
             return _dense(adapter, target, update, grid)
-        return _by_tensor(adapter, target, update, options._plain())
+        if options.method == "exact":
+            return _by_tensor(adapter, target, update, _exact, "grid, exact")
+        plain = options._plain()
+        return _by_tensor(adapter, target, update, plain.tensor, f"{plain.bits}-bit {plain.method}")
     except ValueError as error:
         raise AdapterError(f"{target}: {error}") from error
 
@@ -317,15 +321,29 @@ def _dense(adapter: Adapter, target: str, update: Update, grid: _Grid) -> _Resul
     return _of_tensors(adapter, target, update, {slot: coded}, "grid")
 
 
-def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Result:
+class _Coder(Protocol):
+    def __call__(self, tensor: Tensor, *, components_last: bool) -> Coded: ...
+
+
+def _exact(tensor: Tensor, *, components_last: bool) -> Coded:
+    try:
+        return already_on_grid(tensor, components_last=components_last)
+    except ValueError as error:
+        raise ValueError(
+            f"a factor lies on no grid ({error}); --method exact is for what was trained through one, and saved in "
+            "float32"
+        ) from error
+
+
+def _by_tensor(adapter: Adapter, target: str, update: Update, code: _Coder, label: str) -> _Result:
     contents: dict[str, Coded] = {}
     for slot, tensor in _stored(adapter, target, update).items():
         flipped = adapter.format.packing(target, slot) == "transposed"
         if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() >= _SMALL and slot not in _NORMS:
-            contents[slot] = plain.tensor(tensor, components_last=(slot == "up") != flipped)
+            contents[slot] = code(tensor, components_last=(slot == "up") != flipped)
     if not contents:
         return _carried(adapter, target, update, "has no tensor that is worth codes")
-    return _of_tensors(adapter, target, update, contents, f"{plain.bits}-bit {plain.method}")
+    return _of_tensors(adapter, target, update, contents, label)
 
 
 def _of_tensors(adapter: Adapter, target: str, update: Update, coded: Mapping[str, Coded], label: str) -> _Result:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LARGEST = 2**14 - 1  # magnitude of a number on the grid
 _STEPS = 4  # classes to an octave
+_EXACT = 2.0**-20  # of the largest number of a row: how far from whole numbers float32 may have put them
+_MULTIPLES = 64
 _RAREST = -32  # class of rows with hardly a number that is not zero
 _FEW = 4096  # numbers of a stream up to which a table for several to a byte may cost more than it saves
 
@@ -123,6 +125,29 @@ class Gridded:
     def decode(self) -> Tensor:
         """The float32 matrix."""
         return self.codes.float() * self.scales.float().unsqueeze(1)
+
+
+def unit_of_rows(rows: Tensor) -> Tensor:
+    """The numbers (rows,) of which each row of `rows` is whole multiples, float64; 0 for a row of zeros.
+
+    ValueError where a row is no such thing, as seen from float32: within 2^-20 of its largest number.
+    """
+    x = rows.detach().double()
+    size = x.abs()
+    top = size.amax(1) if x.shape[1] else x.new_zeros(len(x))
+    least = torch.where(size > 0, size, math.inf).amin(1) if x.shape[1] else top
+    found = torch.where(top > 0, math.nan, 0.0).to(x)
+    for multiple in range(1, _MULTIPLES + 1):  # that the smallest number of a row may be
+        if not bool((open_rows := found.isnan()).any()):
+            return found
+        unit = least[open_rows] / multiple
+        codes = x[open_rows] / unit.unsqueeze(1)
+        near = (codes - codes.round()).abs().amax(1) <= _EXACT * codes.abs().amax(1)
+        fits = near & (codes.abs().amax(1) <= LARGEST + 0.5)
+        found[open_rows] = torch.where(fits, unit, math.nan)
+    if bool(found.isnan().any()):
+        raise ValueError(f"row {int(found.isnan().nonzero()[0])} is no whole multiple of any number")
+    return found
 
 
 def collect(rows: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:

@@ -69,6 +69,26 @@ def peft(folder: Path, *, rank: int = 8, alpha: float = 16, size: int = 1, dtype
     return folder
 
 
+@pytest.mark.parametrize("dialect", ["peft", "kohya", "mlx"])
+def test_what_lies_on_a_grid_is_packed_without_loss(tmp_path: Path, dialect: str) -> None:
+    first, _ = quantize_file(
+        loratools.load(peft(tmp_path / "in", size=3)), tmp_path / "a.safetensors", Quantize(bits=3)
+    )
+    once = loratools.convert(loratools.load(first.path), dialect)[0]
+    again, report = quantize_file(once, tmp_path / "b.safetensors", Quantize("exact"))
+    twice = loratools.load(again.path)
+    assert report.total["relative_error"] < 1e-7
+    assert again.nbytes < 1.2 * first.nbytes  # names and config of another dialect are longer
+    for target, update in once.items():
+        for slot, tensor in update.parameters().items():
+            torch.testing.assert_close(twice[target].parameters()[slot], tensor, rtol=2e-6, atol=0)
+
+
+def test_what_lies_on_no_grid_is_not_packed_exactly(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q_proj: a factor lies on no grid \(row 0 .* saved in float32"):
+        quantize(loratools.load(peft(tmp_path / "in")), Quantize("exact"))
+
+
 def deltas(adapter: Any) -> dict[str, torch.Tensor]:
     return {target: update.delta().double() for target, update in adapter.items()}
 
