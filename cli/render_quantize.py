@@ -27,6 +27,8 @@ def render_quantize(report: QuantizeReport, *, everything: bool) -> Iterator[Ren
         shown.add_row(*texts(f"all {len(members)}", _ranks(members), "", total, style="bold"))
         yield shown
         yield Text(f"{report.total['bits_per_number']:.3g} bits of the file to a number of the input")
+        if (weighted := report.total["weighted_error"]) is not None:
+            yield Text(f"{number(weighted)} is the error as the inputs see it")
 
 
 def _cells(members: Sequence[TargetCoded]) -> list[str]:
