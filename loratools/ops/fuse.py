@@ -49,7 +49,7 @@ def fuse(adapter: Adapter, base: BaseWeights, path: str | os.PathLike[str], *, f
     """
     place = Path(path)
     _check_output(place, base, force)
-    _check_adapter(adapter)
+    refuse_unfusable(adapter)
     source = base.source
     if source.container == "gguf":
         raise InputError(f"{printable(source.path)}: is a GGUF model; fuse into the safetensors that it was made from")
@@ -134,7 +134,7 @@ def _check_output(place: Path, base: BaseWeights, force: bool) -> None:
     refuse_existing(place, force=force)
 
 
-def _check_adapter(adapter: Adapter) -> None:
+def refuse_unfusable(adapter: Adapter) -> None:
     where = printable(adapter.origin.path) if adapter.origin else "the adapter"
     if (adapter.config or {}).get("alora_invocation_tokens"):
         raise AdapterError(f"{where}: an activated LoRA applies only after its invocation tokens; it cannot be fused")
