@@ -130,6 +130,9 @@ def pareto(
         recipes = {setting.command: setting.recipe for setting, _ in measured.found}
         points, evaluated = _evaluated(source, points, recipes, evaluate, steps)
     warnings = tuple(f"{method} was left out: {reason}" for method, reason in failed.items())
+    if isinstance(adapter, Differences) and adapter.left_out:
+        count, first = len(adapter.left_out), next(iter(adapter.left_out))
+        warnings += (f"{count} changed parameters are no matrices and in none of the files; first: {first}",)
     return ParetoReport(source.bytes, points, (*source.adapter.warnings, *warnings), evaluated)
 
 
