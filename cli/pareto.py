@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def pareto(
     path: Annotated[
-        Path, Argument(metavar="PATH", help="Adapter; or, with --base, a model that was tuned whole.", show_default=False)
+        Path,
+        Argument(metavar="PATH", help="Adapter; or, with --base, a model that was tuned whole.", show_default=False),
     ],
     methods: Annotated[
         str | None, Option(metavar="LIST", help="Only these, such as grid,svd,rtn; all of them by default.")

@@ -80,7 +80,9 @@ class Source:
     _norms: dict[str, InputNorm] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def held(cls, adapter: Adapter, weights: Statistics | None = None, differences: Differences | None = None) -> Source:
+    def held(
+        cls, adapter: Adapter, weights: Statistics | None = None, differences: Differences | None = None
+    ) -> Source:
         """The source with the adapter's updates in memory, as many as fit."""
         return cls(in_memory(adapter), weights, differences)
 
@@ -175,7 +177,7 @@ def errors(source: Source, made: Adapter) -> tuple[float, float | None]:
 
 
 def _names(source: Adapter, made: Adapter) -> dict[str, str]:
-    """The targets of another dialect by those of the source: what they are called there, or the module that they mean."""
+    """What the targets of the source are called in `made`, which another dialect may spell otherwise."""
     if set(made.entries) == set(source.entries):
         return {target: target for target in source.entries}
     others = {_module(made, target): target for target in made.entries}
