@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -26,6 +26,7 @@ from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
 from loratools.ops.steps import StepSearch
+from loratools.ops.weighing import weighed_squares
 from loratools.pipeline import ordered_map, worker_count
 from loratools.quant.gauges import Gauge
 from loratools.reports.quantize import QuantizeReport, TargetCoded
@@ -118,6 +119,30 @@ def _forget(packed: PackedTarget) -> None:
     """For targets that go to a file, or are packed for their size alone."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Weighing:
+    """Sums what the inputs see of the errors, target by target as they are kept; nothing without statistics."""
+
+    adapter: Adapter
+    weights: Statistics | None
+    squares: list[tuple[float, float]] = field(default_factory=list)
+
+    def __call__(self, packed: PackedTarget) -> None:
+        if self.weights is None or packed.target not in self.weights.moments:
+            return
+        before = self.adapter[packed.target]
+        if is_finite_update(before):
+            self.squares.append(weighed_squares(packed.target, before, packed.update, self.weights))
+
+    def told(self, report: QuantizeReport) -> QuantizeReport:
+        """The report with the weighted error of all targets that the statistics know."""
+        error: float | None = None
+        if self.weights is not None:
+            distance, norm = (math.fsum(column) for column in zip((0.0, 0.0), *self.squares, strict=True))
+            error = math.sqrt(distance / norm) if norm else 0.0
+        return replace(report, total={**report.total, "weighted_error": error})
+
+
 def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter, QuantizeReport]:
     """The adapter as it is once it has been packed and is read again, in memory, with what that costs.
 
@@ -126,12 +151,14 @@ def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter,
     """
     changed = adapter.recorded("quantize", arguments(adapter, options))
     updates: dict[str, Update] = {}
+    weighing = _Weighing(adapter, options.weights)
 
     def keep(packed: PackedTarget) -> None:
         updates[packed.target] = packed.update
+        weighing(packed)
 
     _, report = _run(changed, options, None, keep=keep, force=False)
-    return changed.with_updates(updates), report
+    return changed.with_updates(updates), weighing.told(report)
 
 
 def quantize_file(
@@ -141,8 +168,9 @@ def quantize_file(
     changed = adapter.recorded("quantize", arguments(adapter, options))
     check_writable(changed, Path(path))
     place = packed_place(Path(path), force=force)
-    size, report = _run(changed, options, place, keep=_forget, force=force)
-    return Saved(place, place, size, None), replace(report, output=str(place))
+    weighing = _Weighing(adapter, options.weights)
+    size, report = _run(changed, options, place, keep=weighing, force=force)
+    return Saved(place, place, size, None), replace(weighing.told(report), output=str(place))
 
 
 def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:

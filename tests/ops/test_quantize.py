@@ -461,3 +461,22 @@ def test_weighing_by_inputs_lowers_the_error_of_outputs(tmp_path: Path) -> None:
     quantize(other, Quantize(budget=9_000, weights=met))  # the same factors: alpha does not matter
     with pytest.raises(UsageError, match="statistics are for --method grid"):
         Quantize("rtn", 4, weights=met)
+    made, told = quantize(source, Quantize(budget=9_000, weights=met))
+    assert told.total["weighted_error"] == pytest.approx(seen_by_inputs(source, made, inputs), rel=1e-6)
+    _, written = quantize_file(source, tmp_path / "out", Quantize(budget=9_000, weights=met), force=True)
+    assert written.total == told.total
+    assert quantize(source, Quantize(budget=9_000))[1].total["weighted_error"] is None
+
+
+def seen_by_inputs(before: Any, after: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """The weighted error by its definition: all of C within the rows of `down`, its diagonal outside of them."""
+    squares = []
+    for target, x in inputs.items():
+        down = before[target].parameters()["down"].double()
+        within = torch.linalg.pinv(down) @ down
+        outside = torch.eye(len(within), dtype=torch.float64) - within
+        c = x.T @ x / len(x)
+        met = within @ c @ within + outside @ torch.diag(c.diagonal()) @ outside
+        one, other = before[target].delta().double(), after[target].delta().double()
+        squares.append([float((d @ met @ d.T).trace()) for d in (one - other, one)])
+    return math.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares))
