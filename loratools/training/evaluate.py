@@ -170,8 +170,8 @@ def exact_match(
     groups: dict[int, list[tuple[list[int], str]]] = {}
     for row in rows:
         if row.prompt:
-            ids = _prompt(tokenizer, row.prompt, options)
-            groups.setdefault(len(ids), []).append((ids, row.answer))
+            asked = _prompt(tokenizer, row.prompt, options)
+            groups.setdefault(len(asked), []).append((asked, row.answer))
     hits, end = 0, tokenizer.eos_token_id
     with torch.no_grad():
         for length, group in sorted(groups.items()):
