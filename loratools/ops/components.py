@@ -72,9 +72,10 @@ class ComponentStore:
         part = grid_part(self._adapter, target, update)
         if part is None:
             return []
+        assert isinstance(update, LowRankUpdate)  # it has a part
         with naming(target):
-            c = self.of(target, update, part)  # type: ignore[arg-type] -- it has a part
-            by = abs(self.scale(target, update)) or 1.0  # type: ignore[arg-type]
+            c = self.of(target, update, part)
+            by = abs(self.scale(target, update)) or 1.0
         return [
             Spread(side, by * norm / math.sqrt(side))
             for side, norms in ((c.x.shape[0], c.x.double().norm(dim=0)), (c.y.shape[1], c.y.double().norm(dim=1)))

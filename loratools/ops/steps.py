@@ -57,7 +57,7 @@ class StepSearch:
             return self._modelled(1.0)
         # the model is right but for a factor, which the nearest try tells
         step, size = min(self.tries, key=lambda pair: abs(math.log(pair[1] / self.goal)))
-        guess = self._modelled(self._bytes(step) / size)
+        guess = self._modelled(max(self._bytes(step), 1.0) / size)
         below = max((s for s, size in self.tries if size > self.goal), default=None)  # too fine
         above = min((s for s, _ in fitting), default=None)
         if below is not None and guess <= below:
