@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratools.errors import InputError
@@ -12,6 +12,8 @@ from loratools.formats.base import Declaration, Format, NestedScaling, ScaleMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from loratools.formats.bottlenecks import Place
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ReadOnly(Format):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]
     warnings: tuple[str, ...]
+    bottlenecks: Mapping[str, Place] = field(default_factory=dict)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
