@@ -31,7 +31,9 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.neurons import NeuronsReport
 from loratools.reports.pareto import ParetoReport
+from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
@@ -43,6 +45,7 @@ from loratools_cli.render_compare import render_compare
 from loratools_cli.render_families import render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
+from loratools_cli.render_neurons import render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
@@ -98,6 +101,14 @@ def _(report: SqueezeReport | QuantizeReport | ReparameterizeReport, planned: Pa
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
     return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
+
+
+@closing.register
+def _(report: PruneNeuronsReport, planned: Path | None = None) -> str:
+    size = sizes(report.total["bytes_before"], report.total["bytes_after"])
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {size} of tensors\n"
 
 
 @closing.register
@@ -174,6 +185,16 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
     yield from reasons("skipped", report.skipped, everything)
+
+
+@blocks.register
+def _(report: NeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_neurons(report, everything=everything)
+
+
+@blocks.register
+def _(report: PruneNeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_prune_neurons(report, everything=everything)
 
 
 @blocks.register

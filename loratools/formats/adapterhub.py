@@ -89,12 +89,12 @@ class AdapterHub(ReadOnly):
         if alpha is None and keys and not scales_weights:
             alpha = hints.alpha
             warnings += [f"no alpha in adapter_config.json: {UNKNOWN_ALPHA}"] if alpha is None else []
-        return cls(header.config, alpha, keys, layouts, tuple(extras), unsupported, tuple(warnings), places)
+        return cls(header.config, alpha, keys, layouts, tuple(extras), unsupported, tuple(warnings), bottlenecks=places)
 
     def place(self, target: str) -> Placement | None:
         return lone("AdapterHub names", "", f"{self._stem}{target}")
 
-    def resized(self, widths: Mapping[str, int]) -> Mapping[str, Any] | None:
+    def config_with(self, widths: Mapping[str, int]) -> Mapping[str, Any] | None:
         return None if self.config is None else with_reduction(self.config, self.bottlenecks, widths)
 
     @property

@@ -274,9 +274,9 @@ class Format(ABC):
         """The slots that the file keeps transposed: all of them, or none, unless a dialect says otherwise."""
         return frozenset(self.keys[target]) if self.is_stored_transposed(target) else frozenset()
 
-    def resized(self, widths: Mapping[str, int]) -> Mapping[str, Any] | None:
-        """The config of a file whose bottlenecks have these widths; None for a dialect that keeps none."""
-        return None
+    def resized(self, widths: Mapping[str, int]) -> Format:
+        """The same dialect for bottlenecks of these widths, each merged from its experts."""
+        raise NotImplementedError(f"{self.name} has no bottlenecks")
 
     @property
     def mutated_init(self) -> str | None:

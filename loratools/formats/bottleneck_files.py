@@ -38,4 +38,4 @@ class Bottlenecks(ReadOnly):
             kinds = ", ".join(next(iter(places.values())).kind for places in found)
             raise AdapterError(f"{header.path}: bottlenecks of more than one kind ({kinds}); split the file")
         why = {key: BOTTLENECK for place in found[0].values() for key in place.keys if key in header.specs}
-        return cls(None, None, {}, {}, tuple(header.specs), why, (), found[0])
+        return cls(None, None, {}, {}, tuple(header.specs), why, (), bottlenecks=found[0])

@@ -225,12 +225,16 @@ def bottleneck_config(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 def with_reduction(config: Mapping[str, Any], places: Mapping[str, Place], widths: Mapping[str, int]) -> dict[str, Any]:
     """An AdapterHub config whose reduction_factor gives these widths: a number, or one for each layer."""
-    size = int(config["hidden_size"])
-    by_group = {places[name].group: width for name, width in widths.items()}
+    size, stated = config.get("hidden_size"), bottleneck_config(config)
+    if not stated or not isinstance(size, int):
+        raise AdapterError("adapter_config.json has no hidden_size or no settings of bottlenecks; save it again")
+    by_group: dict[str, int] = {}
+    for name, width in widths.items():
+        if by_group.setdefault(places[name].group, width) != width:
+            raise AdapterError(f"{name}: its width differs from that of others in its layer, which no config states")
     factors = {group: reduction_factor(size, width) for group, width in by_group.items()}
     values = list(factors.values())
     made = values[0] if len(set(values)) == 1 else {**factors, "default": max(values, key=values.count)}
-    stated = bottleneck_config(config)
     inner = config["config"]
     changed = {**stated, "reduction_factor": made}
     if stated is inner:

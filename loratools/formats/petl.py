@@ -52,8 +52,8 @@ class PetlVit(ReadOnly):
         stated = header.metadata.get("scale")
         warnings = ["no scale is stated, so norms are for scale 1; its YAML has it"] if keys and stated is None else []
         scale = 1.0 if stated is None else float(stated)
-        bottlenecks = petl(header.specs, None if stated is None else scale)
-        return cls(None, scale, keys, {}, tuple(extras), unsupported, tuple(warnings), bottlenecks)
+        places = petl(header.specs, None if stated is None else scale)
+        return cls(None, scale, keys, {}, tuple(extras), unsupported, tuple(warnings), bottlenecks=places)
 
     def place(self, target: str) -> Placement | None:
         layer, part = self._place(target)
