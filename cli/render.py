@@ -45,7 +45,7 @@ from loratools_cli.render_compare import render_compare
 from loratools_cli.render_families import render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
-from loratools_cli.render_neurons import render_neurons, render_prune_neurons
+from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
@@ -276,6 +276,7 @@ def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
         "scale": counted(report.scales, few),
         "dtype": counted(report.dtypes, few),
         "codes": counted(report.codings, few),
+        "bottlenecks": bottlenecks_line(report.bottlenecks),
         "size": f"{format_size(report.bytes)}, {report.parameters:,} parameters",
         "extras": counted({f"{k} ({format_size(n)})": 1 for k, n in report.extras.items()}, few).replace(" x1", ""),
         "made by": _made_by(report.record),

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import RenderableType
 from rich.text import Text
 
+from loratools.reports.info import BottleneckInfo
 from loratools.reports.neurons import NeuronsReport, NeuronsTarget
 from loratools.reports.prune_neurons import PrunedTarget, PruneNeuronsReport
 from loratools_cli.grids import new_grid, some, texts
-from loratools_cli.text import number, plain, span
+from loratools_cli.text import counted, number, plain, span
 
 _LISTED = 24  # bottlenecks
-_VALUES = 6  # of a spectrum
 
 Row = TypeVar("Row")
+
+
+def bottlenecks_line(found: Mapping[str, BottleneckInfo]) -> str:
+    """What the bottlenecks of a file are, in one line; nothing for a file without any."""
+    if not found:
+        return ""
+    rows = list(found.values())
+    few = 4
+    kinds, activations = (
+        counted(Counter(values), few)
+        for values in ((r.kind for r in rows), (r.activation or "an activation that is not stated" for r in rows))
+    )
+    shape = f"{span(r.inputs for r in rows)} -> {span(r.width for r in rows)} units"
+    return (
+        f"{len(rows)} of {kinds}: {shape}, {activations}, {sum(r.parameters for r in rows):,} parameters; "
+        "h + scale * up(act(down h)), no update of a weight"
+    )
 
 
 def render_neurons(report: NeuronsReport, *, everything: bool) -> Iterator[RenderableType]:
@@ -29,10 +47,13 @@ def render_neurons(report: NeuronsReport, *, everything: bool) -> Iterator[Rende
     )
     over = "the activations" if report.linearised == "activations" else "a standard normal z, which is an assumption"
     yield Text(f"linearised: J = scale * up diag(E act'(z)) down, over {over}", style="dim")
-    rows = new_grid("bottleneck", "units", "removable", "|J|", "stable rank", "99 %", "singular values")
+    rows = new_grid("bottleneck", "units", "removable", "|J|", "stable rank", "99 %", "largest")
     for name, t in _first(report.targets, everything).items():
-        rows.add_row(*texts(name, *_cells(t, everything)))
+        rows.add_row(*texts(name, *_cells(t)))
     yield rows
+    if everything:
+        for name, t in report.targets.items():
+            yield Text(f"{plain(name)}: {' '.join(map(number, t.singular_values))}")
     yield from _more(report.targets, everything)
 
 
@@ -62,16 +83,14 @@ def _totals(rows: list[PrunedTarget]) -> list[str]:
     ]
 
 
-def _cells(t: NeuronsTarget, everything: bool) -> list[str]:
-    values = t.singular_values if everything else t.singular_values[:_VALUES]
-    more = "" if len(values) == len(t.singular_values) else " ..."
+def _cells(t: NeuronsTarget) -> list[str]:
     return [
         str(t.width),
         str(t.constant + t.duplicates + t.zero),
         number(t.norm),
         number(t.stable_rank),
         str(t.rank_99),
-        " ".join(map(number, values)) + more,
+        number(t.singular_values[0]),
     ]
 
 

@@ -48,6 +48,8 @@ REPORTS = {
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools calibrate": "calibrate",
     "loratools reparameterize": "reparameterize",
+    "loratools neurons": "neurons",
+    "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",

@@ -62,6 +62,7 @@ def pareto(
     """
     if unknown := [m for m in methods if m not in METHODS]:
         raise UsageError(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    adapter.require_weights()
     settings = list(_settings(adapter, methods, ratios))
     step = steps(len(settings), "points") if steps else lambda: None
     found: list[Point] = []

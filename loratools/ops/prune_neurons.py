@@ -77,11 +77,12 @@ def prune_neurons(
     """The same file with narrower bottlenecks, in memory, under the same keys, its config made true.
 
     Units that change nothing go first, exactly up to the rounding of the stored dtype. Where more must go, those with
-    the largest |u_j| std(act(z_j)) stay (about 0 where `up` has no bias), over the activations that are not held out, and `up` and its bias are fitted
-    to what the bottleneck added there, by ridge least squares in the w x w Gram matrix of hidden units; the bias is not
-    penalised. Bottlenecks that are built with one width get the largest that any of them needs: units that are not
-    needed, with columns of zeros, fill the others up. Raises UsageError where units must be fitted away and there are
-    no activations, UnchangedError where nothing goes, and AdapterError as `read_bottleneck` does.
+    the largest |u_j| std(act(z_j)) stay (about 0 where `up` has no bias), over the activations that are not held out.
+    Then `up` and its bias are fitted to what the bottleneck added there, by ridge least squares in the w x w Gram
+    matrix of hidden units; the bias is not penalised. Bottlenecks that are built with one width get the largest that
+    any of them needs: units that are not needed, with columns of zeros, fill the others up. Raises UsageError where
+    units must be fitted away and there are no activations, UnchangedError where nothing goes, and AdapterError as
+    `read_bottleneck` does.
     """
     places = named_bottlenecks(adapter)
     if adapter.entries:
