@@ -14,7 +14,7 @@ def neurons(
     everything: options.Everything = False,
     as_json: options.Json = False,
 ) -> None:
-    """Look at nonlinear bottlenecks: hidden units and linearised spectra.
+    """Look at the hidden units of nonlinear bottlenecks.
 
     AdapterTune, AdaptFormer, Houlsby's and Pfeiffer's adapters of AdapterHub, and MoSA's add
     scale * up(act(down h)) to the residual stream, which is no update of a weight. Shown are their
