@@ -24,7 +24,7 @@ def pareto(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show how small an adapter can be made, and what that loses.
+    """Show how small an adapter can be made, and at what loss.
 
     Every method at every setting: the bytes of the file that it would write, the relative error of the whole delta, and
     the command that makes the file. Shown are the settings that no other beats; all with --all.

@@ -24,7 +24,7 @@ def families(
     name: Annotated[str | None, Argument(metavar="NAME", help="Only this one, with all that is known of it.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the families of updates, and where they can be written.
+    """List the families of updates, and what each can hold.
 
     \b
     Examples:
