@@ -51,7 +51,7 @@ def pruned_exactly(b: Bottleneck) -> Exact:
     up_bias = None if b.up_bias is None else b.up_bias.double().clone()
     alive = torch.ones(b.width, dtype=torch.bool)
 
-    rows = torch.cat([down, bias[:, None]], dim=1) + 0.0  # -0 is 0
+    rows = torch.cat([down, bias[:, None]], dim=1)
     same = torch.unique(rows, dim=0, return_inverse=True)[1]
     first = torch.full((b.width,), b.width).scatter_reduce(0, same, torch.arange(b.width), "amin")[same]
     doubled = first != torch.arange(b.width)

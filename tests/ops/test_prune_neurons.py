@@ -29,7 +29,9 @@ def redundant(layout: Layout, tensors: dict[str, Tensor], name: str) -> dict[str
     """With a pair of equal units, a constant one and one that nothing listens to: 3 of 6 go."""
     keys = layout.keys(name)
     down, up = tensors[keys["down.weight"]].clone(), tensors[keys["up.weight"]].clone()
+    down[1, 0] = 0.0
     down[4] = down[1]
+    down[4, 0] = -0.0
     down[2] = 0.0
     up[:, 0] = 0.0
     changed = {keys["down.weight"]: down, keys["up.weight"]: up}
@@ -201,6 +203,40 @@ def test_bottlenecks_that_share_a_width_get_the_largest_needed(tmp_path: Path) -
     for name in layout.names:
         truth = files.added(layout, name, tensors, rand(9, 20, SIZE))
         assert files.distance(files.added(layout, name, found, rand(9, 20, SIZE)), truth) < 1e-6
+
+
+def test_units_that_fill_up_do_nothing(tmp_path: Path) -> None:
+    """Those that went are put back where another bottleneck needs the whole width, a duplicate's share not twice."""
+    layout = LAYOUTS["adaptertune"]
+    tensors = redundant(layout, files.made(layout), layout.names[0])
+    adapter = load(files.write(tmp_path, layout, tensors))
+    with pytest.raises(UnchangedError):
+        loratools.prune_neurons(adapter)
+    made, _ = loratools.prune_neurons(adapter, allow_unchanged=True)
+    found = {key: extra.read() for key, extra in made.extras.items()}
+    for name in layout.names:
+        truth = files.added(layout, name, tensors, rand(9, 20, SIZE))
+        assert files.distance(files.added(layout, name, found, rand(9, 20, SIZE)), truth) < 1e-6
+
+
+def test_channels_count_by_their_scale(tmp_path: Path) -> None:
+    """A unit that writes into a channel of scale 0 alone is the first to go, however large its column."""
+    name = "encoder.layer.0.output.adapters.t"
+    layout = Layout((name,), LAYOUTS["pfeiffer"].keys, "relu", file="a.safetensors")
+    tensors = files.made(layout)
+    keys = layout.keys(name)
+    scaling = torch.ones(SIZE)
+    scaling[0] = 0.0
+    tensors[keys["up.weight"]][:, 3] = 0.0
+    tensors[keys["up.weight"]][0, 3] = 100.0
+    adapter = load(files.write(tmp_path, layout, tensors | {f"{name}.scaling": scaling}))
+    how = PruneNeurons(WIDTH - 1, activation="relu")
+    made, report = loratools.prune_neurons(adapter, how, activations=Activations.of({name: rand(0, ROWS, SIZE)}))
+    kept = tensors[keys["down.weight"]][[0, 1, 2, 4, 5]]
+    assert torch.equal(made.extras[keys["down.weight"]].read(), kept)
+    error = report.targets[name].error
+    assert error is not None
+    assert error < 1e-5
 
 
 def test_the_config_says_how_wide_each_layer_is(tmp_path: Path) -> None:
