@@ -39,7 +39,10 @@ _OWN_NAME = ("bert", "roberta", "distilbert", "electra", "albert", "deberta", "v
 @final
 @dataclass(frozen=True)
 class AdapterHub(ReadOnly):
-    """Adapters of the `adapters` library; scale alpha / r for LoRA, composition_mode `scale` is (IA)^3."""
+    """Adapters of the `adapters` library; scale alpha / r for LoRA, composition_mode `scale` is (IA)^3.
+
+    Houlsby's and Pfeiffer's bottlenecks are no updates of weights: they are described, pruned and carried along.
+    """
 
     name: ClassVar[str] = "adapterhub"
     weights_name: ClassVar[str] = "adapter.safetensors"
