@@ -73,6 +73,10 @@ def _hub_normed(name: str) -> dict[str, str]:
     return _hub(name, 1) | {f"norm.{p}": f"{name}.adapter_norm_before.{p}" for p in ("weight", "bias")}
 
 
+def _hub_sequence(name: str) -> dict[str, str]:
+    return _hub(name, 1) | {f"norm.{p}": f"{name}.adapter_down.0.{p}" for p in ("weight", "bias")}
+
+
 def _petl(name: str) -> dict[str, str]:
     return {f"{role}.weight": f"{name}.adapter_{role}.weight" for role in ("down", "up")}
 
@@ -103,6 +107,9 @@ LAYOUTS: Mapping[str, Layout] = {
     "parallel": Layout(
         _OUT, _hub_normed, "tanh", scale=4.0, file="adapter.safetensors",
         config=hub_config("tanh", is_parallel=True, scaling=4.0, ln_before=True),
+    ),
+    "norm in sequence": Layout(
+        _OUT, _hub_sequence, "relu", file="pytorch_adapter.bin", config=hub_config("relu", ln_before=True)
     ),
     "petl": Layout(tuple(f"blocks.{i}.adapter_mlp" for i in range(LAYERS)), _petl, "relu"),
 }  # fmt: skip

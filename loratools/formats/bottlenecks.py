@@ -99,8 +99,8 @@ def petl(specs: Mapping[str, TensorSpec], scale: float | None) -> dict[str, Plac
     """`blocks.{l}.adapter_mlp.adapter_{down,up}.weight`, with a ReLU and no biases, beside an MLP; the YAML's scale."""
     matches = {key: match for key in specs if (match := _PETL.match(key))}
     found = _paired(((m["name"], f"{m['role']}.weight", key) for key, m in matches.items()), "PETL-ViT AdaptFormer")
-    assumed = (UNSTATED_SCALE,) if scale is None else ()
-    return {n: replace(p, activation="relu", scale=scale or 1.0, assumed=assumed) for n, p in found.items()}
+    stated = {"assumed": (UNSTATED_SCALE,)} if scale is None else {"scale": scale}
+    return {name: replace(place, activation="relu", **stated) for name, place in found.items()}
 
 
 def mosa(specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
@@ -122,27 +122,24 @@ def mosa(specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
     # What is shared on both sides is some other bottleneck.
     own = [n for n, slots in roles.items() if experts[n] or any("_merge." in key for key in slots.values())]
     for name, place in _paired(((n, s, key) for n in own for s, key in roles[n].items()), "MoSA").items():
-        sequential = name.endswith(("_attn", "_ffn"))
-        assumed = [UNSTATED_SCALE] if not sequential and f"{_stem(name)}adapter_scale" not in specs else []
-        place = replace(place, experts={merged: _in_order(held) for merged, held in experts[name].items()}, eps=1e-6)
-        if sequential:
-            place = replace(place, activation="silu")
-        else:
-            norm = tuple(f"{_stem(name)}adapter_norm.{part}" for part in ("weight", "bias"))
-            place = replace(place, activation="gelu", norm=(norm[0], norm[1]) if set(norm) <= set(specs) else None)
-            assumed.append("the activation is taken for MoSA's AdaptFormer style, gelu; its Pfeiffer style has relu")
-            if f"{_stem(name)}adapter_scale" in specs:
-                place = replace(place, scale=f"{_stem(name)}adapter_scale")
-        found[name] = replace(place, assumed=tuple(assumed))
+        place = replace(
+            place, experts={key: tuple(held[k] for k in sorted(held)) for key, held in experts[name].items()}
+        )
+        if name.endswith(("_attn", "_ffn")):  # of its Houlsby style, which has neither a norm nor a scale
+            found[name] = replace(place, activation="silu")
+            continue
+        stem = name.removesuffix("adapter")
+        norm, learned = (f"{stem}adapter_norm.weight", f"{stem}adapter_norm.bias"), f"{stem}adapter_scale"
+        assumed = ["the activation is taken for MoSA's AdaptFormer style, gelu; its Pfeiffer style has relu"]
+        found[name] = replace(
+            place,
+            activation="gelu",
+            norm=norm if set(norm) <= set(specs) else None,
+            eps=1e-6,
+            scale=learned if learned in specs else 1.0,
+            assumed=tuple(assumed if learned in specs else [UNSTATED_SCALE, *assumed]),
+        )
     return found
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] + "."
-
-
-def _in_order(held: Mapping[int, str]) -> tuple[str, ...]:
-    return tuple(held[k] for k in sorted(held))
 
 
 def _paired(found: Iterable[tuple[str, str, str]], kind: str) -> dict[str, Place]:
@@ -176,7 +173,7 @@ def is_hub_bottleneck(key: str) -> bool:
 
 _HUB = re.compile(r"^(?P<name>(?:.+\.)?adapters\.[^.]+)\.(?P<rest>.+)$")
 _HUB_WEIGHT = re.compile(r"^(?:.+\.)?adapters\.[^.]+\.adapter_(down\.\d+|up)\.(weight|bias)$")
-_HUB_DOWN = re.compile(r"^adapter_down\.(\d+)\.(weight|bias)$")
+_HUB_DOWN = re.compile(r"^adapter_down\.(\d+)\.weight$")
 
 
 def adapterhub(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> dict[str, Place]:
@@ -190,24 +187,31 @@ def adapterhub(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     kind = _hub_kind(stated, rests)
     found = {}
     for name, keys in rests.items():
-        downs = [(int(m[1]), rest) for rest in keys if (m := _HUB_DOWN.match(rest)) and m[2] == "weight"]
+        downs = [  # a norm in the sequence has a vector
+            (int(m[1]), rest) for rest in keys if (m := _HUB_DOWN.match(rest)) and len(specs[keys[rest]].shape) == 2
+        ]
         if not downs and "adapter_up.weight" not in keys:
             continue
         if not downs or "adapter_up.weight" not in keys:
             missing = "adapter_up.weight" if downs else "adapter_down.0.weight"
             raise AdapterError(f"{name}: has no {missing}; load the whole checkpoint")
-        stem = max(downs)[1].removesuffix(".weight")  # before it in the sequence comes the norm, if any
-        norm = ("adapter_norm_before.weight", "adapter_norm_before.bias")
+        index, rest = max(downs)
+        stem = rest.removesuffix(".weight")
+        norms = ("adapter_norm_before", f"adapter_down.{index - 1}")  # two names of one module, if there is any
+        norm = next((n for n in norms if {f"{n}.weight", f"{n}.bias"} <= set(keys)), None)
+        assumed = [] if isinstance(activation, str) else ["no activation in adapter_config.json"]
+        if "scaling" not in keys and not isinstance(scaling, int | float):
+            assumed.append(UNSTATED_SCALE)
         found[name] = Place(
             kind,
             keys[f"{stem}.weight"],
             keys["adapter_up.weight"],
             keys.get(f"{stem}.bias"),
             keys.get("adapter_up.bias"),
-            norm=(keys[norm[0]], keys[norm[1]]) if set(norm) <= set(keys) else None,
+            norm=None if norm is None else (keys[f"{norm}.weight"], keys[f"{norm}.bias"]),
             activation=activation.lower() if isinstance(activation, str) else None,
-            scale=keys["scaling"] if "scaling" in keys else _number(scaling),
-            assumed=() if isinstance(activation, str) else ("no activation in adapter_config.json",),
+            scale=keys.get("scaling") or (float(scaling) if isinstance(scaling, int | float) else 1.0),
+            assumed=tuple(assumed),
         )
     groups = _layers(list(found))
     return {name: replace(place, group=groups[name]) for name, place in found.items()}
@@ -269,7 +273,3 @@ def _layers(names: Sequence[str]) -> dict[str, str]:
     if len(stems) != 1 or None in stems:
         return dict.fromkeys(names, "")
     return {name: match[1] for name, match in found.items() if match}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 1.0

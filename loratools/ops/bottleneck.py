@@ -155,6 +155,8 @@ def _check(name: str, b: Bottleneck) -> None:
     for what, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise AdapterError(f"{name}: {what} has the shape {tuple(tensor.shape)}, not {shape}")
+    if not bool(torch.isfinite(b.scale).all()):
+        raise AdapterError(f"{name}: its scale is not finite; mend the config")
     if b.scale.ndim > 1 or (b.scale.ndim == 1 and len(b.scale) != outputs):
         raise AdapterError(f"{name}: scale has the shape {tuple(b.scale.shape)}, neither one number nor ({outputs},)")
 

@@ -20,7 +20,8 @@ from loratools.storage import TensorSpec
 each = pytest.mark.parametrize("name", LAYOUTS)
 KINDS = {
     "adaptertune": "AdapterTune", "adaptformer": "AdaptFormer", "mosa": "MoSA", "mosa houlsby": "MoSA",
-    "pfeiffer": "Pfeiffer", "houlsby": "Houlsby", "parallel": "AdapterHub, parallel", "petl": "PETL-ViT AdaptFormer",
+    "pfeiffer": "Pfeiffer", "houlsby": "Houlsby", "parallel": "AdapterHub, parallel",
+    "norm in sequence": "Pfeiffer", "petl": "PETL-ViT AdaptFormer",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,18 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, samples: Any) -> N
         loratools.prune_neurons(load(samples("peft/lora_plain")))
     with pytest.raises(InputError):
         load_activations(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(("scaling", "found"), [("learned", None), (float("nan"), "its scale is not finite")])
+def test_a_scale_that_is_not_there(tmp_path: Path, scaling: Any, found: str | None) -> None:
+    """A learned one that was left out is taken for 1, which is said; one that is no number is refused."""
+    layout = replace(LAYOUTS["pfeiffer"], config=files.hub_config("relu", scaling=scaling))
+    adapter = load(files.write(tmp_path, layout, files.made(layout)))
+    if found is None:
+        assert any("the scale is not in the file" in text for text in loratools.neurons(adapter).warnings)
+        return
+    with pytest.raises(AdapterError, match=found):
+        loratools.neurons(adapter)
 
 
 def test_a_file_of_the_library(samples: Any, tmp_path: Path) -> None:
