@@ -20,12 +20,18 @@ def open_adapter(
     initial: Path | None = None,
     base: BaseWeights | None = None,
     petl: Path | None = None,
+    weights: bool = True,
 ) -> Adapter:
-    """The adapter at `path`, relative to the original base where its initial factors are given."""
+    """The adapter at `path`, relative to the original base where its initial factors are given.
+
+    NotAWeightDeltaError for one that is no update of weights, unless it need not be one.
+    """
     import loratools
     from loratools_cli.options import flags
 
     adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base, petl=petl)
+    if weights:
+        adapter.require_weights()
     return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
 
 

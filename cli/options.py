@@ -34,6 +34,16 @@ Base = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Count errors by the inputs that calibrate measured.")
 ]
+ActivationsPath = Annotated[
+    Path | None, typer.Option("--stats", metavar="FILE", help="Activations: what enters each bottleneck, by its name.")
+]
+Activation = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The activation, where the file does not state it: relu, gelu, silu.")
+]
+MosaExperts = Annotated[
+    Literal["stored", "assembled", "mean"] | None,
+    typer.Option(help="MoSA's experts: as merged in the file, their changes added up, or their mean."),
+]
 InitialAdapter = Annotated[
     Path | None,
     typer.Option(

@@ -32,7 +32,9 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.neurons import NeuronsReport
 from loratools.reports.pareto import ParetoReport
+from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
@@ -44,6 +46,7 @@ from loratools_cli.render_compare import render_compare
 from loratools_cli.render_families import render_bakeoff, render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
+from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
@@ -99,6 +102,14 @@ def _(report: SqueezeReport | QuantizeReport | ReparameterizeReport, planned: Pa
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
     return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
+
+
+@closing.register
+def _(report: PruneNeuronsReport, planned: Path | None = None) -> str:
+    size = sizes(report.total["bytes_before"], report.total["bytes_after"])
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {size} of tensors\n"
 
 
 @closing.register
@@ -176,6 +187,16 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
     yield from reasons("skipped", report.skipped, everything)
+
+
+@blocks.register
+def _(report: NeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_neurons(report, everything=everything)
+
+
+@blocks.register
+def _(report: PruneNeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_prune_neurons(report, everything=everything)
 
 
 @blocks.register
@@ -257,6 +278,7 @@ def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
         "scale": counted(report.scales, few),
         "dtype": counted(report.dtypes, few),
         "codes": counted(report.codings, few),
+        "bottlenecks": bottlenecks_line(report.bottlenecks),
         "size": f"{format_size(report.bytes)}, {report.parameters:,} parameters",
         "extras": counted({f"{k} ({format_size(n)})": 1 for k, n in report.extras.items()}, few).replace(" x1", ""),
         "made by": _made_by(report.record),

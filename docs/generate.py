@@ -52,6 +52,8 @@ REPORTS = {
     "loratools calibrate": "calibrate",
     "loratools reparameterize": "reparameterize",
     "loratools bakeoff": "bakeoff",
+    "loratools neurons": "neurons",
+    "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from loratools.base_weights import load_base
     from loratools.cache import Cache, default_cache
     from loratools.files import load, save
+    from loratools.ops.activations import Activations, load_activations
     from loratools.ops.aurac import aurac
     from loratools.ops.bakeoff import Bakeoff, bakeoff
     from loratools.ops.base_spectra import Search
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.neurons import neurons
     from loratools.ops.pareto import pareto
+    from loratools.ops.prune_neurons import PruneNeurons, prune_neurons, prune_neurons_file
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.reparameterize import Reparameterize, reparameterize, reparameterize_file
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from loratools.training.data_free import data_free_statistics
 
 __all__ = [
+    "Activations",
     "AdapterTuneElbow",
     "Bakeoff",
     "Budget",
@@ -66,6 +70,7 @@ __all__ = [
     "Limits",
     "Merge",
     "PerTarget",
+    "PruneNeurons",
     "Quantize",
     "Ratio",
     "Reparameterize",
@@ -95,12 +100,16 @@ __all__ = [
     "inspect",
     "intruders",
     "load",
+    "load_activations",
     "load_base",
     "load_statistics",
     "merge",
     "mitigate",
+    "neurons",
     "open_fine_tune",
     "pareto",
+    "prune_neurons",
+    "prune_neurons_file",
     "quantize",
     "quantize_file",
     "reparameterize",
@@ -118,6 +127,7 @@ _HOMES = {
     "loratools.base_weights": ("load_base",),
     "loratools.cache": ("Cache", "default_cache"),
     "loratools.files": ("load", "save"),
+    "loratools.ops.activations": ("Activations", "load_activations"),
     "loratools.ops.aurac": ("aurac",),
     "loratools.ops.bakeoff": ("Bakeoff", "bakeoff"),
     "loratools.ops.bitdelta": ("extract_bitdelta",),
@@ -136,7 +146,9 @@ _HOMES = {
     "loratools.ops.inspect": ("inspect",),
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
+    "loratools.ops.neurons": ("neurons",),
     "loratools.ops.pareto": ("pareto",),
+    "loratools.ops.prune_neurons": ("PruneNeurons", "prune_neurons", "prune_neurons_file"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.reparameterize": ("Reparameterize", "reparameterize", "reparameterize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),

@@ -189,8 +189,8 @@ def destination_weights(adapter: Adapter, path: Path) -> Path:
 
 
 def check_writable(adapter: Adapter, path: Path) -> None:
-    """OutputError where the dialect is only read."""
-    if not adapter.format.writable:
+    """OutputError where the dialect is only read, unless all there is to write are tensors that are carried along."""
+    if not adapter.format.writable and adapter.entries:
         raise OutputError(
             f"{printable(path)}: {adapter.format.name} files are read, not written; write the adapter in another "
             "dialect first: loratools convert --to peft"

@@ -6,6 +6,7 @@ from loratools.errors import AdapterError, InputError
 from loratools.formats.adapterhub import AdapterHub
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.bitdelta import BitDeltaFile
+from loratools.formats.bottleneck_files import Bottlenecks
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
@@ -37,6 +38,7 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    Bottlenecks,
     Loralib,
 )
 

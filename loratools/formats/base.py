@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from loratools.errors import AdapterError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from loratools.families.base import Layout
+    from loratools.formats.bottlenecks import Place
     from loratools.formats.layouts import Model
     from loratools.formats.modules import Module, Placement
     from loratools.formats.packing import Packing
@@ -136,6 +138,7 @@ class Format(ABC):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
     warnings: tuple[str, ...]
+    bottlenecks: Mapping[str, Place] = MappingProxyType({})  # nonlinear ones among the extras, by name
 
     def place(self, target: str) -> Placement | None:
         """The modules that the target changes; None where its name does not tell."""
@@ -270,6 +273,10 @@ class Format(ABC):
     def transposed_slots(self, target: str) -> frozenset[str]:
         """The slots that the file keeps transposed: all of them, or none, unless a dialect says otherwise."""
         return frozenset(self.keys[target]) if self.is_stored_transposed(target) else frozenset()
+
+    def resized(self, widths: Mapping[str, int]) -> Format:
+        """The same dialect for bottlenecks of these widths, each merged from its experts."""
+        raise NotImplementedError(f"{self.name} has no bottlenecks")
 
     @property
     def mutated_init(self) -> str | None:

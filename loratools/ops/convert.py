@@ -93,6 +93,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     formats = writable_formats()
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
+    if adapter.format.bottlenecks:  # of others, what there is no place for is told below
+        adapter.require_weights()
     refuse_mutated(adapter, "another file cannot say which base weight that leaves")
     if _stays(adapter, to, options):
         return _without_copies(adapter, options)

@@ -80,6 +80,7 @@ def open_fine_tune(
         return _whole_model(adapter.origin.path, base, initial, steps)  # layers that MLX-LM tuned whole
     if initial is not None:
         adapter = subtract_initial(adapter, load(initial, base=base))
+    adapter.require_weights()
     return FineTuneSource(place, kind_of(adapter), adapter)
 
 

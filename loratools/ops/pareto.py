@@ -117,6 +117,7 @@ def pareto(
     if isinstance(adapter, Differences):
         source = Source.held(whole(adapter), weights, adapter)
     else:
+        adapter.require_weights()
         source = Source.held(adapter, weights)
     settings = list(_settings(source, methods, ratios))
     step = steps(len(settings), "points") if steps else lambda: None

@@ -149,6 +149,7 @@ def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter,
     Sizes are those of the file that `quantize_file` would write. Raises AdapterError for NaN and infinity, UsageError
     where a budget holds nothing.
     """
+    adapter.require_weights()
     changed = adapter.recorded("quantize", arguments(adapter, options))
     updates: dict[str, Update] = {}
     weighing = _Weighing(adapter, options.weights)
@@ -165,6 +166,7 @@ def quantize_file(
     adapter: Adapter, path: str | os.PathLike[str], options: Quantize = Quantize(), *, force: bool = False
 ) -> tuple[Saved, QuantizeReport]:
     """As `quantize`, streamed to one packed file at `path`, which `load` reads like any other adapter."""
+    adapter.require_weights()
     changed = adapter.recorded("quantize", arguments(adapter, options))
     check_writable(changed, Path(path))
     place = packed_place(Path(path), force=force)

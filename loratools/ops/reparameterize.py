@@ -74,6 +74,7 @@ def reparameterize(
     that is needed.
     """
     family = fittable(to)
+    adapter.require_weights()
     refuse_mutated(adapter, "another family cannot say which base weight that leaves")
     sources, carried = sources_of(adapter, family, how)
     if not sources:

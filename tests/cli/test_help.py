@@ -38,6 +38,8 @@ def test_the_commands_are_the_files() -> None:
         "calibrate",
         "reparameterize",
         "bakeoff",
+        "neurons",
+        "prune-neurons",
         "convert",
         "check",
         "merge",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bottleneck_files
 import gguf
 import petl_files
 import pytest
@@ -78,8 +79,9 @@ SAMPLES: dict[str, list[str]] = {
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
     "loratools": ["native"],
+    "bottleneck": ["adaptertune", "mosa", "mosa houlsby"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta", "bottleneck"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -159,10 +161,16 @@ def native(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def bottlenecks(folder: Path, name: str) -> Path:
+    layout = bottleneck_files.LAYOUTS[name]
+    return bottleneck_files.write(folder, layout, bottleneck_files.made(layout))
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
+    made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
@@ -275,7 +283,25 @@ def test_the_scale_survives_being_stated(source: Callable[[str], Path], dialect:
                 assert again.scale(target, rank, alpha) == pytest.approx(scale, rel=1e-6)
 
 
-@pytest.mark.parametrize(("dialect", "name"), [case for case in CASES if case[0] in READ_ONLY])
+NO_UPDATES = ("adaptformer", *SAMPLES["bottleneck"])  # all that they hold is carried along
+
+
+@pytest.mark.parametrize("name", [*NO_UPDATES, "others/adapters_pfeiffer", "others/adapters_prefix"])
+def test_what_is_only_carried_along_is_written_as_it_was(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    adapter = load(source(name))
+    wanted = {key: extra.read() for key, extra in adapter.extras.items()}
+    config = adapter.config
+    saved = save(adapter, tmp_path / "out")
+    assert_same_tensors(contents(saved.weights)[0], wanted)
+    assert load(saved.path).config == config
+    assert load(saved.path).format.name == adapter.format.name
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"), [case for case in CASES if case[0] in READ_ONLY and case[1] not in NO_UPDATES]
+)
 def test_what_is_only_read_says_how_to_write_it(
     source: Callable[[str], Path], tmp_path: Path, dialect: str, name: str
 ) -> None:
