@@ -40,9 +40,7 @@ class Contestant:
 CONTESTANTS = (
     Contestant(64, "signs", 15, ("sign", 1)),
     Contestant(64, "2 bits, Lloyd-Max", 7, ("lloyd", 2)),
-    Contestant(64, "4 bits, Lloyd-Max", 3, ("lloyd", 4)),
     Contestant(64, "grid"),
-    Contestant(128, "signs", 7, ("sign", 1)),
 )
 
 

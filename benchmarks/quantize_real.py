@@ -11,7 +11,7 @@ from pathlib import Path
 from contestants import ROOT, table
 
 RATIOS = (4, 8, 16, 32, 64)
-TASK_RATIOS = (4, 8, 10, 12, 16, 20, 24, 32, 40, 64)
+TASK_RATIOS = (8, 10, 16, 20, 32, 40, 64)
 KEPT = (0.99, 0.95)  # shares of the exact match, of which the smallest files are sought
 METHODS = {
     "grid": "loratools, grid",
