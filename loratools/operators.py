@@ -263,6 +263,74 @@ class Kronecker(Operator):
         return torch.kron(self.left._dense().contiguous(), self.right._dense().contiguous()) * self.scale
 
 
+class Transform(ABC):
+    """An isometry of columns that is known by its algorithm: `count` coefficients of columns of `size` numbers.
+
+    Coefficients are at most as many; where they are as many, the map is orthogonal.
+    """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Numbers of a column."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Coefficients of a column."""
+
+    @abstractmethod
+    def analyse(self, x: Tensor) -> Tensor:
+        """The (count, c) coefficients of the columns of x (size, c)."""
+
+    @abstractmethod
+    def synthesise(self, coefficients: Tensor) -> Tensor:
+        """The (size, c) columns of such coefficients: the transpose of `analyse`, and its inverse on what it reaches."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Transformed(Operator):
+    """A matrix by its coefficients: rows^T inner columns, with a transform of the rows, of the columns, or of both."""
+
+    inner: Operator
+    rows: Transform | None  # None: as they are
+    columns: Transform | None
+
+    def __post_init__(self) -> None:
+        for transform, side in ((self.rows, 0), (self.columns, 1)):
+            if transform is not None and transform.count != self.inner.shape[side]:
+                raise ValueError(f"{transform.count} coefficients of a {self.inner.shape} matrix, along axis {side}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.inner.shape
+        return (m if self.rows is None else self.rows.size, n if self.columns is None else self.columns.size)
+
+    @property
+    def T(self) -> Transformed:  # noqa: N802
+        return Transformed(self.inner.T, self.columns, self.rows)
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.inner.leaf
+
+    def matmat(self, x: Tensor) -> Tensor:
+        out = self.inner.matmat(x if self.columns is None else self.columns.analyse(x))
+        return out if self.rows is None else self.rows.synthesise(out)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Transformed:
+        return Transformed(self.inner.to(dtype, device), self.rows, self.columns)
+
+    def __mul__(self, factor: float) -> Transformed:
+        return Transformed(self.inner * factor, self.rows, self.columns)
+
+    def _dense(self) -> Tensor:
+        dense = self.inner._dense()
+        dense = dense if self.rows is None else self.rows.synthesise(dense)
+        return dense if self.columns is None else self.columns.synthesise(dense.T).T
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Sum(Operator):
