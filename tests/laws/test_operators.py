@@ -17,7 +17,9 @@ from loratools.operators import (
     Kronecker,
     LowRank,
     Operator,
+    Sparse,
     Sum,
+    scattered,
     sum_of,
 )
 
@@ -59,6 +61,13 @@ def diagonal(m: int, n: int, count: int) -> Example:
     return Diagonal(values, (m, n)), truth
 
 
+def sparse(m: int, n: int, places: list[int], seed: int = 0) -> Example:
+    values = tensor(seed, len(places))
+    truth = np.zeros(m * n)
+    truth[places] = array(values)
+    return Sparse(torch.tensor(places, dtype=torch.int64), values, (m, n)), truth.reshape(m, n)
+
+
 def total(*parts: Example) -> Example:
     return Sum(tuple(op for op, _ in parts)), np.add.reduce([t for _, t in parts])
 
@@ -74,6 +83,10 @@ EXAMPLES: dict[str, Example] = {
     "diagonal": diagonal(5, 7, 5),
     "diagonal_short": diagonal(6, 4, 2),
     "diagonal_and_low": total(diagonal(6, 4, 3), low(6, 2, 4, 0.5)),
+    "sparse": sparse(5, 7, [0, 3, 9, 10, 34]),
+    "sparse_unordered": sparse(6, 4, [23, 2, 9]),
+    "sparse_empty": sparse(3, 4, []),
+    "sparse_and_low": total(sparse(6, 4, [1, 5, 22], 4), low(6, 2, 4, 0.5)),
     "dense": dense(5, 7),
     "dense_row": dense(1, 4),
     "low_rank": low(5, 3, 7, 1.5),
@@ -187,6 +200,13 @@ class TestSumOf:
     def test_dense_terms_become_one(self) -> None:
         assert isinstance(sum_of([dense(5, 7)[0], dense(5, 7, 2)[0]]), Dense)
 
+    def test_sparse_terms_become_one(self) -> None:
+        (a, ta), (b, tb) = sparse(5, 7, [0, 3, 9]), sparse(5, 7, [9, 30, 3, 4], 2)
+        merged = sum_of([a, b])
+        assert isinstance(merged, Sparse)
+        assert merged.places.tolist() == [0, 3, 4, 9, 30]
+        assert_close(merged.dense(), ta + tb)
+
     def test_equal_blocks_are_merged_block_by_block(self) -> None:
         a, ta = EXAMPLES["blocks"]
         merged = sum_of([a, a * -0.5])
@@ -233,6 +253,19 @@ class TestSumOf:
             Sum((dense(5, 7)[0], dense(7, 5)[0]))
 
 
+def test_values_at_one_place_are_added() -> None:
+    op = scattered(torch.tensor([7, 0, 7, 11]), torch.tensor([1.0, 2.0, 4.0, -1.0], dtype=torch.float64), (3, 4))
+    truth = np.zeros(12)
+    truth[[0, 7, 11]] = 2.0, 5.0, -1.0
+    assert op.places.tolist() == [0, 7, 11]
+    assert_close(op.dense(), truth.reshape(3, 4))
+
+
+def test_places_and_values_must_match() -> None:
+    with pytest.raises(ValueError, match="do not match"):
+        Sparse(torch.tensor([1, 2]), torch.zeros(3), (2, 2))
+
+
 def test_factors_must_chain() -> None:
     for left, right in (
         (tensor(0, 4, 3), tensor(0, 2, 5)),
@@ -255,8 +288,9 @@ THIN = torch.zeros(SIDE, 1)
         lambda: BlockDiagonal((LowRank(THIN, THIN.T[:, :9000]), LowRank(THIN[:9000], THIN.T))),
         lambda: Sum((LowRank(THIN, THIN.T), LowRank(THIN, THIN.T))),
         lambda: Dense(torch.zeros(1, 1).expand(SIDE, SIDE)),
+        lambda: Sparse(torch.tensor([3]), torch.ones(1), (SIDE, SIDE)),
     ],
-    ids=["low_rank", "transposed", "blocks", "sum", "dense"],
+    ids=["low_rank", "transposed", "blocks", "sum", "dense", "sparse"],
 )
 def test_a_huge_dense_matrix_is_refused(make: Callable[[], Operator]) -> None:
     op = make()
