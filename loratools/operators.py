@@ -344,7 +344,7 @@ class Transform(ABC):
 
     @abstractmethod
     def synthesise(self, coefficients: Tensor) -> Tensor:
-        """The (size, c) columns of such coefficients: the transpose of `analyse`, and its inverse on what it reaches."""
+        """The (size, c) columns of such coefficients: the transpose of `analyse`, and its inverse where orthogonal."""
 
 
 @final

@@ -42,7 +42,10 @@ from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.unilora import UniLoRA
 from loratools.families.vblora import VBLoRA
 from loratools.families.vera import VeRA
+from loratools.families.wara import WaRA
 from loratools.families.waveft import WaveFT
+from loratools.families.wavelet import WaveletBands
+from loratools.families.wavelet_sparse import WaveletSparse
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -84,6 +87,9 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisOFT,
     MergedLoRA,
     SparseEntries,
+    WaRA,
+    WaveletBands,
+    WaveletSparse,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -129,7 +135,10 @@ __all__ = [
     "Update",
     "VBLoRA",
     "VeRA",
+    "WaRA",
     "WaveFT",
+    "WaveletBands",
+    "WaveletSparse",
     "family_of",
     "fittable",
 ]

@@ -48,7 +48,8 @@ def core_of(n: int) -> int:
         if n % k == 0 and _is_power(n // k):
             return k
     if not _is_power(n):
-        raise AdapterError(f"no Hadamard matrix of {n} rows is known here: 2^p, or 2^p times {', '.join(map(str, sorted(CORES)))}")
+        known = ", ".join(map(str, sorted(CORES)))
+        raise AdapterError(f"no Hadamard matrix of {n} rows is known here; there are 2^p, and 2^p times {known}")
     return 1
 
 

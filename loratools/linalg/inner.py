@@ -6,7 +6,7 @@ import math
 
 from loratools._lazy import torch
 from loratools.linalg.entries import entries_at
-from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sparse, Sum, sum_of
+from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sparse, Sum, Transformed, sum_of
 
 # A sparse term that leaves less than this share of the low-rank one's energy outside its places goes dense.
 _OUTSIDE = 1e-6
@@ -53,8 +53,12 @@ def frobenius(op: Operator) -> float:
         return frobenius(op.left) * frobenius(op.right) * abs(op.scale)
     if isinstance(op, Sparse):
         return float(op.values.double().norm())
+    if isinstance(op, Transformed):
+        return frobenius(op.inner)
     if isinstance(op, Sum) and (norm := _of_low_and_sparse(op)) is not None:
         return norm
+    if isinstance(op, Sum) and (same := _of_coefficients(op)) is not None:
+        return frobenius(same)
     return float(torch.linalg.matrix_norm(op.to(torch.float64).dense()))
 
 
@@ -67,7 +71,23 @@ def _of_low_and_sparse(op: Sum) -> float | None:
     there = entries_at(low, sparse.places)
     whole = frobenius(low) ** 2
     outside = whole - float(there.square().sum())
-    return math.hypot(math.sqrt(outside), float((there + sparse.values.double()).norm())) if outside > _OUTSIDE * whole else None
+    return (
+        math.hypot(math.sqrt(outside), float((there + sparse.values.double()).norm()))
+        if outside > _OUTSIDE * whole
+        else None
+    )
+
+
+def _of_coefficients(op: Sum) -> Operator | None:
+    """Low rank + coefficients, as the coefficients of both: of the same norm, where the transforms are orthogonal."""
+    low = next((t for t in op.terms if isinstance(t, LowRank)), None)
+    coded = next((t for t in op.terms if isinstance(t, Transformed)), None)
+    if low is None or coded is None or len(op.terms) > 2 or coded.shape != coded.inner.shape:
+        return None
+    left, right = low.left.double(), low.right.double()
+    left = left if coded.rows is None else coded.rows.analyse(left)
+    right = right if coded.columns is None else coded.columns.analyse(right.T).T
+    return sum_of([LowRank(left, right, low.scale), coded.inner.to(torch.float64)])
 
 
 def relative_error(reference: Operator, other: Operator) -> float:

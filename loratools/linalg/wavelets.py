@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from loratools._lazy import torch
-from loratools.errors import UsageError
-from loratools.operators import Transform
+from loratools.errors import AdapterError, UsageError
+from loratools.operators import Dense, LowRank, Operator, Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,17 @@ def filters(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     import pywt  # takes a tenth of a second
 
     known = pywt.wavelist(kind="discrete")
-    if name not in known or not _is_orthonormal(tuple(pywt.Wavelet(name).dec_lo)):
-        fits = [w for w in known if _is_orthonormal(tuple(pywt.Wavelet(w).dec_lo))]
+    if name not in known or not _is_orthonormal(pywt.Wavelet(name)):
+        fits = [w for w in known if _is_orthonormal(pywt.Wavelet(w))]
         raise UsageError(f"the wavelet {name!r} is no orthogonal one; there are: {', '.join(fits)}")
     wavelet = pywt.Wavelet(name)
     return tuple(wavelet.dec_lo), tuple(wavelet.dec_hi)
 
 
-def _is_orthonormal(low: tuple[float, ...]) -> bool:
+def _is_orthonormal(wavelet: Any) -> bool:
+    if not wavelet.orthogonal:
+        return False
+    low = wavelet.dec_lo
     products = [
         sum(a * b for a, b in zip(low[shift:], low, strict=False)) - (shift == 0) for shift in range(0, len(low), 2)
     ]
@@ -151,3 +154,81 @@ class Wavelet(Transform):
         for size in reversed(sizes[:-1]):
             x = joined(x, x.new_zeros(size // 2, x.shape[1]), self.name)
         return x
+
+
+@dataclass(frozen=True)
+class Band:
+    """One sub-band of a matrix: its level, whether it holds details of rows and of columns, and where it lies.
+
+    Places are those of PyWavelets' `coeffs_to_array`: approximations first, those of the last level in the corner.
+    """
+
+    level: int
+    details: tuple[bool, bool]
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+def bands_of(shape: tuple[int, int], levels: int) -> list[Band]:
+    """All sub-bands, the coarsest first: each level takes the approximation apart, of rows and of columns.
+
+    AdapterError for a matrix that has not so many levels.
+    """
+    m, n = shape
+    found: list[Band] = []
+    for level in range(1, levels + 1):
+        if min(m, n) < 2:
+            raise AdapterError(f"a {shape[0]} x {shape[1]} matrix has {level - 1} levels of wavelets, not {levels}")
+        sides = [((False, slice(0, halved(size)[0])), (True, slice(halved(size)[0], size))) for size in (m, n)]
+        four = [Band(level, (i, j), rows, columns) for i, rows in sides[0] for j, columns in sides[1]]
+        found = [*(four if level == levels else four[1:]), *found]
+        m, n = halved(m)[0], halved(n)[0]
+    return found
+
+
+def coefficients(op: Operator, name: str, levels: int) -> list[tuple[Band, Operator]]:
+    """Every sub-band of a matrix: low rank where it is, of its factors' transforms, else dense; float64."""
+    found = bands_of(op.shape, levels)
+    if isinstance(op, LowRank):
+        lefts = _pyramid(op.left.double() * op.scale, name, levels)
+        rights = _pyramid(op.right.double().T, name, levels)
+        return [(b, LowRank(lefts[b.level - 1][b.details[0]], rights[b.level - 1][b.details[1]].T)) for b in found]
+    dense = decomposed(op.to(torch.float64).dense(), name, levels)
+    return [(b, Dense(dense[b.rows, b.columns])) for b in found]
+
+
+def _pyramid(x: Tensor, name: str, levels: int) -> list[tuple[Tensor, Tensor]]:
+    """(approximation, details) of columns, level by level."""
+    found = []
+    for _ in range(levels):
+        found.append(split(x, name))
+        x = found[-1][0]
+    return found
+
+
+def spread(part: Tensor, size: int, name: str, level: int, *, details: bool) -> Tensor:
+    """The (size, c) columns that have these coefficients in one band, and none elsewhere."""
+    sizes = [size]
+    for _ in range(level - 1):
+        sizes.append(halved(sizes[-1])[0])
+    near = halved(sizes[-1])[0]
+    x = joined(part.new_zeros(near, part.shape[1]), part, name) if details else part
+    for length in reversed(sizes[:-1] if details else sizes):
+        x = joined(x, x.new_zeros(length // 2, x.shape[1]), name)
+    return x
+
+
+def decomposed(x: Tensor, name: str, levels: int) -> Tensor:
+    """The coefficients of a matrix (m, n), where its bands lie."""
+    out = x.clone()
+    (m, n) = x.shape
+    for _ in range(levels):
+        half = torch.cat(split(out[:m, :n], name))
+        out[:m, :n] = torch.cat(split(half.T, name)).T
+        m, n = halved(m)[0], halved(n)[0]
+    return out

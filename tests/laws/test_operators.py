@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from loratools.errors import AdapterError
+from loratools.linalg.hadamard import Hadamard, hadamard
+from loratools.linalg.wavelets import Wavelet
 from loratools.operators import (
     MAX_DENSE_ELEMENTS,
     BlockDiagonal,
@@ -19,6 +21,8 @@ from loratools.operators import (
     Operator,
     Sparse,
     Sum,
+    Transform,
+    Transformed,
     scattered,
     sum_of,
 )
@@ -76,7 +80,25 @@ def kronecker(left: Example, right: Example, scale: float) -> Example:
     return Kronecker(left[0], right[0], scale), scale * np.kron(left[1], right[1])
 
 
+def transformed(inner: Example, rows: Transform | None, columns: Transform | None) -> Example:
+    """By the matrices of the transforms; those of Hadamard are known apart from their algorithm."""
+    sides = []
+    for transform, size in zip((rows, columns), inner[0].shape, strict=True):
+        if isinstance(transform, Hadamard):
+            sides.append(array(hadamard(size)) / size**0.5)
+        elif transform is None:
+            sides.append(np.eye(size))
+        else:
+            sides.append(array(transform.analyse(torch.eye(transform.size, dtype=torch.float64))))
+    return Transformed(inner[0], rows, columns), sides[0].T @ inner[1] @ sides[1]
+
+
 EXAMPLES: dict[str, Example] = {
+    "transformed": transformed(sparse(5, 7, [0, 3, 9, 10, 34]), Wavelet("db2", 5), Wavelet("db1", 7)),
+    "transformed_deep": transformed(dense(5, 3), Wavelet("db2", 10, 2), Wavelet("db1", 6, 2)),
+    "transformed_columns": transformed(sparse(5, 12, [1, 7, 40]), None, Hadamard(12)),
+    "transformed_rows": transformed(low(8, 2, 3, -0.5), Hadamard(8), None),
+    "transformed_and_low": total(transformed(sparse(6, 4, [1, 5]), None, Hadamard(4)), low(6, 2, 4, 0.5)),
     "kronecker": kronecker(dense(2, 3), dense(4, 2, 5), -1.5),
     "kronecker_of_low": kronecker(dense(1, 7), low(5, 2, 1, 0.5), 2.0),
     "kronecker_tall": kronecker(low(3, 1, 2, 1.0), low(2, 1, 4, 1.0, 3), 1.0),
@@ -274,6 +296,13 @@ def test_factors_must_chain() -> None:
     ):
         with pytest.raises(ValueError, match="do not chain"):
             LowRank(left, right)
+
+
+def test_coefficients_must_fit_their_transform() -> None:
+    with pytest.raises(ValueError, match="8 coefficients of a"):
+        Transformed(dense(4, 8)[0], Hadamard(8), None)
+    with pytest.raises(ValueError, match="4 coefficients of a"):
+        Transformed(dense(4, 8)[0], None, Hadamard(4))
 
 
 SIDE = 1 << 15  # SIDE * SIDE is four times the limit
