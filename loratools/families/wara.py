@@ -65,7 +65,7 @@ class WaRA(Fittable):
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         down, up = specs["wara_down"].shape, specs["wara_up"].shape
-        fits = len(down) == len(up) == 2 and down[0] == up[1] > 0
+        fits = len(down) == len(up) == 2 and down[0] == up[1] and 0 not in down + up
         return None if fits else f"wara_up {up} and wara_down {down} do not chain"
 
     @classmethod

@@ -78,7 +78,7 @@ class WaveletBands(Fittable):
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
-        if any(len(spec.shape) != 1 for spec in specs.values()):
+        if any(len(spec.shape) != 1 or not spec.numel for spec in specs.values()):
             return "its factors or their ranks are no vectors"
         bands = specs["wavelet_ranks"].shape[0]
         return None if bands >= 4 and bands % 3 == 1 else f"{bands} bands are not those of any number of levels"

@@ -66,8 +66,9 @@ def _low_rank(
         "wavelet_ranks": torch.tensor(ranks, dtype=torch.int32),
     }
     delta = scale * _inverse(whole, name, levels)
-    layout = Layout(transposed=transposed, shape=shape[::-1] if transposed else shape)
-    return Example(WaveletBands, tensors, delta.T if transposed else delta, scale, layout, settings={"wavelet": name})
+    base = rand(9, *(shape[::-1] if transposed else shape))  # for its shape alone
+    layout, settings = Layout(transposed=transposed), {"wavelet": name}
+    return Example(WaveletBands, tensors, delta.T if transposed else delta, scale, layout, settings, base)
 
 
 def _sparse(shape: tuple[int, int], name: str, levels: int, scale: float = 1.0) -> Example:
@@ -79,7 +80,7 @@ def _sparse(shape: tuple[int, int], name: str, levels: int, scale: float = 1.0) 
     tensors = {"wavelet_values": values, "wavelet_places": pack_places(places, size)}
     delta = scale * _inverse(whole.reshape(shape), name, levels)
     settings = {"wavelet": name, "levels": levels}
-    return Example(WaveletSparse, tensors, delta, scale, Layout(shape=shape), settings=settings)
+    return Example(WaveletSparse, tensors, delta, scale, settings=settings, base=rand(9, *shape))
 
 
 def _wara(scale: float, m: int, n: int) -> Example:
