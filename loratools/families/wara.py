@@ -82,9 +82,7 @@ class WaRA(Fittable):
 
     def operator(self, base: Tensor | None = None) -> Operator:
         """Of rank 2 r."""
-        two = torch.eye(2, dtype=torch.float64)
-        left, right = (torch.kron(factor.double().contiguous(), two) for factor in (self.up, self.down))
-        return LowRank(left, right, self.scale)
+        return LowRank(_doubled(self.up), _doubled(self.down), self.scale)
 
     @classmethod
     def encode(cls, source: Source, options: WaRAOptions) -> WaRA:
@@ -120,3 +118,10 @@ class WaRA(Fittable):
     def expected_energy(cls, source: Source, options: WaRAOptions) -> float:
         """The share of the dimensions: what the projection keeps of a generic delta before B A is of low rank."""
         return 0.25
+
+
+def _doubled(factor: Tensor) -> Tensor:
+    """factor (x) I_2, float64."""
+    rows, columns = factor.shape
+    two = torch.eye(2, dtype=torch.float64)
+    return (factor.double()[:, None, :, None] * two[None, :, None, :]).reshape(2 * rows, 2 * columns)
