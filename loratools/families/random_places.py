@@ -20,7 +20,7 @@ def scattered(values: Tensor, seed: int, shape: tuple[int, int], padded: tuple[i
     m, n = shape
     if values.numel() > m * n:
         raise AdapterError(f"{values.numel()} coefficients do not fit a base weight {shape}; is it the right base?")
-    places = _places(m * n, values.numel(), seed)
+    places = drawn(m * n, values.numel(), seed)
     dense = torch.zeros(padded, dtype=torch.float64)
     rows, columns = places // n + (padded[0] - m) // 2, places % n + (padded[1] - n) // 2
     dense[rows, columns] = values.double()
@@ -33,5 +33,6 @@ def check_spectrum(slot: str, shape: tuple[int, ...]) -> str | None:
 
 
 @lru_cache(maxsize=16)  # the permutation is as large as the weight, and layers share it
-def _places(entries: int, count: int, seed: int) -> Tensor:
+def drawn(entries: int, count: int, seed: int) -> Tensor:
+    """The first `count` of a random order of so many entries, flat, as PEFT draws them."""
     return torch.randperm(entries, generator=torch.Generator().manual_seed(seed))[:count].clone()
