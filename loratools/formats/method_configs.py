@@ -1,4 +1,4 @@
-"""Configs under which PEFT makes LoHa and LoKr modules with just the tensors that targets have."""
+"""Configs under which PEFT makes LoHa, LoKr and SHiRA modules with just the tensors that targets have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratools.formats.base import Part
 from loratools.formats.lora_config import target_modules
 
 # The families that can be written, and the PEFT types that they are.
-WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR"}
+WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR", "shira": "SHIRA"}
 
 _TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
 
@@ -22,14 +22,18 @@ KINDRED: Mapping[str, str] = {
     "ia3_lycoris": "PEFT's IA3 scales the bias of outputs too, LyCORIS's does not",
     "doha": "PEFT's LoHa has no magnitude",
     "dokr": "PEFT's LoKr has no magnitude",
+    "sparse": "PEFT's SHiRA keeps rows and columns whole: loratools reparameterize --to shira first",
 }
 
 
-def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The config of an adapter of LoHa or LoKr; UnsupportedInTargetError names a target that PEFT cannot make so.
+def config_for(parts: Mapping[str, Part], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an adapter of one of them; UnsupportedInTargetError names a target that PEFT cannot make so.
 
-    PEFT's scale is alpha / r for either, and alpha is stated accordingly.
+    For LoHa and LoKr PEFT's scale is alpha / r, and alpha is stated accordingly. `before` is the config that the
+    adapter had, where it is carried along: it tells what shapes do not.
     """
+    if any("shira_weight" in part.slots for part in parts.values()):
+        return _shira(parts, before)
     is_loha = all("hada_w1_a" in part.slots for part in parts.values())
     shape_fields, ranks = _loha(parts) if is_loha else _lokr(parts)
     alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
@@ -44,6 +48,44 @@ def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
         **shape_fields,
         "rank_dropout": 0.0,
         "module_dropout": 0.0,
+        "init_weights": True,
+        "modules_to_save": None,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+
+
+def _shira(parts: Mapping[str, Part], before: Mapping[str, Any]) -> dict[str, Any]:
+    ranks = {}
+    for target, part in parts.items():
+        if "shira_weight" not in part.slots:
+            raise UnsupportedInTargetError(
+                f"{target}: a file of PEFT is SHiRA throughout, or not at all; pass --rank N to write a LoRA"
+            )
+        if part.shape is None:  # as PEFT's own files are, whose config says it
+            ranks[target] = before.get("r", 32)
+            continue
+        count, sides = part.shapes["shira_weight"][0], sum(part.shape)
+        if len(part.shape) != 2 or count % sides:
+            raise UnsupportedInTargetError(
+                f"{target}: holds {count} entries of {part.shape}, and PEFT's SHiRA r (m + n) of a matrix; make it "
+                "with loratools reparameterize --to shira --rank N"
+            )
+        ranks[target] = count // sides
+    if len(set(ranks.values())) > 1:
+        one, other = (next(t for t, r in ranks.items() if r == rank) for rank in sorted(set(ranks.values()))[:2])
+        raise UnsupportedInTargetError(
+            f"{one}: is of rank {ranks[one]} and {other} of {ranks[other]}, and PEFT's SHiRA has one for all; make it "
+            "with loratools reparameterize --to shira --rank N"
+        )
+    return {
+        "peft_type": WRITABLE["shira"],
+        "r": next(iter(ranks.values())),
+        "mask_type": "random",
+        "random_seed": None,
+        "target_modules": target_modules(list(parts)),
+        "fan_in_fan_out": False,
         "init_weights": True,
         "modules_to_save": None,
         "task_type": None,

@@ -249,14 +249,17 @@ class PeftMethod(Format):
     @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new adapter, with the config carried along where that says the same."""
-        fresh = config_for(parts)
+        fresh = config_for(parts, order.config)
         spelt = {slot: suffix for suffix, slot in METHODS[fresh["peft_type"]].slots.items()}
         keys = {t: {slot: f"{PREFIX}{t}.{spelt[slot]}" for slot in part.slots} for t, part in parts.items()}
         bound = cls(fresh, METHODS[fresh["peft_type"]], keys, {}, (), {}, ())
-        before = replace(bound, config=order.config)
+        told = {key: value for key, value in fresh.items() if key in ("target_modules", "fan_in_fan_out")}
+        before = replace(bound, config={**told, **order.config})
         same = order.config.get("peft_type") == fresh["peft_type"] and all(
             math.isclose(before.scale(t, part.rank, None), part.scale, rel_tol=1e-6) for t, part in parts.items()
         )
+        if fresh["peft_type"] == "SHIRA":  # whose rank says how many entries PEFT makes room for
+            same = same and order.config.get("r", 32) == fresh["r"]
         return before if same else bound
 
     def carried_config(self) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import loratools
-from loratools.errors import AdapterError, InputError, NeedsBaseError
+from loratools.errors import AdapterError, InputError, NeedsBaseError, UnsupportedInTargetError
 from loratools.formats.method_settings import wavelet_settings
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 
 # PEFT announces what it adjusts: block sizes, fan_in_fan_out, projections that it draws again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -337,6 +339,44 @@ def test_shira_of_windows(tmp_path: Path) -> None:
     save_file({k: t.float() for k, t in load_file(weights).items()}, weights)
     assert_equal(ours(folder), wanted)
     assert_equal(merged(case, folder), wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_peft_loads_a_shira_that_was_fitted(tmp_path: Path, rank: int) -> None:
+    """The largest r (m + n) entries of a LoRA, written by way of loratools' own dialect."""
+    case = Case(peft.LoraConfig, {"target_modules": LINEAR, "r": 5, "lora_alpha": 7, "init_lora_weights": False})
+    folder = trained(case, tmp_path)
+    wanted = {}
+    for key, delta in merged(case, folder).items():
+        flat = delta.flatten()
+        kept = flat.abs().argsort(descending=True)[: rank * sum(delta.shape)]
+        wanted[key] = torch.zeros_like(flat).scatter(0, kept, flat[kept]).reshape(delta.shape)
+    how = Reparameterize({"rank": str(rank)}, accept_loss=True)
+    made, report = reparameterize(loratools.load(folder), "shira", how)
+    native = loratools.save(made, tmp_path / "native.safetensors").path
+    assert report.total["numbers"] == 3 * rank * (24 + 16 + 16 + 32)  # rows and columns too
+    saved = loratools.convert_file(loratools.load(native), tmp_path / "shira", "peft")[0]
+    config = json.loads((saved.path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("SHIRA", rank)
+    shira = Case(peft.ShiraConfig, {})
+    assert_equal(merged(shira, saved.path), wanted)
+    assert_equal(ours(saved.path), wanted)
+    again = loratools.convert_file(loratools.load(saved.path), tmp_path / "again", "peft")[0]
+    assert_equal(merged(shira, again.path), wanted)
+
+
+def test_a_shira_that_peft_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    adapter = loratools.load(trained(Case(peft.LoraConfig, {"target_modules": LINEAR, "r": 5}), tmp_path))
+    for options, problem in (
+        ({"count": "81"}, r"(wide|tall): holds 81 entries of "),
+        ({"count": "240"}, "one for all"),
+    ):
+        made, _ = reparameterize(adapter, "shira", Reparameterize(options, accept_loss=True))
+        with pytest.raises(UnsupportedInTargetError, match=f"{problem}.*--to shira --rank N"):
+            loratools.convert(made, "peft")
+    made, _ = reparameterize(adapter, "sparse", Reparameterize({"count": "80"}, accept_loss=True))
+    with pytest.raises(UnsupportedInTargetError, match="--to shira first"):
+        loratools.convert(made, "peft")
 
 
 def test_the_wavelets_are_those_whose_filters_are_sound_in_peft() -> None:
