@@ -52,6 +52,7 @@ class SHiRA(Fittable):
     required: ClassVar[frozenset[str]] = frozenset({"shira_weight", "shira_indices"})
     needs_base: ClassVar[bool] = True
     needs_shape_alone: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ("shira_weight",)
     Options: ClassVar[type[SHiRAOptions]] = SHiRAOptions
     guarantee: ClassVar[Guarantee] = "optimal"
     formula: ClassVar[str] = "values at places, zero elsewhere"

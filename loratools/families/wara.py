@@ -33,7 +33,7 @@ class WaRAOptions:
 class WaRA(Fittable):
     """wara_down (r, n / 2), wara_up (m / 2, r): each entry of up @ down times I_2, on neighbours 2 i and 2 i + 1.
 
-    Version 1 of the paper transforms the input, X = T^T C, and gives all sub-bands one map: delta = T^T (I_2 (x) B A) T.
+    Version 1 of the paper transforms the input, and gives all sub-bands one map: delta = T^T (I_2 (x) B A) T.
     With Haar's the rest collapses to (B A) (x) I_2, each entry on two neighbouring rows and columns. In
     version 2 a map that the bands share commutes with the transform, for that is one of tokens: it is a plain LoRA.
     """

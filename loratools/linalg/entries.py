@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 21  # entries that are made at a time
+_GATHER = 16  # times as long as in a product of matrices an entry takes by itself
 # Least share of the mean square of the inputs that a channel is taken to have: none drops out for lack of data.
 FLOOR = 1e-8
 
@@ -45,7 +46,7 @@ def entries_at(op: Operator, places: Tensor) -> Tensor:
     n = op.shape[1]
     if isinstance(op, Dense):
         return op.matrix.reshape(-1)[places].double()
-    if isinstance(op, LowRank):
+    if isinstance(op, LowRank) and len(places) * _GATHER < op.shape[0] * n:
         left, right = op.left.double(), op.right.double().T.contiguous()
         step = max(1, CHUNK // max(1, op.rank))
         parts = [(left[p // n] * right[p % n]).sum(1) for p in places.split(step)]
@@ -71,13 +72,16 @@ def largest(op: Operator, count: int, weights: Tensor | None = None) -> tuple[Te
     """
     n = op.shape[1]
     places = torch.empty(0, dtype=torch.int64, device=op.leaf.device)
-    values = torch.empty(0, dtype=torch.float64, device=op.leaf.device)
+    values, sizes = (torch.empty(0, dtype=torch.float64, device=op.leaf.device) for _ in range(2))
     for start, rows in row_blocks(op):
-        values = torch.cat([values, rows.reshape(-1)])
-        places = torch.cat([places, torch.arange(rows.numel(), device=rows.device) + start * n])
-        sizes = values.abs() if weights is None else values.abs() * weights[places % n]
+        found = rows.abs() if weights is None else rows.abs() * weights
+        least = float(sizes.min()) if len(sizes) == count else -1.0
+        new = (found > least).reshape(-1).nonzero().flatten()  # an equal one comes too late
+        sizes = torch.cat([sizes, found.reshape(-1)[new]])
+        values = torch.cat([values, rows.reshape(-1)[new]])
+        places = torch.cat([places, new + start * n])
         kept = first_largest(sizes, count)
-        places, values = places[kept], values[kept]
+        places, values, sizes = places[kept], values[kept], sizes[kept]
     return places, values
 
 
