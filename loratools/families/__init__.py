@@ -33,6 +33,8 @@ from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
+from loratools.families.qhft import QHFT
+from loratools.families.qwha import QWHA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
 from loratools.families.shira import SHiRA
@@ -86,6 +88,8 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
+    QHFT,
+    QWHA,
     SparseEntries,
     WaRA,
     WaveletBands,
@@ -103,6 +107,8 @@ __all__ = [
     "IA3",
     "LDU",
     "OFT",
+    "QHFT",
+    "QWHA",
     "AdaLoRA",
     "BitDelta",
     "DeLoRA",

@@ -18,6 +18,7 @@ from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
+from loratools.formats.qhft import Qhft
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -37,6 +38,7 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    Qhft,
     Loralib,
 )
 
