@@ -39,7 +39,7 @@ _WILLIAMSON: Final[Mapping[int, tuple[str, str, str, str]]] = {
     ),
 }
 _CHUNK = 2**18  # numbers that are transformed at a time: they stay in the cache between the steps
-_RADIX = 6  # a step multiplies by a Sylvester matrix of at most 2^6 rows
+_RADIX = 5  # a step multiplies by a Sylvester matrix of about 2^5 rows or fewer
 
 
 def core_of(n: int) -> int:
@@ -128,43 +128,48 @@ def _williamson(rows: tuple[str, str, str, str]) -> Tensor:
 def _factors(n: int, dtype: torch.dtype, *, transposed: bool) -> tuple[Tensor, ...]:
     """Matrices whose Kronecker product is H_n, or its transpose."""
     k = core_of(n)
-    power = (n // k).bit_length() - 1
-    steps = -(-power // _RADIX)
-    sizes = [power // steps + (i < power % steps) for i in range(steps)] if steps else []
     first = core(k).T if transposed else core(k)
-    found = ([first] if k > 1 else []) + [sylvester(size) for size in sizes]
+    found = ([first] if k > 1 else []) + [sylvester(power) for power in _steps((n // k).bit_length() - 1)]
     return tuple(f.to(dtype).contiguous() for f in found) or (torch.ones(1, 1, dtype=dtype),)
+
+
+def _steps(power: int) -> list[int]:
+    """Powers of two of the steps, the last the largest: it is one product of tall matrices, the others are many."""
+    count = -(-power // _RADIX)
+    sizes = [power // count + (i >= count - power % count) for i in range(count)] if count else []
+    if count > 2:
+        sizes[0], sizes[-1] = sizes[0] - 1, sizes[-1] + 1
+    return sizes
 
 
 def walsh_hadamard(x: Tensor, *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
     """x @ H_n^T, or x @ H_n with `transposed`, for x (rows, n); in O(n log n) for each row, in the dtype of x.
 
-    AdapterError where no H_n is known.
+    `out`, contiguous, is another tensor. AdapterError where no H_n is known.
     """
     rows, n = x.shape
-    factors = _factors(n, x.dtype, transposed=transposed)
-    factors = tuple(f.to(x.device) for f in factors)
+    factors = tuple(f.to(x.device) for f in _factors(n, x.dtype, transposed=transposed))
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device) if out is None else out
-    step = max(1, _CHUNK // n)
+    step = max(1, min(rows, _CHUNK // n))
+    buffers = [torch.empty(step, n, dtype=x.dtype, device=x.device) for _ in factors[1:3]]
     for start in range(0, rows, step):
-        _transformed(x[start : start + step], factors, out[start : start + step])
+        stop = min(start + step, rows)
+        _transformed(x[start:stop], factors, [b[: stop - start] for b in buffers], out[start:stop])
     return out
 
 
-def _transformed(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
-    """out = x @ kron(*factors)^T: each factor works on an axis of its own."""
-    after = 1
+def _transformed(x: Tensor, factors: tuple[Tensor, ...], buffers: list[Tensor], out: Tensor) -> None:
+    """out = x @ kron(*factors)^T: each factor works on an axis of its own, from the last one on."""
+    after, whole = 1, x.numel()
     for position, factor in enumerate(reversed(factors)):
         k = len(factor)
-        last = position == len(factors) - 1
+        into = out if position == len(factors) - 1 else buffers[position % len(buffers)]
         if after == 1:
-            shape: tuple[int, ...] = (-1, k)
-            sides = (x.reshape(shape), factor.T)
+            torch.mm(x.reshape(-1, k), factor.T, out=into.view(-1, k))
         else:
-            shape = (-1, k, after)
-            sides = (factor.expand(x.numel() // (k * after), k, k), x.reshape(shape))
-        x = torch.matmul(*sides, out=out.view(shape)) if last else torch.matmul(*sides)
-        after *= k
+            parts = whole // (k * after)
+            torch.bmm(factor.expand(parts, k, k), x.reshape(parts, k, after), out=into.view(parts, k, after))
+        x, after = into, after * k
 
 
 @final

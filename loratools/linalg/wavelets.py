@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError
+from loratools.linalg.wavelet_planes import PAIRS, fits, transformed
 from loratools.operators import Dense, LowRank, Operator, Transform
 
 if TYPE_CHECKING:
@@ -225,10 +226,16 @@ def spread(part: Tensor, size: int, name: str, level: int, *, details: bool) -> 
 
 def decomposed(x: Tensor, name: str, levels: int) -> Tensor:
     """The coefficients of a matrix (m, n), where its bands lie."""
-    out = x.clone()
-    (m, n) = x.shape
-    for _ in range(levels):
-        half = torch.cat(split(out[:m, :n], name))
-        out[:m, :n] = torch.cat(split(half.T, name)).T
+    out, source = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    m, n = x.shape
+    reach = len(filters(name)[0]) // 2 - 1
+    for level in range(levels):
+        if fits((m, n)) and 2 * reach <= min(m, n) and x.dtype.is_floating_point:
+            low, high, _ = _analysis(name, PAIRS)
+            transformed(source, torch.cat([low, high]).to(x), reach, out[:m, :n])
+        else:
+            half = torch.cat(split(source, name))
+            out[:m, :n] = torch.cat(split(half.T, name)).T
         m, n = halved(m)[0], halved(n)[0]
+        source = out[:m, :n].contiguous() if level < levels - 1 else source
     return out

@@ -126,3 +126,17 @@ def test_more_levels_than_there_are() -> None:
 def test_wavelets_that_are_not_orthogonal_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no orthogonal one; there are: coif1, "):
         filters(name)
+
+
+@each
+@pytest.mark.parametrize("shape", [(32, 64), (96, 32), (64, 96)])
+@pytest.mark.filterwarnings("ignore:Level value:UserWarning")
+def test_matrices_of_whole_blocks(name: str, shape: tuple[int, int]) -> None:
+    """Which go through the one pass over both sides."""
+    x = rand(*shape)
+    for levels in (1, 2):
+        truth = pywt.coeffs_to_array(pywt.wavedec2(x.numpy(), name, mode="periodization", level=levels))[0]
+        np.testing.assert_allclose(decomposed(x, name, levels).numpy(), truth, atol=1e-12)
+        turned = pywt.coeffs_to_array(pywt.wavedec2(x.numpy().T, name, mode="periodization", level=levels))[0]
+        np.testing.assert_allclose(decomposed(x.T, name, levels).numpy(), turned, atol=1e-12)
+    assert decomposed(x.float(), name, 1).dtype == torch.float32
