@@ -224,9 +224,10 @@ def spread(part: Tensor, size: int, name: str, level: int, *, details: bool) -> 
     return x
 
 
-def decomposed(x: Tensor, name: str, levels: int) -> Tensor:
-    """The coefficients of a matrix (m, n), where its bands lie."""
-    out, source = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+def decomposed(x: Tensor, name: str, levels: int, *, out: Tensor | None = None) -> Tensor:
+    """The coefficients of a matrix (m, n), where its bands lie; `out`, contiguous, is another matrix."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    source = x.contiguous()
     m, n = x.shape
     reach = len(filters(name)[0]) // 2 - 1
     for level in range(levels):
