@@ -29,8 +29,8 @@ def main(*, quick: bool = False) -> str:
     rows = [[name, *(f"{100 * kept(adapter, name, rank, quick=quick):.1f} %" for rank in RANKS)] for name in FAMILIES]
     method = (
         f"The share of squared norm kept of the deltas of a LoRA of rank 8 ({len(adapter)} targets), with as many real "
-        "numbers to each target as a LoRA of rank r has; places are not counted. Rows and columns of a weight are in no "
-        "order in which neighbours are alike, and so there is nothing smooth for wavelets to find.\n\n"
+        "numbers to each target as a LoRA of rank r has; places are not counted. Rows and columns of a weight are in "
+        "no order in which neighbours are alike, and so there is nothing smooth for wavelets to find.\n\n"
     )
     return title + method + table(["", *(f"as many as at r = {rank}" for rank in RANKS)], rows)
 

@@ -10,7 +10,7 @@ from loratools.errors import UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.random_places import check_spectrum, drawn, scattered
+from loratools.families.random_places import check_spectrum, drawn, scattered, seed_of
 from loratools.operators import Dense, LowRank, Operator
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class FourierFT(Fittable):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> FourierFT:
-        return cls(parameters["fourierft_spectrum"], settings["seed"], scale, layout)
+        return cls(parameters["fourierft_spectrum"], seed_of(settings), scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

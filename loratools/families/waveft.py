@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from loratools._lazy import torch
-from loratools.errors import UsageError
+from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.random_places import check_spectrum, drawn, scattered
+from loratools.families.random_places import check_spectrum, drawn, scattered, seed_of
 from loratools.families.waveft_fit import best_coefficients, padded_size
 from loratools.linalg.entries import entries_at
 from loratools.linalg.wavelets import filters
@@ -70,7 +70,10 @@ class WaveFT(Fittable):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> WaveFT:
-        return cls(parameters["waveft_spectrum"], settings["seed"], settings["wavelet"], scale, layout)
+        seed = seed_of(settings)
+        if "wavelet" not in settings:
+            raise AdapterError("its settings name no wavelet, nor None for entries")
+        return cls(parameters["waveft_spectrum"], seed, settings["wavelet"], scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

@@ -74,7 +74,7 @@ class WaveletBands(Fittable):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> WaveletBands:
-        return cls(dict(parameters), settings["wavelet"], scale, layout)
+        return cls(dict(parameters), wavelet_of(settings), scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
@@ -154,3 +154,12 @@ class WaveletBands(Fittable):
 def _owners(sizes: list[int]) -> Tensor:
     """Which of the lists, one after the other, each place belongs to."""
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def wavelet_of(settings: Settings) -> str:
+    """The name of the wavelet; AdapterError where none is stated, UsageError where it is no orthogonal one."""
+    name = settings.get("wavelet")
+    if not isinstance(name, str):
+        raise AdapterError("its settings name no wavelet")
+    filters(name)
+    return name

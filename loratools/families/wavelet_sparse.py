@@ -13,6 +13,7 @@ from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
 from loratools.families.places import pack_places, places_nbytes, places_problem, unpack_places
+from loratools.families.wavelet import wavelet_of
 from loratools.linalg.entries import first_largest, largest
 from loratools.linalg.wavelets import Wavelet, coefficients, filters, halved
 from loratools.operators import Operator, Sparse, Transformed, sum_of
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loratools.storage.base import TensorSpec
+
+
+_DEEPEST = 32  # levels: more halve no side that there is
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class WaveletSparse(Fittable):
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> WaveletSparse:
         values, places = parameters["wavelet_values"], parameters["wavelet_places"]
-        return cls(values, places, settings["wavelet"], settings["levels"], scale, layout)
+        levels = settings.get("levels", 1)
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= _DEEPEST:
+            raise AdapterError(f"its settings state {levels!r} levels")
+        return cls(values, places, wavelet_of(settings), levels, scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

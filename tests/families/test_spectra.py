@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratools.errors import UsageError
+from loratools.errors import AdapterError, UsageError
 from loratools.families import FourierFT, WaveFT
 from loratools.families.base import Layout
 from loratools.families.fitting import Source, options_of
@@ -104,3 +104,10 @@ def test_counts_beyond_all_entries_are_all() -> None:
     assert relative_error(given.delta, update.operator()) < 1e-9
     with pytest.raises(UsageError, match="count is 0"):
         WaveFTOptions(0)
+
+
+@pytest.mark.parametrize("family", [WaveFT, FourierFT])
+def test_settings_without_a_seed(family: type[WaveFT] | type[FourierFT]) -> None:
+    held = family.encode(source("dense", (8, 6)), family.Options()).parameters()
+    with pytest.raises(AdapterError, match="None for a seed"):
+        family.from_parameters(held, scale=1.0, layout=Layout())

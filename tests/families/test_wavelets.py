@@ -160,3 +160,13 @@ def test_wara_keeps_a_quarter_of_noise_at_full_rank() -> None:
 def test_wara_pairs_channels() -> None:
     with pytest.raises(AdapterError, match="odd side"):
         WaRA.encode(source(low(7, 8, 1)), WaRAOptions())
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [({}, "name no wavelet"), ({"wavelet": 3}, "name no wavelet"), ({"wavelet": "db1", "levels": 0}, "state 0 levels")],
+)
+def test_settings_that_say_too_little(settings: dict[str, object], problem: str) -> None:
+    held = WaveletSparse.encode(source(low(8, 8, 1)), WaveletSparseOptions(5)).parameters()
+    with pytest.raises(AdapterError, match=problem):
+        WaveletSparse.from_parameters(held, scale=1.0, layout=Layout(), settings=settings)
