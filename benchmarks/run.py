@@ -20,6 +20,7 @@ PAGES = {
     "codec_choices": ("codec_choices",),
     "input_shares": ("input_shares",),
     "qat_real": ("qat_real",),
+    "transform_speed": ("transform_speed", "wavelet_energy"),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -32,6 +33,7 @@ TITLES = {
     "codec_choices": "",
     "input_shares": "",
     "qat_real": "",
+    "transform_speed": "# Transforms\n\n",
 }
 
 

@@ -33,15 +33,21 @@ from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
+from loratools.families.qhft import QHFT
+from loratools.families.qwha import QWHA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
 from loratools.families.shira import SHiRA
+from loratools.families.sparse import SparseEntries
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.unilora import UniLoRA
 from loratools.families.vblora import VBLoRA
 from loratools.families.vera import VeRA
+from loratools.families.wara import WaRA
 from loratools.families.waveft import WaveFT
+from loratools.families.wavelet import WaveletBands
+from loratools.families.wavelet_sparse import WaveletSparse
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -82,6 +88,12 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
+    QHFT,
+    QWHA,
+    SparseEntries,
+    WaRA,
+    WaveletBands,
+    WaveletSparse,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -95,6 +107,8 @@ __all__ = [
     "IA3",
     "LDU",
     "OFT",
+    "QHFT",
+    "QWHA",
     "AdaLoRA",
     "BitDelta",
     "DeLoRA",
@@ -120,13 +134,17 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SHiRA",
+    "SparseEntries",
     "TinyLoRA",
     "TrainableTokens",
     "UniLoRA",
     "Update",
     "VBLoRA",
     "VeRA",
+    "WaRA",
     "WaveFT",
+    "WaveletBands",
+    "WaveletSparse",
     "family_of",
     "fittable",
 ]

@@ -139,7 +139,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
             without = bool(adapter.extras) and not extras
             kept = adapter.format.kept_config(set(builds), portable=options.portable, without_extras=without)
         order = replace(order, config=kept)
-    bound, builds = _bind(destination, builds, order, options, notes)
+    bound, builds = _bind(adapter, destination, builds, order, options, notes)
     _note_changes(adapter, builds, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
     metadata = metadata_for(adapter, destination, order, lambda: _odd_names(adapter, options))
@@ -299,10 +299,16 @@ def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None)
 
 
 def _bind(
-    destination: type[Format], builds: Mapping[str, Build], order: Order, options: Convert, notes: _Notes
+    adapter: Adapter,
+    destination: type[Format],
+    builds: Mapping[str, Build],
+    order: Order,
+    options: Convert,
+    notes: _Notes,
 ) -> tuple[Format, dict[str, Build]]:
     """The new dialect, and the targets with the scales and the shapes that it can state."""
     parts = {t: _part(b.entry, destination, options, notes, t) for t, b in builds.items()}
+    parts = {t: replace(part, settings=_settings(adapter, builds[t])) for t, part in parts.items()}
     bound = destination.compose(parts, order)
     stated = _stated_scales(bound, builds) if not options.fold_alpha and not options.portable else None
     done = {}
@@ -348,6 +354,12 @@ def _stated_scales(bound: Format, builds: Mapping[str, Build]) -> dict[str, floa
         return None
     same = all(math.isclose(scales[t], b.entry.scale, rel_tol=_SAME) for t, b in builds.items())
     return scales if same else None
+
+
+def _settings(adapter: Adapter, build: Build) -> Mapping[str, Any]:
+    """What the file's config or metadata says of a target that stays in its family."""
+    same = build.job.is_copy and build.entry.family is adapter.entries[build.job.sources[0]].family
+    return adapter.format.settings(build.job.sources[0]) if same else {}
 
 
 def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:

@@ -80,8 +80,9 @@ SAMPLES: dict[str, list[str]] = {
     "bitdelta": ["bitdelta"],
     "loratools": ["native"],
     "bottleneck": ["adaptertune", "mosa", "mosa houlsby"],
+    "qhft": ["qhft"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta", "bottleneck"}
+READ_ONLY = {"adapterhub", "bitdelta", "bottleneck", "litgpt", "omi", "petl-vit", "qhft", "torchtune"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -166,9 +167,23 @@ def bottlenecks(folder: Path, name: str) -> Path:
     return bottleneck_files.write(folder, layout, bottleneck_files.made(layout))
 
 
+def qhft(folder: Path, name: str) -> Path:
+    """A module of QWHA, in the layout of its authors."""
+    stem = "base_model.model.layers.0.q_proj.qhft"
+    tensors = {
+        f"{stem}_spectrum": torch.randn(5),
+        f"{stem}_indices_default": torch.randint(0, 8, (2, 5)).to(torch.int32),
+        f"{stem}_scaling_default": torch.tensor(0.25),
+        f"{stem}_n_frequency_default": torch.tensor(5),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "QHFT", "fan_in_fan_out": False}))
+    return folder
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
-    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native}
+    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native, "qhft": qhft}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
     made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
