@@ -25,6 +25,7 @@ from loratools.families.ia3 import IA3
 from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
+from loratools.families.loldu import LoLDU
 from loratools.families.lora import LoRA
 from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
@@ -78,6 +79,7 @@ FAMILIES: tuple[type[Update], ...] = (
     Full,
     GLoRA,
     LDU,
+    LoLDU,
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
@@ -110,6 +112,7 @@ __all__ = [
     "Layout",
     "LoHa",
     "LoKr",
+    "LoLDU",
     "LoRA",
     "LycorisBOFT",
     "LycorisIA3",

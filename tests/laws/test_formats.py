@@ -11,6 +11,7 @@ import gguf
 import petl_files
 import pytest
 import torch
+import with_base_files
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,8 +78,9 @@ SAMPLES: dict[str, list[str]] = {
     "torchtune": ["others/torchtune_lora/adapter_model.pt"],
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
+    **{name: [name] for name in with_base_files.FILES},
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta", *with_base_files.FILES}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -143,6 +145,7 @@ def bitdelta(folder: Path, name: str) -> Path:
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
+    made |= dict.fromkeys(with_base_files.FILES, with_base_files.write)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 

@@ -1,0 +1,26 @@
+"""Files of methods that build on the base weight, spelt as their authors' code spells them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def rand(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loldu() -> dict[str, Tensor]:
+    """What `get_loldu_state_dict` collects, and the scale that a variant of it keeps."""
+    at = "encoder.layer.{}.attention.self.query.parametrizations.weight.0.{}".format
+    return {at(0, "vector_z"): rand(0, 4), at(1, "vector_z"): rand(1, 4), at(1, "scaling_factor"): torch.tensor(0.5)}
+
+
+FILES = {"loldu": loldu}
+
+
+def write(folder: Path, name: str) -> Path:
+    torch.save(FILES[name](), folder / f"{name}.pt")
+    return folder / f"{name}.pt"
