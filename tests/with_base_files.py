@@ -18,7 +18,19 @@ def loldu() -> dict[str, Tensor]:
     return {at(0, "vector_z"): rand(0, 4), at(1, "vector_z"): rand(1, 4), at(1, "scaling_factor"): torch.tensor(0.5)}
 
 
-FILES = {"loldu": loldu}
+def salt() -> dict[str, Tensor]:
+    """What is trained of SAM, as the hiera backbone names it."""
+    at = "image_encoder.trunk.blocks.0.attn.qkv"
+    return {
+        f"{at}.trainable_scale_A": 1 + rand(0, 2) / 8,
+        f"{at}.trainable_shift_B": rand(1, 2) / 8,
+        f"{at}.trainable_X": rand(2, 8, 3) / 4,
+        f"{at}.trainable_Y": rand(3, 3, 8) / 4,
+        "mask_decoder.iou_token.weight": rand(4, 1, 5),
+    }
+
+
+FILES = {"loldu": loldu, "salt": salt}
 
 
 def write(folder: Path, name: str) -> Path:

@@ -36,6 +36,7 @@ from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.salt import SALT
 from loratools.families.shira import SHiRA
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
@@ -84,6 +85,7 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
+    SALT,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -97,6 +99,7 @@ __all__ = [
     "IA3",
     "LDU",
     "OFT",
+    "SALT",
     "AdaLoRA",
     "BitDelta",
     "DeLoRA",

@@ -19,6 +19,7 @@ from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
+from loratools.formats.salt import SaltFile
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -39,6 +40,7 @@ FORMATS: tuple[type[Format], ...] = (
     PetlVit,
     BitDeltaFile,
     LoLDUFile,
+    SaltFile,
     Loralib,
 )
 
