@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratools.ops.extract import differences, extract
     from loratools.ops.fine_tunes import open_fine_tune
     from loratools.ops.fuse import fuse
-    from loratools.ops.hydra import hydra
+    from loratools.ops.hydra import hydra, hydra_branches
     from loratools.ops.info import info
     from loratools.ops.initial import subtract_initial
     from loratools.ops.inspect import inspect
@@ -86,6 +86,7 @@ __all__ = [
     "extract_bitdelta",
     "fuse",
     "hydra",
+    "hydra_branches",
     "info",
     "inspect",
     "intruders",
@@ -122,7 +123,7 @@ _HOMES = {
     "loratools.ops.extract": ("differences", "extract"),
     "loratools.ops.fine_tunes": ("open_fine_tune",),
     "loratools.ops.fuse": ("fuse",),
-    "loratools.ops.hydra": ("hydra",),
+    "loratools.ops.hydra": ("hydra", "hydra_branches"),
     "loratools.ops.info": ("info",),
     "loratools.ops.initial": ("subtract_initial",),
     "loratools.ops.inspect": ("inspect",),

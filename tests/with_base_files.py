@@ -30,7 +30,25 @@ def salt() -> dict[str, Tensor]:
     }
 
 
-FILES = {"loldu": loldu, "salt": salt}
+def hydra() -> dict[str, Tensor]:
+    """The trainables of the ViT, with one layer as CLIP's and one as BERT's code names it."""
+    tensors = {"head.weight": rand(0, 3, 6)}
+    for seed, (at, outputs, inputs) in enumerate(
+        (("blocks.0.mlp.hydra_mlp_{}", 6, 9), ("blocks.0.attn.hydra_proj_{}", 6, 6), ("h.mlp.ad_lin.adapter_{}", 6, 9))
+    ):
+        for branch, seen in (("par", inputs), ("seq", outputs)):
+            name = at.format(branch)
+            tensors |= {f"{name}.down_proj.weight": rand(seed, 2, seen), f"{name}.down_proj.bias": rand(seed + 1, 2)}
+            tensors |= {f"{name}.up_proj.weight": rand(seed + 2, outputs, 2)}
+            tensors |= {f"{name}.up_proj.bias": rand(seed + 3, outputs)}
+    tensors |= {f"h.mlp.ad_lin.adapter_{branch}.scale": rand(9, 1) for branch in ("par", "seq")}
+    for branch, seen in (("par", 9), ("seq", 6)):
+        tensors |= {f"bert.layer.0.output.hydra_{branch}.hydra_A.weight": rand(7, 2, seen)}
+        tensors |= {f"bert.layer.0.output.hydra_{branch}.hydra_B.weight": rand(8, 6, 2)}
+    return tensors
+
+
+FILES = {"hydra": hydra, "loldu": loldu, "salt": salt}
 
 
 def write(folder: Path, name: str) -> Path:

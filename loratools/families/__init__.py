@@ -21,6 +21,7 @@ from loratools.families.glora import GLoRA
 from loratools.families.gralora import GraLoRA
 from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
+from loratools.families.hydra import Hydra
 from loratools.families.ia3 import IA3
 from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
@@ -79,6 +80,7 @@ FAMILIES: tuple[type[Update], ...] = (
     DoKr,
     Full,
     GLoRA,
+    Hydra,
     LDU,
     LoLDU,
     LycorisBOFT,
@@ -112,6 +114,7 @@ __all__ = [
     "GLoRA",
     "GraLoRA",
     "HiRA",
+    "Hydra",
     "Layout",
     "LoHa",
     "LoKr",

@@ -1,4 +1,4 @@
-"""SALT: W + delta = U ReLU(S') V^T, the leading singular values scaled and shifted, the others with a low-rank block."""
+"""SALT: W + delta = U ReLU(S') V^T, leading singular values scaled and shifted, the others with a low-rank block."""
 
 from __future__ import annotations
 

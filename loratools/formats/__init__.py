@@ -9,6 +9,7 @@ from loratools.formats.bitdelta import BitDeltaFile
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
+from loratools.formats.hydra import HydraFile
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
 from loratools.formats.loldu import LoLDUFile
@@ -39,6 +40,7 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    HydraFile,
     LoLDUFile,
     SaltFile,
     Loralib,

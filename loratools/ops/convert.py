@@ -27,6 +27,8 @@ from loratools.reports.convert import ConvertedTarget, ConvertReport
 from loratools.storage.base import TensorSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
 
@@ -230,7 +232,12 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
         for name in job.sources:
             try:
                 update, how = lowered(
-                    adapter.entries[name].read(), destination, weights[name](), options.lowering, plain=not job.is_copy
+                    adapter.entries[name].read(),
+                    destination,
+                    weights[name](),
+                    options.lowering,
+                    plain=not job.is_copy,
+                    bias=_base_bias(adapter, name, options.base),
                 )
             except AdapterError as error:
                 raise type(error)(f"{name}: {error}") from error
@@ -271,6 +278,15 @@ def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Cal
     if base is None:
         return lambda: None
     return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.needs_base else None
+
+
+def _base_bias(adapter: Adapter, target: str, base: BaseWeights | None) -> Tensor | None:
+    """The bias beside the target's weight, for a family that changes it too; None where there is none."""
+    if base is None or not adapter.entries[target].needs_base:
+        return None
+    weight = base.name_of(adapter.format.parameter(target)) or ""
+    name = f"{weight.removesuffix('.weight')}.bias"
+    return base.source.read(name) if name in base.source.specs else None
 
 
 def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None) -> dict[str, Build]:

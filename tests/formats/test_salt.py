@@ -73,7 +73,7 @@ def test_another_base_is_refused() -> None:
 def test_a_fit_keeps_what_has_a_place(dense: bool) -> None:
     """A change of singular values, and of the block that no ReLU clips, is found; the rest is lost, and only that."""
     weight = rand(5, 14, 11)
-    u, s, vt = decomposed(weight.double(), signs_fixed=True)
+    u, _, vt = decomposed(weight.double(), signs_fixed=True)
     x, y = rand(6, 8, 2).abs().double() / 8, rand(7, 2, 8).abs().double() / 8  # positive: nothing is clipped
     middle = torch.zeros(11, 11, dtype=torch.float64)
     middle[:3, :3] = torch.diag(torch.tensor([0.5, -0.25, 0.125], dtype=torch.float64))
