@@ -29,6 +29,7 @@ from loratools_cli.output import say
 from loratools_cli.pareto import pareto
 from loratools_cli.quantize import dequantize, quantize
 from loratools_cli.reparameterize import reparameterize
+from loratools_cli.resize import expand, restrict
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
@@ -54,6 +55,8 @@ for command in (
     check,
     merge,
     extract,
+    expand,
+    restrict,
     fuse,
     intruders,
     compare,

@@ -34,6 +34,7 @@ from loratools.reports.merge import MergeReport
 from loratools.reports.pareto import ParetoReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.reparameterize import ReparameterizeReport
+from loratools.reports.resize import ResizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
@@ -44,6 +45,7 @@ from loratools_cli.render_families import render_families, render_reparameterize
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_quantize import render_pareto, render_quantize
+from loratools_cli.render_resize import render_resize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -141,6 +143,14 @@ def _(report: ConvertReport, planned: Path | None = None) -> str:
 
 
 @closing.register
+def _(report: ResizeReport, planned: Path | None = None) -> str:
+    size = sizes(report.bytes_before, report.bytes_after)
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets resized, {size}\n"
+
+
+@closing.register
 def _(report: CheckReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written\n"
@@ -206,6 +216,11 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: QuantizeReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_quantize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
     yield from reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: ResizeReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_resize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
 
 
 @blocks.register

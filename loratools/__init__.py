@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
     from loratools.ops.pareto import pareto
+    from loratools.ops.prune_plan import Heads, PrunePlan, read_plan
     from loratools.ops.quantize import Quantize, quantize, quantize_file
+    from loratools.ops.resize import expand, restrict
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
@@ -60,9 +62,11 @@ __all__ = [
     "Energy",
     "Fixed",
     "Frobenius",
+    "Heads",
     "Limits",
     "Merge",
     "PerTarget",
+    "PrunePlan",
     "Quantize",
     "Ratio",
     "Search",
@@ -82,6 +86,7 @@ __all__ = [
     "delta_file",
     "diff",
     "differences",
+    "expand",
     "extract",
     "extract_bitdelta",
     "fuse",
@@ -99,6 +104,8 @@ __all__ = [
     "pareto",
     "quantize",
     "quantize_file",
+    "read_plan",
+    "restrict",
     "save",
     "squeeze",
     "squeeze_file",
@@ -130,6 +137,8 @@ _HOMES = {
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.pareto": ("pareto",),
+    "loratools.ops.prune_plan": ("Heads", "PrunePlan", "read_plan"),
+    "loratools.ops.resize": ("expand", "restrict"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
     "loratools.ops.statistics": ("Statistics", "load_statistics"),
