@@ -34,3 +34,15 @@ def open_base(path: Path | None) -> BaseWeights | None:
     import loratools
 
     return None if path is None else loratools.load_base(path)
+
+
+def relative_to_base(adapter: Adapter, base: BaseWeights | None, residual: BaseWeights | None) -> Adapter:
+    """A PiSSA as a plain LoRA: by the SVD of the original base, or by the residual one where it is given."""
+    import loratools
+    from loratools.errors import UsageError
+
+    if base is None:
+        raise UsageError("the original base model is needed too: pass --base")
+    if residual is None:
+        return loratools.subtract_principal(adapter, base)
+    return loratools.subtract_residual(adapter, residual, base)

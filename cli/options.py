@@ -40,6 +40,16 @@ InitialAdapter = Annotated[
         "--initial-adapter", metavar="PATH", help="For PiSSA and its kin: the adapter as saved before training."
     ),
 ]
+InitialFromBase = Annotated[
+    bool,
+    typer.Option("--initial-from-base", help="For PiSSA by full SVD: take the initial factors out of --base again."),
+]
+ResidualBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--residual-base", metavar="DIR_OR_FILE", help="For PiSSA and its kin: the changed base it was trained on."
+    ),
+]
 Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")]
 VerdictMethod = Annotated[

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
     from loratools.ops.pareto import pareto
+    from loratools.ops.pissa import pissa_state, subtract_principal, subtract_residual
     from loratools.ops.prune_plan import Heads, PrunePlan, read_plan
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.resize import expand, restrict
@@ -102,6 +103,7 @@ __all__ = [
     "mitigate",
     "open_fine_tune",
     "pareto",
+    "pissa_state",
     "quantize",
     "quantize_file",
     "read_plan",
@@ -110,6 +112,8 @@ __all__ = [
     "squeeze",
     "squeeze_file",
     "subtract_initial",
+    "subtract_principal",
+    "subtract_residual",
     "truncate",
     "truncate_file",
 ]
@@ -137,6 +141,7 @@ _HOMES = {
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.pareto": ("pareto",),
+    "loratools.ops.pissa": ("pissa_state", "subtract_principal", "subtract_residual"),
     "loratools.ops.prune_plan": ("Heads", "PrunePlan", "read_plan"),
     "loratools.ops.resize": ("expand", "restrict"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),

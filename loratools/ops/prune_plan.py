@@ -3,8 +3,8 @@
 A plan is a JSON object:
 
 * `version`: 1.
-* `attention`: `heads`, `kv_heads` and `head_dim` of the full model; only where layers prune heads, and the config of the
-  base is not at hand.
+* `attention`: `heads`, `kv_heads` and `head_dim` of the full model; only where layers prune heads, and no config of the
+  base is at hand.
 * `layers`: layer path (`model.layers.4`) -> `neurons` of its MLP and `kv_heads` of its attention, each a choice. The
   neurons are outputs of `mlp.gate_proj` and `mlp.up_proj` (or of both halves of `mlp.gate_up_proj`), and inputs of
   `mlp.down_proj`. A head of keys and values stands for those rows of `self_attn.k_proj` and `v_proj`, and for the whole
