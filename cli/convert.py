@@ -55,6 +55,7 @@ def convert(
     initial_from_base: options.InitialFromBase = False,
     residual_base: options.ResidualBase = None,
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     petl: options.Petl = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
@@ -108,7 +109,15 @@ def convert(
         base=weights,
         dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights, petl=petl)
+    adapter = open_adapter(
+        path,
+        alpha=alpha,
+        enable_lora=enable_lora,
+        initial=initial_adapter,
+        base=weights,
+        petl=petl,
+        thresholds=snell_threshold,
+    )
     if initial_from_base or residual_base is not None:
         if initial_adapter is not None or (initial_from_base and residual_base is not None):
             raise UsageError("--initial-adapter, --initial-from-base and --residual-base exclude each other")

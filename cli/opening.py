@@ -20,12 +20,21 @@ def open_adapter(
     initial: Path | None = None,
     base: BaseWeights | None = None,
     petl: Path | None = None,
+    thresholds: str | None = None,
 ) -> Adapter:
     """The adapter at `path`, relative to the original base where its initial factors are given."""
     import loratools
-    from loratools_cli.options import flags
+    from loratools_cli import options
 
-    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base, petl=petl)
+    adapter = loratools.load(
+        path,
+        alpha=alpha,
+        scaling=scaling,
+        enable_lora=options.flags(enable_lora),
+        base=base,
+        petl=petl,
+        thresholds=options.thresholds(thresholds),
+    )
     return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
 
 

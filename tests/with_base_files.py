@@ -48,7 +48,23 @@ def hydra() -> dict[str, Tensor]:
     return tensors
 
 
-FILES = {"hydra": hydra, "loldu": loldu, "salt": salt}
+def snell() -> dict[str, Tensor]:
+    """A whole model's state dict: a SNELL, a KLoRA and a SNELLA module, and what they stand beside."""
+    tensors = {"blocks.0.attn.q.weight": rand(0, 6, 5), "head.weight": rand(1, 3, 6)}
+    coefficients = torch.tensor([0.1, -0.1]).reshape(2, 1, 1)
+    for seed, (at, ends) in enumerate(
+        (("attn.additional_q", ""), ("attn.additional_v", "_1"), ("mlp.additional_fc1", ""))
+    ):
+        name = f"blocks.0.{at}.learnable"
+        tensors |= {f"{name}.In_Qs{ends}": rand(seed, 2, 5, 4), f"{name}.Out_Qs{ends}": rand(seed + 9, 2, 6, 4)}
+        tensors[f"{name}.shared_coeff_fc"] = coefficients
+    tensors |= {
+        f"{name}.{part}": torch.tensor([value]) for part, value in (("alpha", 1.0), ("gamma", 0.5), ("beta", 0.1))
+    }
+    return tensors
+
+
+FILES = {"snell": snell, "hydra": hydra, "loldu": loldu, "salt": salt}
 
 
 def write(folder: Path, name: str) -> Path:

@@ -39,6 +39,7 @@ from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
 from loratools.families.salt import SALT
 from loratools.families.shira import SHiRA
+from loratools.families.snell import SNELL
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.unilora import UniLoRA
@@ -88,6 +89,7 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisOFT,
     MergedLoRA,
     SALT,
+    SNELL,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -102,6 +104,7 @@ __all__ = [
     "LDU",
     "OFT",
     "SALT",
+    "SNELL",
     "AdaLoRA",
     "BitDelta",
     "DeLoRA",

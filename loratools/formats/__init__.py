@@ -21,6 +21,7 @@ from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
 from loratools.formats.salt import SaltFile
+from loratools.formats.snell import SnellFile
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -43,6 +44,7 @@ FORMATS: tuple[type[Format], ...] = (
     HydraFile,
     LoLDUFile,
     SaltFile,
+    SnellFile,
     Loralib,
 )
 

@@ -168,20 +168,20 @@ def _from_json(whole: Mapping[str, Any], heads: Heads | None) -> Iterator[tuple[
             yield from _pairs(layer, _choice(parts["kv_heads"], f"kv_heads of {layer}"), heads)
     for module, given in _object(whole.get("modules", {}), "modules").items():
         parts = _object(given, module, {"outputs", "inputs"})
-        sides = {side: _choice(parts[side], f"{side} of {module}") for side in ("outputs", "inputs") if side in parts}
-        yield module, Cut(**sides)
+        outputs, inputs = (
+            _choice(parts[side], f"{side} of {module}") if side in parts else None for side in ("outputs", "inputs")
+        )
+        yield module, Cut(outputs, inputs)
 
 
 def _from_folder(folder: Path, heads: Heads | None) -> Iterator[tuple[str, Cut]]:
-    found = sorted((match, path) for path in folder.iterdir() if (match := path.name) and _AUTHORS_FILE.match(match))
+    found = [(match, path) for path in sorted(folder.iterdir()) if (match := _AUTHORS_FILE.match(path.name))]
     if not found:
         raise InputError("holds no plan: neither <layer>.mlp.gate_proj.pt nor <layer>.self_attn.k_proj.pt")
-    for name, path in found:
-        match = _AUTHORS_FILE.match(name)
-        assert match is not None
+    for match, path in found:
         with open_source(path) as source:
             if "pruned_idx" not in source.specs:
-                raise InputError(f"{name}: has no pruned_idx")
+                raise InputError(f"{path.name}: has no pruned_idx")
             removed = Choice(tuple(sorted(int(i) for i in source.read("pruned_idx").flatten().tolist())), removed=True)
         if match["module"] == "mlp.gate_proj":
             yield from _neurons(match["layer"], removed)

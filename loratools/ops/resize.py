@@ -82,14 +82,11 @@ class _Resize:
 def _scattered(tensor: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = size
-    out = torch.zeros(shape, dtype=tensor.dtype)
-    index = [slice(None)] * axis
-    out[(*index, places)] = tensor
-    return out
+    return torch.zeros(shape, dtype=tensor.dtype).index_copy(axis, places, tensor)
 
 
 def _sliced(tensor: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
-    return tensor[(*([slice(None)] * axis), places)].contiguous()
+    return tensor.index_select(axis, places)
 
 
 def _resized(adapter: Adapter, plan: PrunePlan, verb: Verb, base: BaseWeights | None) -> tuple[Adapter, ResizeReport]:
