@@ -1,4 +1,4 @@
-"""SNELL and SNELLA: `<block>.additional_<module>.learnable.{In_Qs,Out_Qs,shared_coeff_fc}` in a whole model's `.pth`."""
+"""SNELL and SNELLA: `additional_<module>.learnable.{In_Qs,Out_Qs,shared_coeff_fc}` in the `.pth` of a whole model."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SnellFile(ReadOnly):
         warnings = []
         if lacking:
             warnings.append(
-                f"{len(lacking)} targets do not say which share of their entries they drop, so that they have no delta; "
+                f"{len(lacking)} targets do not say which share of their entries they drop, and so have no delta; "
                 f"state it with --snell-threshold or {BESIDE}; the first is {lacking[0]}"
             )
         return cls(None, 1.0, keys, {}, tuple(extras), {}, tuple(warnings), frozenset(kernels), found)

@@ -66,7 +66,7 @@ def test_a_share_that_nobody_states_is_asked_for(tmp_path: Path) -> None:
         list(delta(adapter))
     assert adapter["blocks.0.attn.v"].delta().shape == (6, 5)
     (tmp_path / "thresholds.json").write_text(json.dumps({"*": 2}))
-    with pytest.raises(InputError, match="thresholds.json: \\* is 2, not a share"):
+    with pytest.raises(InputError, match=r"thresholds\.json: \* is 2, not a share"):
         load(tmp_path / "snell.pt")
 
 
