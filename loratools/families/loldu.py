@@ -108,6 +108,7 @@ class LoLDU(Fittable):
 
     @classmethod
     def encode(cls, source: Source, options: LoLDUOptions) -> LoLDU:
+        """Least squares of the change of the pivots; costs r^2 (m + n), and the eigenvalues of an (r, r) matrix."""
         weight = base_matrix("LoLDU", source.base, source.layout)
         rank = min(weight.shape) if options.rank is None else min(options.rank, *weight.shape)
         if rank < 1:
@@ -119,10 +120,14 @@ class LoLDU(Fittable):
             inner = (factors[0].T * factors[1]).sum(dim=1) * source.delta.scale
         else:
             inner = (left * source.delta.to(torch.float64).matmat(right.T)).sum(dim=0)
-        z = pivots + _solved(gram, inner)
-        # Narrower numbers would round away the change of a pivot, which is small beside the pivot itself.
+        # Narrower numbers would round away the change of a pivot, which is small beside the pivot itself; even these
+        # may round it to something worse than no change at all, for the atoms of a small pivot are large.
         stored = source.stored if source.stored.itemsize >= 4 else torch.float32
-        return cls(cast_to(z, stored), 1.0, source.layout, float(pivots.norm()))
+        z = cast_to(pivots + _solved(gram, inner), stored)
+        change = z.double() - pivots
+        if float(change @ (gram @ change) - 2 * change @ inner) > 0:
+            z = cast_to(pivots, stored)
+        return cls(z, 1.0, source.layout, float(pivots.norm()))
 
     @classmethod
     def within(cls, source: Source, nbytes: int) -> LoLDUOptions | None:

@@ -113,6 +113,18 @@ def test_a_member_is_found_and_another_base_noticed(tmp_path: Path) -> None:
         fitted.operator(2 * weight)
 
 
+def test_rounding_never_makes_it_worse_than_nothing() -> None:
+    """Pivots that fall to almost nothing make atoms so large that float32 cannot state a change of their numbers."""
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randn(N, N, generator=generator).tril(-1) / 4 + torch.eye(N)
+    upper = torch.randn(N, N, generator=generator).triu() * torch.logspace(0, -1, N).unsqueeze(1)
+    upper[range(N), range(N)] = torch.logspace(0, -6, N)
+    for seed in range(6):
+        delta = LowRank(rand(seed, N, 2).double(), rand(seed + 50, 2, N).double(), 1e-8)
+        source = Source(delta, Layout(shape=(N, N)), lower @ upper, torch.float32)
+        assert relative_error(delta, LoLDU.encode(source, LoLDUOptions()).operator(source.base)) <= 1 + 1e-9
+
+
 def test_reparameterize_says_what_is_lost(tmp_path: Path) -> None:
     weight = rand(0, M, N)
     save_file({"layers.0.fc.lora_A": rand(1, 2, N), "layers.0.fc.lora_B": rand(2, M, 2)}, tmp_path / "a.safetensors")
