@@ -32,6 +32,7 @@ from loratools_cli.pareto import pareto
 from loratools_cli.prune_neurons import prune_neurons
 from loratools_cli.quantize import dequantize, quantize
 from loratools_cli.reparameterize import reparameterize
+from loratools_cli.resize import expand, restrict
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
@@ -60,6 +61,8 @@ for command in (
     check,
     merge,
     extract,
+    expand,
+    restrict,
     fuse,
     intruders,
     compare,

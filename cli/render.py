@@ -37,6 +37,7 @@ from loratools.reports.pareto import ParetoReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.reparameterize import ReparameterizeReport
+from loratools.reports.resize import ResizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
@@ -48,6 +49,7 @@ from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
+from loratools_cli.render_resize import render_resize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -154,6 +156,14 @@ def _(report: ConvertReport, planned: Path | None = None) -> str:
 
 
 @closing.register
+def _(report: ResizeReport, planned: Path | None = None) -> str:
+    size = sizes(report.bytes_before, report.bytes_after)
+    if planned is not None:
+        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets resized, {size}\n"
+
+
+@closing.register
 def _(report: CheckReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written\n"
@@ -229,6 +239,11 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: QuantizeReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_quantize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
     yield from reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: ResizeReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_resize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
 
 
 @blocks.register

@@ -58,6 +58,7 @@ REPORTS = {
     "loratools check": "check",
     "loratools merge": "merge",
     "loratools extract": "extract",
+    "loratools expand, loratools restrict": "resize",
     "loratools fuse": "fuse",
     "loratools intruders": "intruders",
     "loratools compare": "compare",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loratools.ops.extract import differences, extract
     from loratools.ops.fine_tunes import open_fine_tune
     from loratools.ops.fuse import fuse
-    from loratools.ops.hydra import hydra
+    from loratools.ops.hydra import hydra, hydra_branches
     from loratools.ops.info import info
     from loratools.ops.initial import subtract_initial
     from loratools.ops.inspect import inspect
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from loratools.ops.merge import Merge, merge
     from loratools.ops.neurons import neurons
     from loratools.ops.pareto import pareto
+    from loratools.ops.pissa import pissa_state, subtract_principal, subtract_residual
     from loratools.ops.prune_neurons import PruneNeurons, prune_neurons, prune_neurons_file
+    from loratools.ops.prune_plan import Heads, PrunePlan, read_plan
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.reparameterize import Reparameterize, reparameterize, reparameterize_file
+    from loratools.ops.resize import expand, restrict
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
@@ -67,10 +70,12 @@ __all__ = [
     "Energy",
     "Fixed",
     "Frobenius",
+    "Heads",
     "Limits",
     "Merge",
     "PerTarget",
     "PruneNeurons",
+    "PrunePlan",
     "Quantize",
     "Ratio",
     "Reparameterize",
@@ -92,10 +97,12 @@ __all__ = [
     "delta_file",
     "diff",
     "differences",
+    "expand",
     "extract",
     "extract_bitdelta",
     "fuse",
     "hydra",
+    "hydra_branches",
     "info",
     "inspect",
     "intruders",
@@ -108,16 +115,21 @@ __all__ = [
     "neurons",
     "open_fine_tune",
     "pareto",
+    "pissa_state",
     "prune_neurons",
     "prune_neurons_file",
     "quantize",
     "quantize_file",
+    "read_plan",
     "reparameterize",
     "reparameterize_file",
+    "restrict",
     "save",
     "squeeze",
     "squeeze_file",
     "subtract_initial",
+    "subtract_principal",
+    "subtract_residual",
     "truncate",
     "truncate_file",
 ]
@@ -140,7 +152,7 @@ _HOMES = {
     "loratools.ops.extract": ("differences", "extract"),
     "loratools.ops.fine_tunes": ("open_fine_tune",),
     "loratools.ops.fuse": ("fuse",),
-    "loratools.ops.hydra": ("hydra",),
+    "loratools.ops.hydra": ("hydra", "hydra_branches"),
     "loratools.ops.info": ("info",),
     "loratools.ops.initial": ("subtract_initial",),
     "loratools.ops.inspect": ("inspect",),
@@ -149,6 +161,9 @@ _HOMES = {
     "loratools.ops.neurons": ("neurons",),
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.prune_neurons": ("PruneNeurons", "prune_neurons", "prune_neurons_file"),
+    "loratools.ops.pissa": ("pissa_state", "subtract_principal", "subtract_residual"),
+    "loratools.ops.prune_plan": ("Heads", "PrunePlan", "read_plan"),
+    "loratools.ops.resize": ("expand", "restrict"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.reparameterize": ("Reparameterize", "reparameterize", "reparameterize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),

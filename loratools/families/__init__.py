@@ -21,10 +21,12 @@ from loratools.families.glora import GLoRA
 from loratools.families.gralora import GraLoRA
 from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
+from loratools.families.hydra import Hydra
 from loratools.families.ia3 import IA3
 from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
+from loratools.families.loldu import LoLDU
 from loratools.families.lora import LoRA
 from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
@@ -37,7 +39,9 @@ from loratools.families.qhft import QHFT
 from loratools.families.qwha import QWHA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.salt import SALT
 from loratools.families.shira import SHiRA
+from loratools.families.snell import SNELL
 from loratools.families.sparse import SparseEntries
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
@@ -83,7 +87,9 @@ FAMILIES: tuple[type[Update], ...] = (
     DoKr,
     Full,
     GLoRA,
+    Hydra,
     LDU,
+    LoLDU,
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
@@ -94,6 +100,8 @@ FAMILIES: tuple[type[Update], ...] = (
     WaRA,
     WaveletBands,
     WaveletSparse,
+    SALT,
+    SNELL,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -109,6 +117,8 @@ __all__ = [
     "OFT",
     "QHFT",
     "QWHA",
+    "SALT",
+    "SNELL",
     "AdaLoRA",
     "BitDelta",
     "DeLoRA",
@@ -121,9 +131,11 @@ __all__ = [
     "GLoRA",
     "GraLoRA",
     "HiRA",
+    "Hydra",
     "Layout",
     "LoHa",
     "LoKr",
+    "LoLDU",
     "LoRA",
     "LycorisBOFT",
     "LycorisIA3",

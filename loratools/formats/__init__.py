@@ -10,8 +10,10 @@ from loratools.formats.bottleneck_files import Bottlenecks
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
+from loratools.formats.hydra import HydraFile
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
+from loratools.formats.loldu import LoLDUFile
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
 from loratools.formats.native import Native
@@ -20,6 +22,8 @@ from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
 from loratools.formats.qhft import Qhft
+from loratools.formats.salt import SaltFile
+from loratools.formats.snell import SnellFile
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -41,6 +45,10 @@ FORMATS: tuple[type[Format], ...] = (
     BitDeltaFile,
     Bottlenecks,
     Qhft,
+    HydraFile,
+    LoLDUFile,
+    SaltFile,
+    SnellFile,
     Loralib,
 )
 

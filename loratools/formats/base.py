@@ -51,8 +51,9 @@ NestedScaling = Literal["none", "rank", "sqrt"]
 class Hints:
     """What the user knows and a file may not state.
 
-    alpha; how MatryoshkaLoRA scaled each rank; which of the projections that a parameter fuses are updated; and of the
-    base model the shapes of its parameters by name, and its config.
+    alpha; how MatryoshkaLoRA scaled each rank; which of the projections that a parameter fuses are updated; of the base
+    model the shapes of its parameters by name, and its config; and the shares of entries that SNELL drops, one for all
+    targets or one for each.
     """
 
     alpha: float | None = None
@@ -60,6 +61,7 @@ class Hints:
     base_shape: Callable[[str], tuple[int, ...] | None] | None = None
     base_config: Mapping[str, Any] | None = None
     enable_lora: tuple[bool, ...] | None = None
+    thresholds: float | Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

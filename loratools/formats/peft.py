@@ -87,6 +87,12 @@ def mutated_base(config: Mapping[str, Any]) -> str | None:
     return "loftq" if config.get("loftq_config") else None
 
 
+def _names_residual(header: Header, config: Mapping[str, Any]) -> bool:
+    """Whether the base model's name or the folder's is as the authors of PiSSA name theirs."""
+    named = str(config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    return "pissa" in named.lower() or header.path.parent.name == "pissa_init"
+
+
 @final
 @dataclass(frozen=True)
 class Peft(Format):
@@ -179,6 +185,11 @@ class Peft(Format):
                 f"trained with init_lora_weights={init!r}: these factors are relative to a base weight that the "
                 "initialisation changed, not to the original; pass --initial-adapter with the saved initial factors to "
                 "make a plain LoRA"
+            )
+        if config is not None and not mutated_base(config) and _names_residual(header, config):
+            warnings.append(
+                "its names say that it goes with the residual base of a PiSSA: on the original base the principal part "
+                "would be added twice; convert it with --base and --residual-base to make a plain LoRA"
             )
         if config is not None and config.get("alora_invocation_tokens"):
             warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")

@@ -231,9 +231,9 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
         state = Lowered()
         for name in job.sources:
             try:
-                update, how = lowered(
-                    adapter.entries[name].read(), destination, weights[name](), options.lowering, plain=not job.is_copy
-                )
+                weight, bias = weights[name]()
+                source, plain = adapter.entries[name].read(), not job.is_copy
+                update, how = lowered(source, destination, weight, options.lowering, plain=plain, bias=bias)
             except AdapterError as error:
                 raise type(error)(f"{name}: {error}") from error
             parts[name] = update
@@ -268,11 +268,12 @@ def _cut(job: Job, entry: Entry) -> dict[str, TensorSpec] | None:
     return {k: TensorSpec(s.dtype, (rows, *s.shape[1:])) if k in by_row else s for k, s in entry.specs.items()}
 
 
-def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], Any]:
-    entry = adapter.entries[target]
-    if base is None:
-        return lambda: None
-    return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.needs_base else None
+def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], tuple[Any, Any]]:
+    """The weight and the bias of the base, for an update that needs them."""
+    entry, name = adapter.entries[target], adapter.format.parameter(target)
+    if base is None or not entry.needs_base:
+        return lambda: (None, None)
+    return lambda: (base.find(name, entry.base_shape), base.bias_of(name))
 
 
 def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None) -> dict[str, Build]:

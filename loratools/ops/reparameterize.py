@@ -117,6 +117,8 @@ def reparameterize(
     notes = list(adapter.warnings)
     if family.reconstruction:
         notes.append(f"{to} is a reconstruction: {family.reconstruction}")
+    if biased := [t for t in updates if adapter.entries[t].read().bias_delta() is not None]:
+        notes.append(f"{len(biased)} targets change their bias too, which was left out; the first is {biased[0]}")
     if lost := adapter.loose_extras:
         notes.append(f"{len(lost)} tensors that belong to no target were left out, such as {lost[0]}")
     return made, ReparameterizeReport(

@@ -44,6 +44,8 @@ def test_the_commands_are_the_files() -> None:
         "check",
         "merge",
         "extract",
+        "expand",
+        "restrict",
         "fuse",
         "intruders",
         "compare",

@@ -12,6 +12,7 @@ import gguf
 import petl_files
 import pytest
 import torch
+import with_base_files
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,6 +82,7 @@ SAMPLES: dict[str, list[str]] = {
     "loratools": ["native"],
     "bottleneck": ["adaptertune", "mosa", "mosa houlsby"],
     "qhft": ["qhft"],
+    **{name: [name] for name in with_base_files.FILES},
 }  # fmt: skip
 READ_ONLY = {"adapterhub", "bitdelta", "bottleneck", "litgpt", "omi", "petl-vit", "qhft", "torchtune"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
@@ -186,6 +188,7 @@ def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native, "qhft": qhft}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
     made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
+    made |= dict.fromkeys(with_base_files.FILES, with_base_files.write)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
