@@ -30,7 +30,7 @@ def open_adapter(
     import loratools
     from loratools_cli import options
 
-    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=flags(enable_lora), base=base, petl=petl)
+    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=options.flags(enable_lora), base=base, petl=petl)
     if weights:
         adapter.require_weights()
     adapter = loratools.load(
