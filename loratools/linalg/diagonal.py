@@ -10,7 +10,7 @@ from loratools.operators import LowRank, Operator
 if TYPE_CHECKING:
     from torch import Tensor
 
-RIDGE = 1e-12  # of the mean of the diagonal: decides among equals, and is far below what a fit is judged by
+RIDGE = 1e-10  # of the diagonal: decides among equals; its own error is taken out again by a second solve
 
 
 def best_diagonal(delta: Operator, left: Tensor, right: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ def solved(gram: Tensor, sides: Tensor) -> Tensor:
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
     unit = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    unit.diagonal(dim1=-2, dim2=-1).add_(torch.where(lengths > 0, RIDGE, 1.0))
-    factor, info = torch.linalg.cholesky_ex(unit)
+    ridge = torch.where(lengths > 0, RIDGE, 1.0)
+    factor, info = torch.linalg.cholesky_ex(unit + torch.diag_embed(ridge))
     wanted = (sides * inverse).unsqueeze(-1)
     if bool((info == 0).all()):
         found = torch.cholesky_solve(wanted, factor)
-        found = found + torch.cholesky_solve(wanted - unit @ found, factor)  # once more, for rounding
+        found = found + torch.cholesky_solve(wanted - unit @ found, factor)
     else:
         found = torch.linalg.pinv(unit, hermitian=True, rtol=RIDGE) @ wanted
     return found.squeeze(-1) * inverse
