@@ -88,6 +88,19 @@ class Fittable(Update):
         """The richest options whose stored tensors take at most `nbytes`; None where none do, or there is no choice."""
 
     @classmethod
+    def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, Any]:
+        """The richest options of every target for `nbytes` of all stored tensors, shared ones included.
+
+        By default each gets its share by the sides of its matrix. UsageError names a target for which it is too small.
+        """
+        sizes = {target: sum(source.shape) for target, source in sources.items()}
+        whole = sum(sizes.values())
+        found = {target: cls.within(source, nbytes * sizes[target] // whole) for target, source in sources.items()}
+        if (short := next((target for target, options in found.items() if options is None), None)) is not None:
+            raise UsageError(f"{short}: a budget of {nbytes} bytes is too small for {cls.family}")
+        return found
+
+    @classmethod
     def encode_together(cls, sources: Mapping[str, Source], options: Any) -> dict[str, Self]:
         """Every target's update; a family whose targets share tensors fits these to all of them."""
         return {target: cls._encoded(target, source, options) for target, source in sources.items()}

@@ -202,14 +202,9 @@ def fitted(family: type[Fittable], sources: Mapping[str, Source], how: Reparamet
     if how.budget is None:
         options = options_of(family, how.options)
         return dict(family.encode_together(sources, options)), options
-    sizes = {target: sum(source.shape) for target, source in sources.items()}
-    whole = sum(sizes.values())
     groups: dict[Any, dict[str, Source]] = {}
-    for target, source in sources.items():
-        options = family.within(source, how.budget * sizes[target] // whole)
-        if options is None:
-            raise UsageError(f"{target}: a budget of {how.budget} bytes is too small for {family.family}")
-        groups.setdefault(options, {})[target] = source
+    for target, options in family.within_together(sources, how.budget).items():
+        groups.setdefault(options, {})[target] = sources[target]
     found: dict[str, Update] = {}
     for options, members in groups.items():
         found |= family.encode_together(members, options)
