@@ -32,11 +32,12 @@ _MOST_BASES = 256  # that a budget asks for: each column of the shorter side is 
 class RandLoRAOptions:
     """`rank`: of each base, of which there are so many that they reach full rank together: the lower, the more numbers.
 
-    `draw`: the numbers of the bases, dense, sparse or very_sparse.
+    `draw`: the numbers of the bases, dense, sparse or very_sparse. `sweeps`: at most, over both diagonals.
     """
 
     rank: int = 32
     draw: str = "dense"
+    sweeps: int = 20
 
 
 @final
@@ -143,10 +144,10 @@ class RandLoRA(Fittable):
         found = {}
         for target, source in sources.items():
             (m, n), short = source.shape, min(source.shape)
-            a, b = _drawn(options.rank, max(largest), min(largest), source.seed, draw)
+            a, b = drawn(options.rank, max(largest), min(largest), source.seed, draw)
             count = math.ceil(short / options.rank)
             a, b = a[:, 0, :short].double(), b[: max(m, n), :count].double()
-            left, right = alternated(source.delta if n == short else source.delta.T, a, b)
+            left, right = alternated(source.delta if n == short else source.delta.T, a, b, options.sweeps)
             left, right = cast_to(left, source.stored), cast_to(right, source.stored)
             found[target] = cls(left, right, None, source.seed, draw, largest, 1.0, source.layout)
         return found
@@ -178,7 +179,7 @@ class RandLoRA(Fittable):
                 "its random projections were not saved (save_projection is false), and depend on the base weight's "
                 "largest target; load the adapter with the base: --base, or load(..., base=load_base(...))"
             )
-        return _drawn(len(self.left), max(self.largest), min(self.largest), self.seed, self.draw)
+        return drawn(len(self.left), max(self.largest), min(self.largest), self.seed, self.draw)
 
 
 _DRAWS: dict[str, Draw] = {"dense": "dense", "sparse": "sparse", "very_sparse": "very_sparse"}
@@ -195,7 +196,7 @@ def _richest(sources: list[Source], nbytes: int) -> RandLoRAOptions | None:
 
 
 @lru_cache(maxsize=2)  # all targets share them
-def _drawn(rank: int, long: int, short: int, seed: int, draw: Draw) -> tuple[Tensor, Tensor]:
+def drawn(rank: int, long: int, short: int, seed: int, draw: Draw) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     count = math.ceil(short / rank)
     if draw != "dense":

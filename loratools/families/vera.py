@@ -117,14 +117,12 @@ class VeRA(Fittable):
             drawn = Projections(options.rank, options.rank, None, source.seed, largest, exact=True)
             a, b = drawn.cut(*source.shape, torch.float32)
             outer, inner = alternated(source.delta, b, a, source.seed)
-            found[target] = cls(
-                cast_to(outer, source.stored), cast_to(inner, source.stored), drawn, 1.0, source.layout
-            )
+            found[target] = cls(cast_to(outer, source.stored), cast_to(inner, source.stored), drawn, 1.0, source.layout)
         return found
 
     @classmethod
     def within(cls, source: Source, nbytes: int) -> VeRAOptions | None:
-        rank = min(nbytes // source.stored.itemsize - source.shape[0], min(source.shape))
+        rank = min(nbytes // source.stored.itemsize - source.shape[0], *source.shape)
         return VeRAOptions(rank) if rank > 0 else None
 
     @classmethod

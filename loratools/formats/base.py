@@ -106,6 +106,7 @@ class Part:
     rank: int = 0
     scale: float = 1.0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the factors, by slot
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of a family whose targets share tensors
 
 
 def check_plain(parts: Mapping[str, Part], dialect: str) -> None:

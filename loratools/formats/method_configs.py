@@ -1,4 +1,4 @@
-"""Configs under which PEFT makes LoHa and LoKr modules with just the tensors that targets have."""
+"""Configs under which PEFT makes LoHa, LoKr, VeRA and RandLoRA modules with just the tensors that targets have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratools.formats.base import Part
 from loratools.formats.lora_config import target_modules
 
 # The families that can be written, and the PEFT types that they are.
-WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR"}
+WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR", "vera": "VERA", "randlora": "RANDLORA"}
 
 _TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
 
@@ -26,29 +26,82 @@ KINDRED: Mapping[str, str] = {
 
 
 def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The config of an adapter of LoHa or LoKr; UnsupportedInTargetError names a target that PEFT cannot make so.
-
-    PEFT's scale is alpha / r for either, and alpha is stated accordingly.
-    """
-    is_loha = all("hada_w1_a" in part.slots for part in parts.values())
-    shape_fields, ranks = _loha(parts) if is_loha else _lokr(parts)
-    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
-    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    """The config of an adapter of one of these; UnsupportedInTargetError names a target that PEFT cannot make so."""
+    kinds = {target: _kind_of(part) for target, part in parts.items()}
+    first, kind = next(iter(kinds.items()))
+    if other := next((target for target, found in kinds.items() if found != kind), None):
+        raise UnsupportedInTargetError(
+            f"{other} is a {kinds[other]} and {first} a {kind}, and an adapter of PEFT is of one method; pass --exact "
+            "or --rank N to write a LoRA"
+        )
     return {
-        "peft_type": WRITABLE["loha" if is_loha else "lokr"],
-        "r": r,
-        "alpha": alpha,
-        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
-        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        "peft_type": WRITABLE[kind],
+        **(_with_alpha(parts, kind) if kind in ("loha", "lokr") else _drawn(parts, kind)),
         "target_modules": target_modules(list(parts)),
-        **shape_fields,
-        "rank_dropout": 0.0,
-        "module_dropout": 0.0,
         "init_weights": True,
         "modules_to_save": None,
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
+    }
+
+
+def _kind_of(part: Part) -> str:
+    starts = {"hada_": "loha", "lokr_": "lokr", "vera_": "vera", "randlora_": "randlora"}
+    return next(kind for start, kind in starts.items() if any(slot.startswith(start) for slot in part.slots))
+
+
+def _with_alpha(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT's scale is alpha / r for LoHa and LoKr, and alpha is stated accordingly."""
+    shape_fields, ranks = _loha(parts) if kind == "loha" else _lokr(parts)
+    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
+    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    return {
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
+        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        **shape_fields,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+    }
+
+
+def _drawn(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT draws the projections again from a seed, as large as the largest of all targets."""
+    first, one = next(iter(parts.items()))
+    shapes = [part.shape for part in parts.values() if part.shape is not None and len(part.shape) == 2]
+    largest = [max((m for m, _ in shapes), default=0), max((n for _, n in shapes), default=0)]
+    for target, part in parts.items():
+        if part.shape is None or len(part.shape) != 2:
+            why = "it is no matrix of a known shape"
+        elif "seed" not in part.settings or list(part.settings.get("largest") or []) != largest:
+            why = "its projections are not drawn from a seed for just these targets"
+        elif (part.settings, part.rank) != (one.settings, one.rank):
+            why = f"its rank or seed is not that of {first}"
+        elif not math.isclose(part.scale, one.scale if kind == "randlora" else 1.0, rel_tol=1e-6):
+            why = f"its scale is {part.scale:g}"
+        else:
+            continue
+        raise UnsupportedInTargetError(
+            f"{target}: {why}, and PEFT draws once for all; pass --exact or --rank N to write a LoRA"
+        )
+    of_kind: dict[str, Any] = {"vera_dropout": 0.0, "d_initial": 0.1}
+    if kind == "randlora":
+        draw = one.settings.get("draw")
+        of_kind = {
+            "randlora_alpha": _tidy(one.scale * one.rank),
+            "sparse": draw == "sparse",
+            "very_sparse": draw == "very_sparse",
+            "randlora_dropout": 0.0,
+        }
+    return {
+        "r": one.rank,
+        "projection_prng_key": one.settings["seed"],
+        "save_projection": False,
+        **of_kind,
+        "fan_in_fan_out": False,
+        "bias": "none",
     }
 
 

@@ -31,20 +31,22 @@ def projected(delta: Operator, left: Tensor, right: Tensor) -> Tensor:
 
 
 def solved(gram: Tensor, sides: Tensor) -> Tensor:
-    """x with gram x = sides, (..., k), for positive semi-definite (..., k, k); the shortest where several solve it.
+    """x (..., k) with gram x = sides, for positive semi-definite gram (..., k, k): nearly the shortest of many such x.
 
-    A ridge keeps directions at rest that the equations do not see, and the diagonal is made one before: columns of very
-    different lengths, as random bases times trained scales have, count alike. Float64.
+    One gram may have several sides, as rows. A ridge keeps directions at rest that the equations do not see, and the
+    diagonal is made one before: columns of very different lengths, as random bases times trained scales have, count
+    alike. Float64.
     """
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
     unit = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     ridge = torch.where(lengths > 0, RIDGE, 1.0)
     factor, info = torch.linalg.cholesky_ex(unit + torch.diag_embed(ridge))
-    wanted = (sides * inverse).unsqueeze(-1)
+    several = gram.ndim == 2 and sides.ndim == 2
+    wanted = (sides * inverse).T if several else (sides * inverse).unsqueeze(-1)
     if bool((info == 0).all()):
         found = torch.cholesky_solve(wanted, factor)
         found = found + torch.cholesky_solve(wanted - unit @ found, factor)
     else:
         found = torch.linalg.pinv(unit, hermitian=True, rtol=RIDGE) @ wanted
-    return found.squeeze(-1) * inverse
+    return (found.T if several else found.squeeze(-1)) * inverse

@@ -64,3 +64,9 @@ def test_a_batch_is_solved_member_by_member() -> None:
     found = solved(gram, sides)
     for i in range(5):
         torch.testing.assert_close(gram[i] @ found[i], sides[i], rtol=1e-8, atol=1e-9)
+
+
+def test_several_sides_are_solved_at_once() -> None:
+    tall, sides = rand(6, 8, 4), rand(7, 3, 4)
+    gram = tall.T @ tall
+    torch.testing.assert_close(solved(gram, sides), torch.stack([solved(gram, side) for side in sides]))
