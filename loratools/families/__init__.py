@@ -138,7 +138,8 @@ def family_of(slots: Collection[str]) -> type[Update]:
     fits = [f for f in FAMILIES if f.required <= found <= f.required | f.optional]
     if len(fits) == 1:
         return fits[0]
-    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ f.required)))
+    most = {f: f.required or f.optional for f in FAMILIES}
+    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ most[f])))
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")

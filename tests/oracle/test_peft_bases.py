@@ -21,6 +21,7 @@ from loratools.adapter import Adapter, entry_of
 from loratools.errors import UnsupportedInTargetError
 from loratools.families import LoRA, RandLoRA, VeRA
 from loratools.families.base import Layout
+from loratools.families.unilora import drawn as entries_of_unilora
 from loratools.formats import Order
 from loratools.formats.base import Part
 from loratools.formats.peft import Peft
@@ -137,6 +138,25 @@ def drawn_by_us(kind: str) -> tuple[Tensor, Tensor]:
     if kind == "vera":
         return Projections(5, 5, None, 7, (32, 24), exact=True).cut(32, 24, torch.float32)
     return drawn(5, 32, 24, 7, kind.replace(" ", "_"))  # type: ignore[arg-type]
+
+
+def test_the_entries_of_unilora_are_those_that_peft_assigns() -> None:
+    """For the order in which the model has its modules, which is that of the file here."""
+    how = Reparameterize({"rank": "3", "repeats": "7"}, dtype="f32", seed=9, accept_loss=True)
+    made, _ = reparameterize(lora(), "unilora", how)
+    theta = next(iter(made.values())).theta  # type: ignore[attr-defined]
+    config = peft.UniLoraConfig(target_modules=["wide", "tall"], r=3, theta_d_length=len(theta), proj_seed=9)
+    model = peft.get_peft_model(fresh(), config)
+    model.base_model.unilora_theta_d["default"].data.copy_(theta)
+    layers = [module for module in model.modules() if hasattr(module, "unilora_indices_A")]
+    theirs = torch.cat([i["default"].flatten() for x in layers for i in (x.unilora_indices_A, x.unilora_indices_B)])
+    assert torch.equal(theirs, entries_of_unilora(len(theirs), len(theta), 9)[0])
+    assert hashlib.sha256(theirs.numpy().tobytes()).hexdigest()[:16] == "a89b1a4f05e15317"
+    state, base = model.double().merge_and_unload(safe_merge=True).state_dict(), fresh().state_dict()
+    for target, update in made.items():
+        wanted = update.operator().to(torch.float64).dense()
+        change = state[f"{target}.weight"] - base[f"{target}.weight"].double()
+        assert float((change - wanted).norm()) <= 3e-7 * float(wanted.norm()), target
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
