@@ -36,6 +36,7 @@ from loratools.families.pvera import PVeRA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
 from loratools.families.shira import SHiRA
+from loratools.families.tera import TeRA
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.unilora import UniLoRA
@@ -82,6 +83,7 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
+    TeRA,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -120,6 +122,7 @@ __all__ = [
     "RandLoRA",
     "RoAd",
     "SHiRA",
+    "TeRA",
     "TinyLoRA",
     "TrainableTokens",
     "UniLoRA",

@@ -1,0 +1,41 @@
+"""TeRA, entry by entry of the tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import numpy as np
+import torch
+from family_examples.base import Example
+
+from loratools.families import TeRA
+from loratools.families.base import Layout
+
+
+def tera(outputs: tuple[int, ...], inputs: tuple[int, ...], ranks: tuple[int, ...], scale: float) -> Example:
+    sizes = outputs + inputs
+    generator = torch.Generator().manual_seed(11)
+    uniform = [torch.rand(shape, generator=generator) for shape in (ranks, *zip(sizes, ranks, strict=True))]
+    core, *factors = [(2 * u.double().numpy() - 1) * 3**0.5 for u in uniform]
+    d = torch.randn(sum(ranks), generator=torch.Generator().manual_seed(1))
+    pieces = np.split(d.double().numpy(), np.cumsum(ranks)[:-1])
+    tensor = np.zeros(sizes)
+    for place in itertools.product(*(range(r) for r in ranks)):
+        term = np.array(core[place])
+        for factor, piece, r in zip(factors, pieces, place, strict=True):
+            term = np.multiply.outer(term, factor[:, r] / len(piece) ** 0.5 * piece[r])
+        tensor += term
+    shape = (int(np.prod(outputs)), int(np.prod(inputs)))
+    checksum = hashlib.sha256(b"".join(u.numpy().tobytes() for u in uniform)).hexdigest()[:16]
+    settings = {"seed": 11, "outputs": outputs, "inputs": inputs, "ranks": ranks, "checksum": checksum}
+    return Example(
+        TeRA, {"tera_d": d}, scale * tensor.reshape(shape), scale, layout=Layout(shape=shape), settings=settings
+    )
+
+
+EXAMPLES = {
+    "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
+    "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
+    "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
+}
