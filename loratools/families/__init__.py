@@ -35,6 +35,7 @@ from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.s2lora import S2LoRA
 from loratools.families.shira import SHiRA
 from loratools.families.tera import TeRA
 from loratools.families.tinylora import TinyLoRA
@@ -83,6 +84,7 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisIA3,
     LycorisOFT,
     MergedLoRA,
+    S2LoRA,
     TeRA,
 )
 
@@ -121,6 +123,7 @@ __all__ = [
     "PVeRA",
     "RandLoRA",
     "RoAd",
+    "S2LoRA",
     "SHiRA",
     "TeRA",
     "TinyLoRA",

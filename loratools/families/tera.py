@@ -47,7 +47,6 @@ class TeRA(Fittable):
 
     family: ClassVar[str] = "tera"
     required: ClassVar[frozenset[str]] = frozenset({"tera_d"})
-    scaled: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[TeRAOptions]] = TeRAOptions
     guarantee: ClassVar[Guarantee] = "local"
     formula: ClassVar[str] = "G x_1 A_1 D_1 ... x_N A_N D_N, with G and all A_n drawn from a seed, as a matrix"

@@ -1,4 +1,4 @@
-"""TeRA, entry by entry of the tensor."""
+"""TeRA, entry by entry of the tensor, and S2-LoRA, term by term."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 
 import numpy as np
 import torch
-from family_examples.base import Example
+from family_examples.base import Example, f64, rand
 
-from loratools.families import TeRA
+from loratools.families import S2LoRA, TeRA
 from loratools.families.base import Layout
 
 
@@ -34,7 +34,21 @@ def tera(outputs: tuple[int, ...], inputs: tuple[int, ...], ranks: tuple[int, ..
     )
 
 
-EXAMPLES = {
+def s2lora() -> dict[str, Example]:
+    left, right, s = rand(20, 6, 4), rand(21, 4, 9), rand(22, 4)
+    shared = {"s2lora_P": left, "s2lora_Q": right}
+    whole = sum(float(s[k]) * np.outer(f64(left)[:, k], f64(right)[k]) for k in range(4))
+    some = -3 * sum(float(s[i]) * np.outer(f64(left)[:, k], f64(right)[k]) for i, k in enumerate((3, 1)))
+    places = torch.tensor([3, 1], dtype=torch.int16)
+    return {
+        "s2lora": Example(S2LoRA, {"s2lora_s": s, **shared}, whole, layout=Layout(shape=(6, 9))),
+        "s2lora_sparse": Example(
+            S2LoRA, {"s2lora_s": s[:2], "s2lora_places": places, **shared}, some, -3.0, layout=Layout(shape=(6, 9))
+        ),
+    }
+
+
+EXAMPLES = s2lora() | {
     "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
     "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
     "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
