@@ -8,6 +8,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.bitdelta import BitDelta
+from loratools.families.blocklora import BlockLoRA
 from loratools.families.boft import BOFT
 from loratools.families.c3a import C3A
 from loratools.families.delora import DeLoRA
@@ -75,6 +76,7 @@ FAMILIES: tuple[type[Update], ...] = (
     VeRA,
     WaveFT,
     BitDelta,
+    BlockLoRA,
     DoHa,
     DoKr,
     Full,
@@ -101,6 +103,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "BitDelta",
+    "BlockLoRA",
     "DeLoRA",
     "DoHa",
     "DoKr",

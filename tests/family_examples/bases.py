@@ -1,4 +1,4 @@
-"""TeRA, entry by entry of the tensor, and S2-LoRA, term by term."""
+"""TeRA, entry by entry of the tensor, and S2-LoRA and Block-LoRA, term by term."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from family_examples.base import Example, f64, rand
 
-from loratools.families import S2LoRA, TeRA
+from loratools.families import BlockLoRA, S2LoRA, TeRA
 from loratools.families.base import Layout
 
 
@@ -48,8 +48,22 @@ def s2lora() -> dict[str, Example]:
     }
 
 
-EXAMPLES = s2lora() | {
-    "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
-    "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
-    "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
-}
+def blocklora() -> dict[str, Example]:
+    a, b = rand(30, 2, 7), rand(31, 3, 5, 2)
+    delta = sum(f64(b)[k] @ f64(a) for k in range(3))
+    tensors = {"blocklora_A": a, "blocklora_B": b}
+    return {
+        "blocklora": Example(BlockLoRA, tensors, delta),
+        "blocklora_of_conv1d": Example(BlockLoRA, tensors, -0.5 * delta.T, -0.5, layout=Layout(transposed=True)),
+    }
+
+
+EXAMPLES = (
+    s2lora()
+    | blocklora()
+    | {
+        "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
+        "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
+        "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
+    }
+)
