@@ -23,10 +23,12 @@ from loratools.families.gralora import GraLoRA
 from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
 from loratools.families.ia3 import IA3
+from loratools.families.latent_lora import LatentLoRA
 from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.lora import LoRA
+from loratools.families.lora_xs import LoRAXS
 from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
@@ -82,6 +84,8 @@ FAMILIES: tuple[type[Update], ...] = (
     Full,
     GLoRA,
     LDU,
+    LatentLoRA,
+    LoRAXS,
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
@@ -114,10 +118,12 @@ __all__ = [
     "GLoRA",
     "GraLoRA",
     "HiRA",
+    "LatentLoRA",
     "Layout",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
     "LycorisBOFT",
     "LycorisIA3",
     "LycorisOFT",

@@ -11,6 +11,7 @@ from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
+from loratools.formats.lora_xs import LoraXs
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
 from loratools.formats.native import Native
@@ -37,6 +38,7 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    LoraXs,
     Loralib,
 )
 

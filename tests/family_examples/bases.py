@@ -1,4 +1,4 @@
-"""TeRA, entry by entry of the tensor, and S2-LoRA and Block-LoRA, term by term."""
+"""TeRA, entry by entry of the tensor, and S2-LoRA, Block-LoRA and LoRA-XS, term by term."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from family_examples.base import Example, f64, rand
 
-from loratools.families import BlockLoRA, S2LoRA, TeRA
+from loratools.families import BlockLoRA, LatentLoRA, LoRAXS, S2LoRA, TeRA
 from loratools.families.base import Layout
 
 
@@ -58,12 +58,27 @@ def blocklora() -> dict[str, Example]:
     }
 
 
-EXAMPLES = (
-    s2lora()
-    | blocklora()
-    | {
-        "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
-        "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
-        "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
+def latent() -> dict[str, Example]:
+    a, b, r, base = rand(40, 3, 7), rand(41, 5, 3), rand(42, 3, 3), rand(43, 5, 7)
+    folded = sum(float(r[i, j]) * np.outer(f64(b)[:, i], f64(a)[j]) for i in range(3) for j in range(3))
+    u, s, vt = np.linalg.svd(f64(base))
+    of_base = np.zeros((5, 7))
+    for i in range(3):
+        for j in range(3):
+            signs = [np.sign(u[np.abs(u[:, k]).argmax(), k]) for k in (i, j)]  # the largest entry of u is positive
+            of_base += float(r[i, j]) * signs[0] * signs[1] * s[j] * np.outer(u[:, i], vt[j])
+    return {
+        "latent": Example(LatentLoRA, {"latent_A": a, "latent_B": b, "latent_R": r}, 0.5 * folded, 0.5),
+        "xs": Example(LoRAXS, {"loraxs_R": r}, -2 * of_base, -2.0, base=base),
+        "xs_of_conv1d": Example(
+            LoRAXS, {"loraxs_R": r}, of_base.T, layout=Layout(transposed=True), base=base.T.contiguous()
+        ),
     }
-)
+
+
+TERA = {
+    "tera": tera((2, 3), (2, 4), (2, 1, 2, 3), 1.0),
+    "tera_low_rank": tera((5, 6), (4, 7), (2, 1, 2, 2), -0.5),
+    "tera_one_side_whole": tera((7,), (2, 2, 3), (3, 2, 2, 1), 2.0),
+}
+EXAMPLES = TERA | s2lora() | blocklora() | latent()
