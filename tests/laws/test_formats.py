@@ -77,8 +77,9 @@ SAMPLES: dict[str, list[str]] = {
     "torchtune": ["others/torchtune_lora/adapter_model.pt"],
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
+    "lora-xs": ["lora-xs", "lora-xs-old"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta", "lora-xs"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -139,10 +140,25 @@ def bitdelta(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
+def lora_xs(folder: Path, name: str) -> Path:
+    """A folder of PEFT's with a latent mapping, spelt as current PEFT saves it, or as older PEFT did."""
+    mapping = "_lora_latent_mapping.weight" if name == "lora-xs-old" else ".default_lora_latent_mapping.weight"
+    tensors = {}
+    for i in range(2):
+        module = f"base_model.model.layers.{i}.q_proj"
+        tensors |= {f"{module}.lora_A.weight": torch.randn(3, 7), f"{module}.lora_B.weight": torch.randn(5, 3)}
+        tensors[module + mapping] = torch.randn(3, 3)
+    (folder / name).mkdir()
+    save_file(tensors, folder / name / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    return folder / name
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta}
-    made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
+    made |= dict.fromkeys(SAMPLES["petl-vit"], petl) | dict.fromkeys(SAMPLES["lora-xs"], lora_xs)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
