@@ -30,9 +30,6 @@ def open_adapter(
     import loratools
     from loratools_cli import options
 
-    adapter = loratools.load(path, alpha=alpha, scaling=scaling, enable_lora=options.flags(enable_lora), base=base, petl=petl)
-    if weights:
-        adapter.require_weights()
     adapter = loratools.load(
         path,
         alpha=alpha,
@@ -42,6 +39,8 @@ def open_adapter(
         petl=petl,
         thresholds=options.thresholds(thresholds),
     )
+    if weights:
+        adapter.require_weights()
     return adapter if initial is None else loratools.subtract_initial(adapter, loratools.load(initial))
 
 

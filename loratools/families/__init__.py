@@ -8,6 +8,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.bitdelta import BitDelta
+from loratools.families.blocklora import BlockLoRA
 from loratools.families.boft import BOFT
 from loratools.families.c3a import C3A
 from loratools.families.delora import DeLoRA
@@ -23,11 +24,13 @@ from loratools.families.hira import HiRA
 from loratools.families.hra import HRA
 from loratools.families.hydra import Hydra
 from loratools.families.ia3 import IA3
+from loratools.families.latent_lora import LatentLoRA
 from loratools.families.ldu import LDU
 from loratools.families.loha import LoHa
 from loratools.families.lokr import LoKr
 from loratools.families.loldu import LoLDU
 from loratools.families.lora import LoRA
+from loratools.families.lora_xs import LoRAXS
 from loratools.families.lycoris_boft import LycorisBOFT
 from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
@@ -39,10 +42,12 @@ from loratools.families.qhft import QHFT
 from loratools.families.qwha import QWHA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.s2lora import S2LoRA
 from loratools.families.salt import SALT
 from loratools.families.shira import SHiRA
 from loratools.families.snell import SNELL
 from loratools.families.sparse import SparseEntries
+from loratools.families.tera import TeRA
 from loratools.families.tinylora import TinyLoRA
 from loratools.families.trainable_tokens import TrainableTokens
 from loratools.families.unilora import UniLoRA
@@ -83,6 +88,7 @@ FAMILIES: tuple[type[Update], ...] = (
     VeRA,
     WaveFT,
     BitDelta,
+    BlockLoRA,
     DoHa,
     DoKr,
     Full,
@@ -90,6 +96,8 @@ FAMILIES: tuple[type[Update], ...] = (
     Hydra,
     LDU,
     LoLDU,
+    LatentLoRA,
+    LoRAXS,
     LycorisBOFT,
     LycorisIA3,
     LycorisOFT,
@@ -102,6 +110,8 @@ FAMILIES: tuple[type[Update], ...] = (
     WaveletSparse,
     SALT,
     SNELL,
+    S2LoRA,
+    TeRA,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -121,6 +131,7 @@ __all__ = [
     "SNELL",
     "AdaLoRA",
     "BitDelta",
+    "BlockLoRA",
     "DeLoRA",
     "DoHa",
     "DoKr",
@@ -132,11 +143,13 @@ __all__ = [
     "GraLoRA",
     "HiRA",
     "Hydra",
+    "LatentLoRA",
     "Layout",
     "LoHa",
     "LoKr",
     "LoLDU",
     "LoRA",
+    "LoRAXS",
     "LycorisBOFT",
     "LycorisIA3",
     "LycorisOFT",
@@ -145,8 +158,10 @@ __all__ = [
     "PVeRA",
     "RandLoRA",
     "RoAd",
+    "S2LoRA",
     "SHiRA",
     "SparseEntries",
+    "TeRA",
     "TinyLoRA",
     "TrainableTokens",
     "UniLoRA",
@@ -168,7 +183,8 @@ def family_of(slots: Collection[str]) -> type[Update]:
     fits = [f for f in FAMILIES if f.required <= found <= f.required | f.optional]
     if len(fits) == 1:
         return fits[0]
-    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ f.required)))
+    most = {f: f.required or f.optional for f in FAMILIES}
+    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ most[f])))
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")

@@ -14,6 +14,7 @@ from loratools.formats.hydra import HydraFile
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
 from loratools.formats.loldu import LoLDUFile
+from loratools.formats.lora_xs import LoraXs
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
 from loratools.formats.native import Native
@@ -49,6 +50,7 @@ FORMATS: tuple[type[Format], ...] = (
     LoLDUFile,
     SaltFile,
     SnellFile,
+    LoraXs,
     Loralib,
 )
 

@@ -19,6 +19,8 @@ WRITABLE: Mapping[str, str] = {
     "shira": "SHIRA",
     "fourierft": "FOURIERFT",
     "waveft": "WAVEFT",
+    "vera": "VERA",
+    "randlora": "RANDLORA",
 }
 
 _TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
@@ -36,28 +38,23 @@ KINDRED: Mapping[str, str] = {
 def config_for(parts: Mapping[str, Part], before: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an adapter of one of them; UnsupportedInTargetError names a target that PEFT cannot make so.
 
-    For LoHa and LoKr PEFT's scale is alpha / r, and alpha is stated accordingly. `before` is the config that the
-    adapter had, where it is carried along: it tells what shapes do not.
+    `before` is the config that the adapter had, where it is carried along: it tells what shapes do not.
     """
-    if any("shira_weight" in part.slots for part in parts.values()):
+    kinds = {target: _kind_of(part) for target, part in parts.items()}
+    first, kind = next(iter(kinds.items()))
+    if other := next((target for target, found in kinds.items() if found != kind), None):
+        raise UnsupportedInTargetError(
+            f"{other} is a {kinds[other]} and {first} a {kind}, and an adapter of PEFT is of one method; pass --exact "
+            "or --rank N to write a LoRA"
+        )
+    if kind == "shira":
         return _shira(parts, before)
-    for family in ("fourierft", "waveft"):
-        if any(f"{family}_spectrum" in part.slots for part in parts.values()):
-            return _spectra(parts, family)
-    is_loha = all("hada_w1_a" in part.slots for part in parts.values())
-    shape_fields, ranks = _loha(parts) if is_loha else _lokr(parts)
-    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
-    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    if kind in ("fourierft", "waveft"):
+        return _spectra(parts, kind)
     return {
-        "peft_type": WRITABLE["loha" if is_loha else "lokr"],
-        "r": r,
-        "alpha": alpha,
-        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
-        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        "peft_type": WRITABLE[kind],
+        **(_with_alpha(parts, kind) if kind in ("loha", "lokr") else _drawn(parts, kind)),
         "target_modules": target_modules(list(parts)),
-        **shape_fields,
-        "rank_dropout": 0.0,
-        "module_dropout": 0.0,
         "init_weights": True,
         "modules_to_save": None,
         "task_type": None,
@@ -168,6 +165,65 @@ def counts_stated(config: Mapping[str, Any], parts: Mapping[str, Part]) -> bool:
 def _matching(pattern: Mapping[str, Any], target: str) -> str:
     """The first of PEFT's patterns that a target's name ends with, else the name itself."""
     return next((key for key in pattern if target.endswith(f".{key}")), target)
+
+
+def _kind_of(part: Part) -> str:
+    starts = {"hada_": "loha"} | {f"{kind}_": kind for kind in WRITABLE}
+    return next(kind for start, kind in starts.items() if any(slot.startswith(start) for slot in part.slots))
+
+
+def _with_alpha(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT's scale is alpha / r for LoHa and LoKr, and alpha is stated accordingly."""
+    shape_fields, ranks = _loha(parts) if kind == "loha" else _lokr(parts)
+    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
+    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    return {
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
+        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        **shape_fields,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+    }
+
+
+def _drawn(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT draws the projections again from a seed, as large as the largest of all targets."""
+    first, one = next(iter(parts.items()))
+    shapes = [part.shape for part in parts.values() if part.shape is not None and len(part.shape) == 2]
+    largest = [max((m for m, _ in shapes), default=0), max((n for _, n in shapes), default=0)]
+    for target, part in parts.items():
+        if part.shape is None or len(part.shape) != 2:
+            why = "it is no matrix of a known shape"
+        elif "seed" not in part.settings or list(part.settings.get("largest") or []) != largest:
+            why = "its projections are not drawn from a seed for just these targets"
+        elif (part.settings, part.rank) != (one.settings, one.rank):
+            why = f"its rank or seed is not that of {first}"
+        elif not math.isclose(part.scale, one.scale if kind == "randlora" else 1.0, rel_tol=1e-6):
+            why = f"its scale is {part.scale:g}"
+        else:
+            continue
+        raise UnsupportedInTargetError(
+            f"{target}: {why}, and PEFT draws once for all; pass --exact or --rank N to write a LoRA"
+        )
+    of_kind: dict[str, Any] = {"vera_dropout": 0.0, "d_initial": 0.1}
+    if kind == "randlora":
+        draw = one.settings.get("draw")
+        of_kind = {
+            "randlora_alpha": _tidy(one.scale * one.rank),
+            "sparse": draw == "sparse",
+            "very_sparse": draw == "very_sparse",
+            "randlora_dropout": 0.0,
+        }
+    return {
+        "r": one.rank,
+        "projection_prng_key": one.settings["seed"],
+        "save_projection": False,
+        **of_kind,
+        "fan_in_fan_out": False,
+        "bias": "none",
+    }
 
 
 def _loha(parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, int]]:

@@ -16,6 +16,7 @@ from loratools.formats.lora_config import (
     DEFAULT_ALPHA,
     OF_EXTRAS,
     SELECTORS,
+    has_latent_mapping,
     pattern_value,
     rank_fields,
     stated_scale,
@@ -113,6 +114,8 @@ class Peft(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
+        if has_latent_mapping(header.specs):
+            return False
         if header.config is not None and "peft_type" in header.config:
             # torchtune writes a config of PEFT's beside weights under its own names too
             return header.config["peft_type"] == "LORA" and not Torchtune.recognises(header)

@@ -162,9 +162,10 @@ def _note_changes(adapter: Adapter, builds: Mapping[str, Build], options: Conver
 
 
 def _stays(adapter: Adapter, to: str, options: Convert) -> bool:
-    """Whether the file is asked for in its own dialect, in a method that is read there and not made."""
+    """Whether the file is asked for in its own dialect, in a method that is not made there, or that shares tensors."""
     families = {entry.family.family for entry in adapter.entries.values()}
-    made = any(families <= kind.holds for kind in writable_formats()[to])
+    shares = any(entry.family.references for entry in adapter.entries.values())
+    made = not shares and any(families <= kind.holds for kind in writable_formats()[to])
     return adapter.format.name == to and not made and options == Convert(base=options.base, metadata=options.metadata)
 
 
@@ -373,7 +374,8 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
     shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
-    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes)
+    settings = entry.read().stated_settings() if entry.family.references else {}
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, settings)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:

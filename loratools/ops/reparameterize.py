@@ -205,30 +205,13 @@ def fitted(family: type[Fittable], sources: Mapping[str, Source], how: Reparamet
     if how.budget is None:
         options = options_of(family, how.options)
         return dict(family.encode_together(sources, options)), options
-    groups = _within(family, sources, how.budget)
-    found: dict[str, Update] = {}
-    for options, members in groups:
-        found |= family.encode_together(members, options)
-    return {target: found[target] for target in sources}, groups[0][0]
-
-
-def _within(family: type[Fittable], sources: Mapping[str, Source], budget: int) -> list[tuple[Any, dict[str, Source]]]:
-    """Options for bytes in proportion to the sides of each target, and the targets that they are for.
-
-    What one target leaves over, the next ones get. Targets that share tensors have options in common.
-    """
-    left, sides = budget, sum(sum(source.shape) for source in sources.values())
     groups: dict[Any, dict[str, Source]] = {}
-    for target, source in sources.items():
-        share = left * sum(source.shape) // sides
-        options = family.within(source, share)
-        if options is None:
-            raise UsageError(f"{target}: a budget of {budget} bytes is too small for {family.family}")
-        if not family.references:
-            left -= family.size(source, options)
-            sides -= sum(source.shape)
-        groups.setdefault(options, {})[target] = source
-    return list(groups.items())
+    for target, options in family.within_together(sources, how.budget).items():
+        groups.setdefault(options, {})[target] = sources[target]
+    found: dict[str, Update] = {}
+    for options, members in groups.items():
+        found |= family.encode_together(members, options)
+    return {target: found[target] for target in sources}, next(iter(groups))
 
 
 def _told(

@@ -83,8 +83,9 @@ SAMPLES: dict[str, list[str]] = {
     "bottleneck": ["adaptertune", "mosa", "mosa houlsby"],
     "qhft": ["qhft"],
     **{name: [name] for name in with_base_files.FILES},
+    "lora-xs": ["lora-xs", "lora-xs-old"],
 }  # fmt: skip
-READ_ONLY = {"adapterhub", "bitdelta", "bottleneck", "litgpt", "omi", "petl-vit", "qhft", "torchtune"}
+READ_ONLY = {"adapterhub", "bitdelta", "bottleneck", "litgpt", "lora-xs", "omi", "petl-vit", "qhft", "torchtune"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -183,12 +184,28 @@ def qhft(folder: Path, name: str) -> Path:
     return folder
 
 
+def lora_xs(folder: Path, name: str) -> Path:
+    """A folder of PEFT's with a latent mapping, spelt as current PEFT saves it, or as older PEFT did."""
+    mapping = "_lora_latent_mapping.weight" if name == "lora-xs-old" else ".default_lora_latent_mapping.weight"
+    tensors = {}
+    for i in range(2):
+        module = f"base_model.model.layers.{i}.q_proj"
+        tensors |= {f"{module}.lora_A.weight": torch.randn(3, 7), f"{module}.lora_B.weight": torch.randn(5, 3)}
+        tensors[module + mapping] = torch.randn(3, 3)
+    (folder / name).mkdir()
+    save_file(tensors, folder / name / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    return folder / name
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native, "qhft": qhft}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
     made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
     made |= dict.fromkeys(with_base_files.FILES, with_base_files.write)
+    made |= dict.fromkeys(SAMPLES["petl-vit"], petl) | dict.fromkeys(SAMPLES["lora-xs"], lora_xs)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
