@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from loratools.training.calibrate import Calibrate, calibrate
     from loratools.training.data_free import data_free_statistics
+    from loratools.training.switch import Switch, switched
 
 __all__ = [
     "AdapterTuneElbow",
@@ -68,6 +69,7 @@ __all__ = [
     "Search",
     "Squeeze",
     "Statistics",
+    "Switch",
     "Threshold",
     "__version__",
     "aurac",
@@ -102,6 +104,7 @@ __all__ = [
     "squeeze",
     "squeeze_file",
     "subtract_initial",
+    "switched",
     "truncate",
     "truncate_file",
 ]
@@ -148,6 +151,7 @@ _HOMES = {
     ),
     "loratools.training.calibrate": ("Calibrate", "calibrate"),
     "loratools.training.data_free": ("data_free_statistics",),
+    "loratools.training.switch": ("Switch", "switched"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
