@@ -8,6 +8,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.bitdelta import BitDelta
+from loratools.families.block_sparse import BlockSparse
 from loratools.families.boft import BOFT
 from loratools.families.c3a import C3A
 from loratools.families.delora import DeLoRA
@@ -31,6 +32,7 @@ from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
 from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
+from loratools.families.nm import NM
 from loratools.families.oft import OFT
 from loratools.families.pvera import PVeRA
 from loratools.families.randlora import RandLoRA
@@ -84,6 +86,8 @@ FAMILIES: tuple[type[Update], ...] = (
     LycorisOFT,
     MergedLoRA,
     SparseEntries,
+    NM,
+    BlockSparse,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -96,9 +100,11 @@ __all__ = [
     "HRA",
     "IA3",
     "LDU",
+    "NM",
     "OFT",
     "AdaLoRA",
     "BitDelta",
+    "BlockSparse",
     "DeLoRA",
     "DoHa",
     "DoKr",
