@@ -34,9 +34,11 @@ from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
 from loratools.families.nm import NM
 from loratools.families.oft import OFT
+from loratools.families.paca import PaCA
 from loratools.families.pvera import PVeRA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.s2ft import S2FT
 from loratools.families.shira import SHiRA
 from loratools.families.sparse import SparseEntries
 from loratools.families.tinylora import TinyLoRA
@@ -88,6 +90,8 @@ FAMILIES: tuple[type[Update], ...] = (
     SparseEntries,
     NM,
     BlockSparse,
+    PaCA,
+    S2FT,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -102,6 +106,7 @@ __all__ = [
     "LDU",
     "NM",
     "OFT",
+    "S2FT",
     "AdaLoRA",
     "BitDelta",
     "BlockSparse",
@@ -125,6 +130,7 @@ __all__ = [
     "MergedLoRA",
     "MiSS",
     "PVeRA",
+    "PaCA",
     "RandLoRA",
     "RoAd",
     "SHiRA",

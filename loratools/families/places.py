@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
+from loratools.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,15 @@ def unpack_places(packed: Tensor, count: int, size: int) -> Tensor:
     if len(places) != count or not bool((places[1:] > places[:-1]).all()) or int(places[-1]) >= size:
         raise ValueError(f"they tell no {count} ascending places below {size}")
     return places
+
+
+def checked_numbers(stored: Tensor, size: int, problem: str) -> Tensor:
+    """Stored numbers of lines as int64; AdapterError with `problem` where they are not different ones below `size`."""
+    numbers = stored.to(torch.int64)
+    inside = bool(((stored == numbers) & (numbers >= 0) & (numbers < size)).all())
+    if not inside or len(numbers.unique()) != len(numbers):
+        raise AdapterError(problem)
+    return numbers
 
 
 def _width(count: int, size: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError
 from loratools.formats.modules import WHOLE
-from loratools.operators import Sparse
+from loratools.operators import LowRank, Operator, Sparse, scattered
 from loratools.training.models import module_of
 
 if TYPE_CHECKING:
@@ -119,9 +119,10 @@ def _patch(model: Module, adapter: Adapter, target: str) -> Patch:
         raise AdapterError(f"{target}: the model's weight is {tuple(weight.shape)}; is it the base of this adapter?")
     update = adapter[target]
     try:
-        op = update.operator(weight)
+        op = update.operator(weight.detach().cpu())
     except AdapterError as error:
         raise type(error)(f"{target}: {error}") from error
+    op = _entries(op)
     if not isinstance(op, Sparse):
         raise AdapterError(
             f"{target}: an update of {update.family} changes every entry; make single ones of it with loratools "
@@ -134,6 +135,21 @@ def _patch(model: Module, adapter: Adapter, target: str) -> Patch:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     changes = op.values[order].to(device=weight.device, dtype=dtype)
     return Patch(target, weight, op.places[order].to(weight.device), changes)
+
+
+def _entries(op: Operator) -> Operator:
+    """Whole rows or columns, lowered to factors of which one is unit vectors, as entries; any other map as it is."""
+    if not isinstance(op, LowRank):
+        return op
+    (m, n), order = op.shape, op.right.argmax(1)
+    if torch.equal(op.right, torch.nn.functional.one_hot(order, n).to(op.right)):  # columns
+        places = torch.arange(m, device=order.device).unsqueeze(1) * n + order
+        return scattered(places.reshape(-1), op.left.reshape(-1) * op.scale, op.shape)
+    order = op.left.argmax(0)
+    if torch.equal(op.left.T, torch.nn.functional.one_hot(order, m).to(op.left)):  # rows
+        places = order.unsqueeze(1) * n + torch.arange(n, device=order.device)
+        return scattered(places.reshape(-1), op.right.reshape(-1) * op.scale, op.shape)
+    return op
 
 
 def _weight(model: Module, adapter: Adapter, target: str) -> Tensor:

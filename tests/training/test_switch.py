@@ -10,9 +10,10 @@ from torch import nn
 
 from loratools.adapter import Adapter, entry_of
 from loratools.errors import AdapterError, UsageError
-from loratools.families import LoRA, SHiRA, SparseEntries, Update
+from loratools.families import NM, S2FT, BlockSparse, LoRA, PaCA, SHiRA, SparseEntries, Update
 from loratools.families.base import Layout
 from loratools.families.fitting import Source
+from loratools.families.s2ft import S2FTOptions
 from loratools.families.shira import SHiRAOptions
 from loratools.families.sparse import SparseOptions
 from loratools.formats.native import Described, Native
@@ -99,6 +100,18 @@ def test_the_sum_is_there_and_gone_again(dtype: torch.dtype) -> None:
         switch.undo()
         assert not switch.is_on
         assert bits(model) == before
+
+
+@pytest.mark.parametrize("family", [PaCA, S2FT, NM, BlockSparse])
+def test_rows_columns_and_blocks_are_switched_too(family: type[Any]) -> None:
+    model = net()
+    weight = model.one.weight.detach().clone()
+    for axis in ("rows", "columns") if family is S2FT else (None,):
+        source = Source(Dense(rand(4, 10, 12).double()), Layout(shape=(10, 12)), weight)
+        made = family.encode(source, family.Options() if axis is None else S2FTOptions(rank=3, axis=axis))
+        with switched(model, adapter({"one": made})):
+            assert torch.equal(model.one.weight, weight + made.operator(weight).to(torch.float64).dense().float())
+        assert torch.equal(model.one.weight, weight)
 
 
 def test_several_are_undone_in_turn() -> None:
