@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.mosa import assemble, merge_experts
     from loratools.ops.pareto import pareto
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
@@ -72,6 +73,7 @@ __all__ = [
     "Switch",
     "Threshold",
     "__version__",
+    "assemble",
     "aurac",
     "calibrate",
     "check",
@@ -95,6 +97,7 @@ __all__ = [
     "load_base",
     "load_statistics",
     "merge",
+    "merge_experts",
     "mitigate",
     "open_fine_tune",
     "pareto",
@@ -131,6 +134,7 @@ _HOMES = {
     "loratools.ops.inspect": ("inspect",),
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
+    "loratools.ops.mosa": ("assemble", "merge_experts"),
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),

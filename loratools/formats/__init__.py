@@ -13,11 +13,13 @@ from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
+from loratools.formats.mosa import Mosa
 from loratools.formats.native import Native
 from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
+from loratools.formats.s2ft import S2FTState
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -37,6 +39,8 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    Mosa,
+    S2FTState,
     Loralib,
 )
 

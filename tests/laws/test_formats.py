@@ -77,8 +77,10 @@ SAMPLES: dict[str, list[str]] = {
     "torchtune": ["others/torchtune_lora/adapter_model.pt"],
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
+    "mosa": ["mosl", "mosa"],
+    "s2ft": ["s2ft"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
+READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta", "mosa", "s2ft"}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -139,10 +141,29 @@ def bitdelta(folder: Path, name: str) -> Path:
     return folder / f"{name}.bin"
 
 
+def experts(folder: Path, name: str) -> Path:
+    """Sparse experts and their mean, of LoRA on queries and outputs or of bottlenecks, or S2FT's trained rows."""
+    layer = "enc.transformer.encoder.layer.0"
+    stems = {
+        "mosl": [
+            (f"{layer}.attn.lora_{side}_{part}", s) for part in "qo" for side, s in (("A", (2, 6)), ("B", (6, 2)))
+        ],
+        "mosa": [(f"{layer}.adapter_down", (2, 6)), (f"{layer}.adapter_up", (6, 2))],
+        "s2ft": [],
+    }[name]
+    tensors = {f"{stem}{rest}.weight": torch.randn(shape) for stem, shape in stems for rest in (".0", ".1", "_merge")}
+    tensors |= (
+        {"model.layers.0.mlp.down_proj.s2": torch.randn(6, 3)} if name == "s2ft" else {"head.bias": torch.ones(2)}
+    )
+    torch.save(tensors, folder / f"{name}.bin")
+    return folder / f"{name}.bin"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
+    made |= dict.fromkeys([*SAMPLES["mosa"], *SAMPLES["s2ft"]], experts)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
