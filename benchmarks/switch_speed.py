@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable
 
 from contestants import table
 
-SIDES = (4096, 1024)
-RANK = 32  # PEFT's default for SHiRA: as many numbers as a LoRA of this rank
+SIDES = {4096: 6, 1024: 48}  # of the weights, and how many: more than caches hold, as in a model
+RANKS = (8, 32)  # PEFT's defaults for LoRA and for SHiRA, which has as many numbers as a LoRA of its r
 THREADS = 2
 
 
 def seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Medians; every contestant once, then every one again."""
+    """The fastest of each, as others use the machine too; every contestant once, then every one again."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 2):
         for name, contestant in contestants.items():
@@ -23,10 +22,10 @@ def seconds(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[st
             contestant()
             if turn > 1:  # the first ones fill the caches
                 found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in found.items()}
+    return {name: min(times) for name, times in found.items()}
 
 
-def measured(side: int, dtype_name: str, repeats: int) -> list[str]:
+def measured(side: int, rank: int, dtype_name: str, repeats: int) -> list[str]:
     """One row of the table."""
     import torch
 
@@ -38,38 +37,52 @@ def measured(side: int, dtype_name: str, repeats: int) -> list[str]:
 
     dtype = getattr(torch, dtype_name)
     generator = torch.Generator().manual_seed(0)
-    linear = torch.nn.Linear(side, side, bias=False).to(dtype).requires_grad_(False)
-    model = torch.nn.ModuleDict({"linear": linear})
-    weight, first = linear.weight, linear.weight.clone()
-    up, down = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((side, RANK), (RANK, side)))
-    count = RANK * 2 * side
-    places = torch.randperm(side * side, generator=generator)[:count].sort().values
-    indices = torch.stack([places // side, places % side]).int()
-    update = SHiRA(torch.randn(count, generator=generator), indices, 1.0, Layout(shape=(side, side)))
-    slots = tuple(update.parameters())
-    dialect = Native.of({"linear": Described(update.layout)}, {"linear": slots}, {"linear": "linear.weight"})
-    switch = Switch.of(model, Adapter(dialect, {"linear": entry_of(update)}, {}, {}))
-    times = seconds(
-        {
-            "as PEFT": lambda: weight.add_((up @ down) * 1.0),
-            "as PEFT, off": lambda: weight.sub_((up @ down) * 1.0),
-            "one product": lambda: weight.addmm_(up, down),
-            "one product, off": lambda: weight.addmm_(up, down, alpha=-1),
-        },
-        repeats,
-    )
-    drift = int((weight != first).sum())
-    weight.copy_(first)
+    names = [f"layer{i}" for i in range(SIDES[side])]
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(side, side, bias=False) for name in names})
+    model = model.to(dtype).requires_grad_(False)
+    weights = [model[name].weight for name in names]
+    first = [weight.clone() for weight in weights]
+    up, down = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((side, rank), (rank, side)))
+    updates = {}
+    for name in names:
+        places = torch.randperm(side * side, generator=generator)[: rank * 2 * side].sort().values
+        indices = torch.stack([places // side, places % side]).int()
+        values = torch.randn(len(places), generator=generator)
+        updates[name] = SHiRA(values, indices, 1.0, Layout(shape=(side, side)))
+    described = {name: Described(update.layout) for name, update in updates.items()}
+    slots = {name: tuple(update.parameters()) for name, update in updates.items()}
+    dialect = Native.of(described, slots, {})
+    switch = Switch.of(model, Adapter(dialect, {name: entry_of(u) for name, u in updates.items()}, {}, {}))
+
+    def merged(sign: float) -> None:
+        for weight in weights:
+            weight.add_((up @ down) * sign)
+
+    def product(sign: float) -> None:
+        for weight in weights:
+            weight.addmm_(up, down, alpha=sign)
+
+    lora = {
+        "as PEFT": lambda: merged(1.0),
+        "as PEFT, off": lambda: merged(-1.0),
+        "one product": lambda: product(1.0),
+        "one product, off": lambda: product(-1.0),
+    }
+    times = seconds(lora, repeats)
+    drift = sum(int((weight != before).sum()) for weight, before in zip(weights, first, strict=True))
+    for weight, before in zip(weights, first, strict=True):
+        weight.copy_(before)
     times |= seconds({"SHiRA": switch.apply, "SHiRA, off": switch.undo}, repeats)
-    assert torch.equal(weight, first)
+    assert all(torch.equal(weight, before) for weight, before in zip(weights, first, strict=True))
     both = {name: times[name] + times[f"{name}, off"] for name in ("as PEFT", "one product", "SHiRA")}
-    shown = [f"{1000 * times[name]:.2f} + {1000 * times[f'{name}, off']:.2f}" for name in both]
+    each = 1000 / len(names)
     return [
         f"{side} x {side}, {dtype_name}",
-        *shown,
+        f"{rank}",
+        *(f"{each * times[name]:.2f} + {each * times[f'{name}, off']:.2f}" for name in both),
         f"{both['as PEFT'] / both['SHiRA']:.1f}x",
         f"{both['one product'] / both['SHiRA']:.1f}x",
-        f"{100 * drift / first.numel():.0f} %",
+        f"{100 * drift / (len(names) * side * side):.0f} %",
     ]
 
 
@@ -78,10 +91,12 @@ def main(*, quick: bool = False) -> str:
     import torch
 
     torch.set_num_threads(THREADS)
-    repeats = 5 if quick else 51
-    rows = [measured(side, dtype, repeats) for side in SIDES for dtype in ("float32", "bfloat16")]
+    repeats = 3 if quick else 9
+    dtypes = ("float32", "bfloat16")
+    rows = [measured(side, rank, dtype, repeats) for side in SIDES for dtype in dtypes for rank in RANKS]
     head = [
         "weight",
+        "r",
         "LoRA as PEFT, ms",
         "LoRA in one product, ms",
         "SHiRA, ms",
@@ -90,11 +105,12 @@ def main(*, quick: bool = False) -> str:
         "LoRA leaves changed",
     ]
     method = (
-        f"One weight on the CPU with {THREADS} threads. A LoRA of rank {RANK} is added and subtracted as PEFT merges "
-        f"it, `W += (B A) s`, and by one product into the weight, `addmm_`; SHiRA has as many numbers, {RANK} (m + n) "
-        "entries at random places, and `loratools.Switch` puts them on, and back the very bits of before. Medians of "
-        f"{repeats} turns, on + off in milliseconds, and how many times faster SHiRA's way there and back is. The last "
-        "column says how many of the weights a LoRA left other than they were at first.\n\n"
+        f"A model of {' or '.join(f'{n} weights of {side} x {side}' for side, n in SIDES.items())}, more than caches "
+        f"hold, on the CPU with {THREADS} threads. A LoRA of rank r is added and subtracted as PEFT merges it, "
+        "`W += (B A) s`, and by one product into the weight, `addmm_`; SHiRA has as many numbers, r (m + n) entries at "
+        "random places, and `loratools.Switch` puts them on, and back the very bits of before. The fastest of "
+        f"{repeats} turns, on + off in milliseconds a weight, and how many times faster SHiRA's way there and back is. "
+        "The last column says how many of the weights a LoRA left other than they were at first.\n\n"
     )
     return "# Switching adapters in a running model\n\n" + method + table(head, rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
 
 
+_PIECE = 1 << 15  # entries that are read and written in one go: what a processor's cache still holds at the second step
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What one target changes: some entries of a weight of the model, by their flat places in it."""
+    """What one target changes, or a piece of it: some entries of a weight of the model, by their flat places in it."""
 
     target: str
     weight: Tensor
@@ -64,7 +67,7 @@ class Switch:
             raise AdapterError(f"{next(iter(whole))}: is no part of an update; only entries of weights can be switched")
         if not adapter.entries:
             raise AdapterError("the adapter holds no update, so that there is nothing to switch")
-        return cls(tuple(_patch(model, adapter, target) for target in adapter.entries))
+        return cls(tuple(piece for target in adapter.entries for piece in _pieces(_patch(model, adapter, target))))
 
     @property
     def is_on(self) -> bool:
@@ -93,11 +96,12 @@ class Switch:
         """Put back the entries as they were; UsageError where they are off, or were changed meanwhile: then none is."""
         if not self.is_on:
             raise UsageError("the adapter is not switched on")
-        for patch, written in zip(self.patches, self._written, strict=True):
-            if not torch.equal(patch.read(), written):
+        for i, patch in enumerate(self.patches):
+            if not torch.equal(patch.read(), self._written[i]):
+                for done, written in zip(self.patches[:i], self._written, strict=False):
+                    done.write(written)
                 raise UsageError(f"{patch.target}: its entries were changed since; undo later switches first")
-        for patch, before in zip(self.patches, self._before, strict=True):
-            patch.write(before)
+            patch.write(self._before[i])
         self._before.clear()
         self._written.clear()
 
@@ -111,6 +115,11 @@ def switched(model: Any, adapter: Adapter) -> Iterator[Any]:
         yield model
     finally:
         switch.undo()
+
+
+def _pieces(patch: Patch) -> Iterator[Patch]:
+    parts = zip(patch.places.split(_PIECE), patch.changes.split(_PIECE), strict=True)
+    return (replace(patch, places=places, changes=changes) for places, changes in parts)
 
 
 def _patch(model: Module, adapter: Adapter, target: str) -> Patch:

@@ -19,6 +19,7 @@ from loratools.families.sparse import SparseOptions
 from loratools.formats.native import Described, Native
 from loratools.operators import Dense
 from loratools.ops.reparameterize import composed
+from loratools.training import switch as switch_module
 from loratools.training.switch import Switch, switched
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -77,8 +78,10 @@ def bits(model: nn.Module) -> dict[str, list[int]]:
     return {name: t.contiguous().view(-1).view(torch.uint8).tolist() for name, t in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("piece", [5, 1 << 15])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_sum_is_there_and_gone_again(dtype: torch.dtype) -> None:
+def test_the_sum_is_there_and_gone_again(dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch_module, "_PIECE", piece)
     model = net(dtype)
     before, weights = bits(model), {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad():
@@ -127,6 +130,21 @@ def test_several_are_undone_in_turn() -> None:
     assert bits(model) == between
     one.undo()
     assert bits(model) == before
+
+
+def test_what_was_changed_elsewhere_leaves_all_as_it_is() -> None:
+    model = net()
+    switch = Switch.of(model, adapter(UPDATES))
+    switch.apply()
+    last = switch.patches[-1]
+    assert last.target == "stored"
+    with torch.no_grad():
+        model.stored.weight.view(-1)[last.places[-1]] += 1
+    there = bits(model)
+    with pytest.raises(UsageError, match="stored: its entries were changed since"):
+        switch.undo()
+    assert bits(model) == there
+    assert switch.is_on
 
 
 def test_states_are_minded() -> None:
