@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from loratools.adapter import Adapter
 
-
 _PIECE = 1 << 15  # entries that are read and written in one go: what a processor's cache still holds at the second step
 
 
@@ -96,10 +95,10 @@ class Switch:
         """Put back the entries as they were; UsageError where they are off, or were changed meanwhile: then none is."""
         if not self.is_on:
             raise UsageError("the adapter is not switched on")
-        for i, patch in enumerate(self.patches):
+        for i, patch in reversed(list(enumerate(self.patches))):  # where targets share a weight, the last comes first
             if not torch.equal(patch.read(), self._written[i]):
-                for done, written in zip(self.patches[:i], self._written, strict=False):
-                    done.write(written)
+                for later, written in zip(self.patches[i + 1 :], self._written[i + 1 :], strict=True):
+                    later.write(written)
                 raise UsageError(f"{patch.target}: its entries were changed since; undo later switches first")
             patch.write(self._before[i])
         self._before.clear()

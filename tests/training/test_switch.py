@@ -132,16 +132,29 @@ def test_several_are_undone_in_turn() -> None:
     assert bits(model) == before
 
 
+def test_targets_that_share_a_weight_are_undone_in_turn() -> None:
+    model = net()
+    model.two = nn.Linear(12, 10)
+    model.two.weight = model.one.weight
+    before, start = bits(model), model.one.weight.detach().clone()
+    updates = {"one": UPDATES["one"], "two": update(SparseEntries, (10, 12), 1)}
+    with switched(model, adapter(updates)):
+        deltas = [u.operator(start).dense() for u in updates.values()]
+        assert int(((deltas[0] != 0) & (deltas[1] != 0)).sum()) > 5
+        torch.testing.assert_close(model.one.weight.detach(), start + sum(deltas).float())
+    assert bits(model) == before
+
+
 def test_what_was_changed_elsewhere_leaves_all_as_it_is() -> None:
     model = net()
     switch = Switch.of(model, adapter(UPDATES))
     switch.apply()
-    last = switch.patches[-1]
-    assert last.target == "stored"
+    first = switch.patches[0]  # the last to be undone
+    assert first.target == "one"
     with torch.no_grad():
-        model.stored.weight.view(-1)[last.places[-1]] += 1
+        model.one.weight.view(-1)[first.places[-1]] += 1
     there = bits(model)
-    with pytest.raises(UsageError, match="stored: its entries were changed since"):
+    with pytest.raises(UsageError, match="one: its entries were changed since"):
         switch.undo()
     assert bits(model) == there
     assert switch.is_on
