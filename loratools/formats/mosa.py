@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _LORA = re.compile(r"^(?P<attention>.*\battn)\.lora_(?P<side>[AB])_(?P<part>[qkvo])(?P<rest>_merge|\.\d+|)\.weight$")
-_BOTTLENECK = re.compile(r"\badapter_(down|up)(_attn|_ffn)?(_merge|\.\d+)\.(weight|bias)$")
+_BOTTLENECK = re.compile(  # AdapterHub's have their name before them
+    r"^(?!.*\.adapters\.).*\badapter_(down|up)(_attn|_ffn)?(_merge|\.\d+)\.(weight|bias)$"
+)
 _SLOTS = {"A": "down", "B": "up"}
 _MODULES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
@@ -32,14 +34,14 @@ class Mosa(ReadOnly):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return any(_BOTTLENECK.search(key) or ((m := _LORA.match(key)) and m["rest"]) for key in header.specs)
+        return any(_BOTTLENECK.match(key) or ((m := _LORA.match(key)) and m["rest"]) for key in header.specs)
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
         found: dict[str, dict[str, str]] = {}
         unsupported: dict[str, str] = {}
         for key in header.specs:
-            if _BOTTLENECK.search(key):
+            if _BOTTLENECK.match(key):
                 unsupported[key] = "a bottleneck adapter with an activation, which is not an update of a weight"
             elif (match := _LORA.match(key)) is None:
                 continue
