@@ -21,6 +21,7 @@ PAGES = {
     "input_shares": ("input_shares",),
     "qat_real": ("qat_real",),
     "transform_speed": ("transform_speed", "wavelet_energy"),
+    "switch_speed": ("switch_speed",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -34,6 +35,7 @@ TITLES = {
     "input_shares": "",
     "qat_real": "",
     "transform_speed": "# Transforms\n\n",
+    "switch_speed": "",
 }
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.mosa import assemble, merge_experts
     from loratools.ops.neurons import neurons
     from loratools.ops.pareto import pareto
     from loratools.ops.pissa import pissa_state, subtract_principal, subtract_residual
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     )
     from loratools.training.calibrate import Calibrate, calibrate
     from loratools.training.data_free import data_free_statistics
+    from loratools.training.switch import Switch, switched
 
 __all__ = [
     "Activations",
@@ -82,8 +84,10 @@ __all__ = [
     "Search",
     "Squeeze",
     "Statistics",
+    "Switch",
     "Threshold",
     "__version__",
+    "assemble",
     "aurac",
     "bakeoff",
     "calibrate",
@@ -111,6 +115,7 @@ __all__ = [
     "load_base",
     "load_statistics",
     "merge",
+    "merge_experts",
     "mitigate",
     "neurons",
     "open_fine_tune",
@@ -130,6 +135,7 @@ __all__ = [
     "subtract_initial",
     "subtract_principal",
     "subtract_residual",
+    "switched",
     "truncate",
     "truncate_file",
 ]
@@ -159,6 +165,7 @@ _HOMES = {
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.neurons": ("neurons",),
+    "loratools.ops.mosa": ("assemble", "merge_experts"),
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.prune_neurons": ("PruneNeurons", "prune_neurons", "prune_neurons_file"),
     "loratools.ops.pissa": ("pissa_state", "subtract_principal", "subtract_residual"),
@@ -184,6 +191,7 @@ _HOMES = {
     ),
     "loratools.training.calibrate": ("Calibrate", "calibrate"),
     "loratools.training.data_free": ("data_free_statistics",),
+    "loratools.training.switch": ("Switch", "switched"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

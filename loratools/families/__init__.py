@@ -8,6 +8,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.adalora import AdaLoRA
 from loratools.families.base import Layout, Update
 from loratools.families.bitdelta import BitDelta
+from loratools.families.block_sparse import BlockSparse
 from loratools.families.blocklora import BlockLoRA
 from loratools.families.boft import BOFT
 from loratools.families.c3a import C3A
@@ -36,12 +37,15 @@ from loratools.families.lycoris_ia3 import LycorisIA3
 from loratools.families.lycoris_oft import LycorisOFT
 from loratools.families.merged import MergedLoRA
 from loratools.families.miss import MiSS
+from loratools.families.nm import NM
 from loratools.families.oft import OFT
+from loratools.families.paca import PaCA
 from loratools.families.pvera import PVeRA
 from loratools.families.qhft import QHFT
 from loratools.families.qwha import QWHA
 from loratools.families.randlora import RandLoRA
 from loratools.families.road import RoAd
+from loratools.families.s2ft import S2FT
 from loratools.families.s2lora import S2LoRA
 from loratools.families.salt import SALT
 from loratools.families.shira import SHiRA
@@ -112,6 +116,10 @@ FAMILIES: tuple[type[Update], ...] = (
     SNELL,
     S2LoRA,
     TeRA,
+    NM,
+    BlockSparse,
+    PaCA,
+    S2FT,
 )
 
 FITTABLE: dict[str, type[Fittable]] = {f.family: f for f in FAMILIES if issubclass(f, Fittable)}
@@ -124,14 +132,17 @@ __all__ = [
     "HRA",
     "IA3",
     "LDU",
+    "NM",
     "OFT",
     "QHFT",
     "QWHA",
+    "S2FT",
     "SALT",
     "SNELL",
     "AdaLoRA",
     "BitDelta",
     "BlockLoRA",
+    "BlockSparse",
     "DeLoRA",
     "DoHa",
     "DoKr",
@@ -156,6 +167,7 @@ __all__ = [
     "MergedLoRA",
     "MiSS",
     "PVeRA",
+    "PaCA",
     "RandLoRA",
     "RoAd",
     "S2LoRA",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
+from loratools.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +40,11 @@ def pack_places(places: Tensor, size: int) -> Tensor:
     count, width = len(places), _width(len(places), size)
     places = places.to(torch.int64)
     if not width:
-        return _packed(torch.zeros(size, dtype=torch.bool).index_fill_(0, places, True))
+        return packed_bits(torch.zeros(size, dtype=torch.bool).index_fill_(0, places, True))
     low = (places.unsqueeze(1) >> torch.arange(width)) & 1  # (k, width)
     high = torch.zeros(count + ((size - 1) >> width), dtype=torch.bool)
     high[(places >> width) + torch.arange(count)] = True
-    return torch.cat([_packed(low.reshape(-1).bool()), _packed(high)])
+    return torch.cat([packed_bits(low.reshape(-1).bool()), packed_bits(high)])
 
 
 def unpack_places(packed: Tensor, count: int, size: int) -> Tensor:
@@ -52,17 +53,26 @@ def unpack_places(packed: Tensor, count: int, size: int) -> Tensor:
         raise ValueError(f"{packed.numel()} bytes are not those of {count} places among {size}")
     width = _width(count, size)
     if not width:
-        places = _unpacked(packed)[:size].nonzero().flatten()
+        places = unpacked_bits(packed)[:size].nonzero().flatten()
     else:
         cut = -(-count * width // 8)
-        low = _unpacked(packed[:cut])[: count * width].reshape(count, width).to(torch.int64)
-        high = _unpacked(packed[cut:]).nonzero().flatten()
+        low = unpacked_bits(packed[:cut])[: count * width].reshape(count, width).to(torch.int64)
+        high = unpacked_bits(packed[cut:]).nonzero().flatten()
         if len(high) != count:
             raise ValueError(f"they tell {len(high)} places, not {count}")
         places = ((high - torch.arange(count)) << width) + (low << torch.arange(width)).sum(1)
     if len(places) != count or not bool((places[1:] > places[:-1]).all()) or int(places[-1]) >= size:
         raise ValueError(f"they tell no {count} ascending places below {size}")
     return places
+
+
+def checked_numbers(stored: Tensor, size: int, problem: str) -> Tensor:
+    """Stored numbers of lines as int64; AdapterError with `problem` where they are not different ones below `size`."""
+    numbers = stored.to(torch.int64)
+    inside = bool(((stored == numbers) & (numbers >= 0) & (numbers < size)).all())
+    if not inside or len(numbers.unique()) != len(numbers):
+        raise AdapterError(problem)
+    return numbers
 
 
 def _width(count: int, size: int) -> int:
@@ -76,7 +86,7 @@ def _nbytes(count: int, size: int, width: int) -> int:
     return -(-count * width // 8) - (-(count + ((size - 1) >> width)) // 8)
 
 
-def _packed(bits: Tensor) -> Tensor:
+def packed_bits(bits: Tensor) -> Tensor:
     """Booleans as bytes, the first in the lowest bit."""
     whole = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).reshape(-1, 8)
     out = whole[:, 0].clone()
@@ -85,6 +95,6 @@ def _packed(bits: Tensor) -> Tensor:
     return out
 
 
-def _unpacked(packed: Tensor) -> Tensor:
+def unpacked_bits(packed: Tensor) -> Tensor:
     """The bits of bytes, uint8 zeros and ones."""
     return ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)

@@ -17,12 +17,14 @@ from loratools.formats.loldu import LoLDUFile
 from loratools.formats.lora_xs import LoraXs
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
+from loratools.formats.mosa import Mosa
 from loratools.formats.native import Native
 from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
 from loratools.formats.qhft import Qhft
+from loratools.formats.s2ft import S2FTState
 from loratools.formats.salt import SaltFile
 from loratools.formats.snell import SnellFile
 from loratools.formats.torchtune import Torchtune
@@ -51,6 +53,8 @@ FORMATS: tuple[type[Format], ...] = (
     SaltFile,
     SnellFile,
     LoraXs,
+    Mosa,
+    S2FTState,
     Loralib,
 )
 

@@ -58,6 +58,11 @@ def adalora_scale(config: Config, target: str) -> float:
     return alpha / (initial + 1e-5)
 
 
+def paca_scale(config: Config, target: str) -> float:
+    """alpha over the rank, both 8 by default."""
+    return number(config, "paca_alpha", 8) / number(config, "r", 8)
+
+
 def ia3_settings(config: Config, target: str) -> Mapping[str, Any]:
     """Whether the target is a feed-forward module, by PEFT's rule: a regular expression, or the ends of names."""
     modules = config.get("feedforward_modules") or []

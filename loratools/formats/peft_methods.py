@@ -22,6 +22,7 @@ from loratools.formats.method_settings import (
     miss_settings,
     number,
     oft_settings,
+    paca_scale,
     randlora_scale,
     randlora_settings,
     road_settings,
@@ -114,6 +115,8 @@ METHODS: Mapping[str, Method] = {
     "GRALORA": Method(_named("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), scale=gralora_scale),
     "HIRA": Method(_named("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")),
     "MISS": Method(_named("miss_block"), settings=miss_settings),
+    # of the authors' fork, whose config says so; PEFT itself has none
+    "PACA": Method(_named("paca_w", "paca_indices"), scale=paca_scale),
     "RANDLORA": Method(
         _named("randlora_lambda", "randlora_gamma"),
         shared=_named("randlora_A", "randlora_B"),

@@ -71,11 +71,9 @@ def _of_low_and_sparse(op: Sum) -> float | None:
     there = entries_at(low, sparse.places)
     whole = frobenius(low) ** 2
     outside = whole - float(there.square().sum())
-    return (
-        math.hypot(math.sqrt(outside), float((there + sparse.values.double()).norm()))
-        if outside > _OUTSIDE * whole
-        else None
-    )
+    if outside <= _OUTSIDE * whole:
+        return None
+    return math.hypot(math.sqrt(outside), float((there + sparse.values.double()).norm()))
 
 
 def _of_coefficients(op: Sum) -> Operator | None:

@@ -84,8 +84,22 @@ SAMPLES: dict[str, list[str]] = {
     "qhft": ["qhft"],
     **{name: [name] for name in with_base_files.FILES},
     "lora-xs": ["lora-xs", "lora-xs-old"],
+    "mosa": ["mosl", "mosa"],
+    "s2ft": ["s2ft"],
 }  # fmt: skip
-READ_ONLY = {"adapterhub", "bitdelta", "bottleneck", "litgpt", "lora-xs", "omi", "petl-vit", "qhft", "torchtune"}
+READ_ONLY = {
+    "adapterhub",
+    "bitdelta",
+    "bottleneck",
+    "litgpt",
+    "lora-xs",
+    "mosa",
+    "omi",
+    "petl-vit",
+    "qhft",
+    "s2ft",
+    "torchtune",
+}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -199,6 +213,24 @@ def lora_xs(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def experts(folder: Path, name: str) -> Path:
+    """Sparse experts and their mean, of LoRA on queries and outputs or of bottlenecks, or S2FT's trained rows."""
+    layer = "enc.transformer.encoder.layer.0"
+    stems = {
+        "mosl": [
+            (f"{layer}.attn.lora_{side}_{part}", s) for part in "qo" for side, s in (("A", (2, 6)), ("B", (6, 2)))
+        ],
+        "mosa": [(f"{layer}.adapter_down", (2, 6)), (f"{layer}.adapter_up", (6, 2))],
+        "s2ft": [],
+    }[name]
+    tensors = {f"{stem}{rest}.weight": torch.randn(shape) for stem, shape in stems for rest in (".0", ".1", "_merge")}
+    tensors |= (
+        {"model.layers.0.mlp.down_proj.s2": torch.randn(6, 3)} if name == "s2ft" else {"head.bias": torch.ones(2)}
+    )
+    torch.save(tensors, folder / f"{name}.bin")
+    return folder / f"{name}.bin"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native, "qhft": qhft}
@@ -206,6 +238,7 @@ def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
     made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
     made |= dict.fromkeys(with_base_files.FILES, with_base_files.write)
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl) | dict.fromkeys(SAMPLES["lora-xs"], lora_xs)
+    made |= dict.fromkeys([*SAMPLES["mosa"], *SAMPLES["s2ft"]], experts)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
