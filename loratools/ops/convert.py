@@ -139,7 +139,7 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
             without = bool(adapter.extras) and not extras
             kept = adapter.format.kept_config(set(builds), portable=options.portable, without_extras=without)
         order = replace(order, config=kept)
-    bound, builds = _bind(adapter, destination, builds, order, options, notes)
+    bound, builds = _bind(destination, builds, order, options, notes)
     _note_changes(adapter, builds, options, notes)
     entries = {target: build.entry for target, build in builds.items()}
     metadata = metadata_for(adapter, destination, order, lambda: _odd_names(adapter, options))
@@ -210,6 +210,7 @@ class Build:
     entry: Entry
     actions: tuple[str, ...]
     relative_error: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that a family which stays as it is keeps in a config
 
 
 def _named(placements: Mapping[str, Placement], names: Mapping[str, str]) -> dict[str, Placement]:
@@ -224,7 +225,7 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
     fits = destination.lacks(entry.layout, set(entry.specs)) is None
     held = fits and ("mid" not in entry.specs or "mid" in destination.slots)
     if job.is_copy and entry.family.family in destination.holds and held:
-        return Build(job, entry, ())
+        return Build(job, entry, (), settings=adapter.format.settings(job.sources[0]))
     weights = {name: _base_weight(adapter, name, options.base) for name in job.sources}
 
     def build() -> tuple[Update, Lowered]:
@@ -301,16 +302,10 @@ def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None)
 
 
 def _bind(
-    adapter: Adapter,
-    destination: type[Format],
-    builds: Mapping[str, Build],
-    order: Order,
-    options: Convert,
-    notes: _Notes,
+    destination: type[Format], builds: Mapping[str, Build], order: Order, options: Convert, notes: _Notes
 ) -> tuple[Format, dict[str, Build]]:
     """The new dialect, and the targets with the scales and the shapes that it can state."""
-    parts = {t: _part(b.entry, destination, options, notes, t) for t, b in builds.items()}
-    parts = {t: replace(part, settings=_settings(adapter, builds[t])) for t, part in parts.items()}
+    parts = {t: _part(b, destination, options, notes, t) for t, b in builds.items()}
     bound = destination.compose(parts, order)
     stated = _stated_scales(bound, builds) if not options.fold_alpha and not options.portable else None
     done = {}
@@ -358,13 +353,8 @@ def _stated_scales(bound: Format, builds: Mapping[str, Build]) -> dict[str, floa
     return scales if same else None
 
 
-def _settings(adapter: Adapter, build: Build) -> Mapping[str, Any]:
-    """What the file's config or metadata says of a target that stays in its family."""
-    same = build.job.is_copy and build.entry.family is adapter.entries[build.job.sources[0]].family
-    return adapter.format.settings(build.job.sources[0]) if same else {}
-
-
-def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:
+def _part(build: Build, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:
+    entry = build.entry
     slots = tuple(entry.specs)
     if "up_bias" in slots and "up_bias" not in destination.slots:
         if "bias" not in options.drop:
@@ -376,6 +366,7 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
     shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
     settings = entry.read().stated_settings() if entry.family.references else {}
     return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, settings)
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, build.settings)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:
