@@ -100,6 +100,7 @@ def test_a_fit_is_the_least_squares_solution(dense: bool) -> None:
     error = relative_error(delta, fitted.operator(weight))
     assert math.sqrt(1 - error**2) < 0.5  # nearly all is lost
     assert LoLDU.expected_energy(source, LoLDUOptions(R)) == R / (M * N)
+    assert sum(t.numel() for t in fitted.parameters().values()) == R
 
 
 def test_a_member_is_found_and_another_base_noticed(tmp_path: Path) -> None:

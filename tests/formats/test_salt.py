@@ -108,3 +108,10 @@ def test_clipping_is_no_loss_where_the_wish_is_zero() -> None:
     middle[1:, 1:] = (once + torch.diag(s[1:])).clamp(min=0) - torch.diag(s[1:])
     assert error <= float((u @ middle @ vt - delta.dense()).norm()) + 1e-12
     assert error < float(delta.dense().norm())
+
+
+@pytest.mark.parametrize(("top", "rank"), [(3, 2), (1, 0), (11, 4)])
+def test_as_many_numbers_are_stored_as_the_formula_says(top: int, rank: int) -> None:
+    source = Source(LowRank(rand(0, 14, 2), rand(1, 2, 11)), Layout(shape=(14, 11)), rand(5, 14, 11))
+    made = SALT.encode(source, SALTOptions(rank=rank, top=top))
+    assert sum(t.numel() for t in made.parameters().values()) == 2 * top + 2 * min(rank, 11 - top) * (11 - top)
