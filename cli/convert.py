@@ -128,7 +128,7 @@ def convert(
 def check_dialect(to: str) -> None:
     """UsageError for a dialect that cannot be written."""
     from loratools.errors import UsageError
-    from loratools.ops.convert import writable_formats
+    from loratools.formats import writable_formats
 
     if to not in writable_formats():
         raise UsageError(f"--to {to}: the dialects that can be written are {', '.join(writable_formats())}")

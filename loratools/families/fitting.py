@@ -102,8 +102,8 @@ class Fittable(Update):
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, Any]:
         """The richest options of every target for `nbytes` of all stored tensors, shared ones included.
 
-        By default each gets its share by the sides of its matrix, and the next ones what it leaves over. UsageError names
-        a target for which that is too little.
+        By default each gets its share by the sides of its matrix, and the next ones what it leaves over. UsageError
+        names a target for which that is too little.
         """
         left, sides = nbytes, sum(sum(source.shape) for source in sources.values())
         found = {}

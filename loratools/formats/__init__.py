@@ -70,6 +70,7 @@ __all__ = [
     "ScaleMode",
     "Written",
     "recognise",
+    "writable_formats",
 ]
 
 
@@ -91,3 +92,12 @@ def recognise(header: Header) -> type[Format]:
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])
     known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
     raise InputError(f"{header.path}: no known adapter dialect ({known}); its keys begin with {shown}")
+
+
+def writable_formats() -> dict[str, tuple[type[Format], ...]]:
+    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
+    found: dict[str, tuple[type[Format], ...]] = {}
+    for dialect in FORMATS:
+        if dialect.holds:
+            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
+    return found

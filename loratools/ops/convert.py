@@ -14,7 +14,7 @@ from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
 from loratools.families import LoRA
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
-from loratools.formats import FORMATS, Format, Order, Part
+from loratools.formats import Format, Order, Part, writable_formats
 from loratools.formats.layouts import Model, model_of, whisper
 from loratools.formats.modules import Placement
 from loratools.ops.carried import carried_by, metadata_for
@@ -63,15 +63,6 @@ class _Notes:
 
     notices: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
-
-
-def writable_formats() -> dict[str, tuple[type[Format], ...]]:
-    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
-    found: dict[str, tuple[type[Format], ...]] = {}
-    for dialect in FORMATS:
-        if dialect.holds:
-            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
-    return found
 
 
 def _destination(adapter: Adapter, to: str, options: Convert) -> type[Format]:
@@ -364,9 +355,8 @@ def _part(build: Build, destination: type[Format], options: Convert, notes: _Not
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
     shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
-    settings = entry.read().stated_settings() if entry.family.references else {}
+    settings = entry.read().stated_settings() if entry.family.references else build.settings
     return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, settings)
-    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, build.settings)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:

@@ -15,13 +15,13 @@ from loratools.errors import AdapterError, NeedsBaseError, UsageError
 from loratools.families import fittable
 from loratools.families.fitting import Fittable, Source, options_of
 from loratools.files import Saved, header_room, save
-from loratools.formats import Order
+from loratools.formats import Order, writable_formats
 from loratools.formats.modules import WHOLE
 from loratools.formats.native import SHARED, Described, Native
 from loratools.linalg.inner import frobenius
 from loratools.operators import BlockDiagonal, Operator, sum_of
 from loratools.ops.carried import carried_by, metadata_for
-from loratools.ops.convert import convert, writable_formats
+from loratools.ops.convert import convert
 from loratools.ops.initial import refuse_mutated
 from loratools.ops.spectra import base_tensor, is_finite_update, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
