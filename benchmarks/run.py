@@ -16,6 +16,7 @@ PAGES = {
     "intruders": ("intruder_speed",),
     "fine_tuning": ("fine_tuning",),
     "quantize_real": ("quantize_real",),
+    "bases": ("bases",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -24,6 +25,7 @@ TITLES = {
     "intruders": "# Intruder dimensions\n\n",
     "fine_tuning": "",
     "quantize_real": "",
+    "bases": "",
 }
 
 
