@@ -22,6 +22,7 @@ PAGES = {
     "qat_real": ("qat_real",),
     "transform_speed": ("transform_speed", "wavelet_energy"),
     "switch_speed": ("switch_speed",),
+    "bases": ("bases",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -36,6 +37,7 @@ TITLES = {
     "qat_real": "",
     "transform_speed": "# Transforms\n\n",
     "switch_speed": "",
+    "bases": "",
 }
 
 

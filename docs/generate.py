@@ -92,7 +92,7 @@ def families() -> str:
     for family in FAMILIES:
         told = found[family.family]
         facts = [
-            ("slots", _names(family.required)),
+            ("slots", _names(family.required) or "one set or the other of the optional ones"),
             ("optional slots", _names(family.optional) or "none"),
             ("needs the base weight", _needed(told)),
         ]

@@ -192,11 +192,11 @@ __all__ = [
 def family_of(slots: Collection[str]) -> type[Update]:
     """The one family with these slots; AdapterError says what is missing, or what no family has."""
     found = set(slots)
-    fits = [f for f in FAMILIES if f.required <= found <= f.required | f.optional]
+    fits = [f for f in FAMILIES if found and f.required <= found <= f.required | f.optional]
     if len(fits) == 1:
         return fits[0]
-    most = {f: f.required or f.optional for f in FAMILIES}
-    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ most[f])))
+    wanted = {f: f.required or f.optional for f in FAMILIES}  # some family has two sets of slots, and none in both
+    closest = min(FAMILIES, key=lambda f: (-len(found & (f.required | f.optional)), len(found ^ wanted[f])))
     missing, extra = sorted(closest.required - found), sorted(found - closest.required - closest.optional)
     problem = f"{', '.join(missing)} missing" if missing else f"unexpected {', '.join(extra)}"
     raise AdapterError(f"not a complete {closest.family} update: {problem} (it has {', '.join(sorted(found))})")

@@ -15,9 +15,9 @@ from loratools.operators import LowRank, Operator
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SWEEPS = 300  # at most
-_TRIED = 10  # sweeps from every start, before the best goes on
-_STILL = 1e-5  # of what is captured, and of what is not: a sweep that gains less is the last
+_SWEEPS = 200  # at most
+_TRIED = 5  # sweeps from every start, before the best goes on
+_STILL = 1e-4  # of what is captured, and of what is not: a sweep that gains less is the last
 
 
 def along_modes(matrix: Tensor, factors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -15,8 +15,9 @@ from loratools.operators import LowRank, Operator
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STEPS = 300  # at most
-_TRIED = 20  # from every start, before the better goes on
+_STEPS = 20  # of a round, and from every start before the better goes on
+_ROUNDS = 20  # at most
+_STILL = 1e-3  # of what is captured, and of what is not: a round that gains less is the last
 
 
 def fitted_vector(deltas: Sequence[Operator], rank: int, indices: Tensor, scales: Tensor, seed: int) -> Tensor:
@@ -32,8 +33,8 @@ def fitted_vector(deltas: Sequence[Operator], rank: int, indices: Tensor, scales
     random = torch.randn(len(scales), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     size = (len(deltas) * len(indices)) ** -0.25  # of entries whose products have about the norm of the deltas
     starts = [fit.pulled_back(fit.best_entries()), random * size / scales.clamp_min(1e-12)]
-    tried = [fit.descended(start, _TRIED) for start in starts]
-    value, theta = fit.descended(min(tried, key=lambda end: end[0])[1], _STEPS)
+    tried = [fit.descended(start, 1) for start in starts]
+    value, theta = fit.descended(min(tried, key=lambda end: end[0])[1], _ROUNDS)
     return theta * math.sqrt(whole) if value < 0 else torch.zeros_like(theta)
 
 
@@ -76,13 +77,13 @@ class _Fit:
             start = end
         return math.fsum(values), self.pulled_back(slope)
 
-    def descended(self, start: Tensor, steps: int) -> tuple[float, Tensor]:
-        """(value, vector) after some steps of L-BFGS."""
+    def descended(self, start: Tensor, rounds: int) -> tuple[float, Tensor]:
+        """(value, vector) after some rounds of L-BFGS; the deltas' norm is 1, so that -1/2 is the least value."""
         theta = torch.nn.Parameter(start.clone())
         search = torch.optim.LBFGS(
             [theta],
-            max_iter=steps,
-            max_eval=2 * steps,
+            max_iter=_STEPS,
+            max_eval=2 * _STEPS,
             history_size=20,
             tolerance_grad=1e-10,
             tolerance_change=1e-14,
@@ -93,6 +94,10 @@ class _Fit:
             value, theta.grad = self.value_and_slope(theta.detach())
             return value
 
-        search.step(closure)
-        theta = theta.detach()  # type: ignore[assignment]
-        return self.value_and_slope(theta)[0], theta
+        captured = 0.0
+        for _ in range(rounds):
+            search.step(closure)
+            before, captured = captured, -2 * self.value_and_slope(theta.detach())[0]
+            if captured - before <= _STILL * min(captured, 1 - captured):
+                break
+        return -captured / 2, theta.detach()

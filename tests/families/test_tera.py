@@ -62,7 +62,7 @@ def test_no_small_change_brings_it_nearer() -> None:
     lost = (delta - replace(found, d=d).operator().dense()).square().sum()
     (slope,) = torch.autograd.grad(lost, d)
     captured = float(delta.square().sum() - lost.detach())
-    assert float(slope.norm() * found.d.norm()) < 0.02 * captured
+    assert float(slope.norm() * found.d.norm()) < 0.1 * captured
 
 
 def test_its_rank_is_a_product_and_its_size_a_sum() -> None:

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from loratools.errors import AdapterError, UsageError
-from loratools.families import UniLoRA
+from loratools.families import UniLoRA, family_of
 from loratools.families.base import Layout
 from loratools.families.fitting import Source
 from loratools.families.unilora import UniLoRAOptions, drawn
 from loratools.linalg.inner import relative_error
 from loratools.operators import Dense, LowRank, Operator
+from loratools.storage.base import TensorSpec
 
 SHAPES = {"a": (24, 16), "b": (30, 20), "c": (24, 16)}
 SIDES = sum(m + n for m, n in SHAPES.values())
@@ -109,3 +110,15 @@ def test_a_place_beyond_the_entries_is_refused() -> None:
         UniLoRA.from_parameters(
             place | {"unilora_theta_d": rand(0, 10)}, scale=1.0, layout=Layout(), settings={"seed": 0, "length": 9}
         )
+
+
+def test_either_set_of_slots_is_the_family_and_no_slots_are_none() -> None:
+    four = {f"unilora_{kind}_{side}" for kind in ("indices", "scales") for side in "AB"}
+    assert family_of({"unilora_place"}) is family_of(four) is UniLoRA
+    specs = {slot: TensorSpec("I64", (2, 3)) for slot in four}
+    assert UniLoRA.check({"unilora_place": TensorSpec("I64", (2,))}, Layout()) is None
+    for broken in (four - {"unilora_scales_B"}, four | {"unilora_place"}):
+        found = UniLoRA.check({slot: specs.get(slot, TensorSpec("I64", (2,))) for slot in broken}, Layout())
+        assert found is not None
+    with pytest.raises(AdapterError, match="not a complete"):
+        family_of(set())
