@@ -11,6 +11,8 @@ from pathlib import Path
 from contestants import ROOT, table
 
 RATIOS = (4, 8, 16, 32, 64)
+TASK_RATIOS = (8, 10, 16, 20, 32, 40, 64)
+KEPT = (0.99, 0.95)  # shares of the exact match, of which the smallest files are sought
 METHODS = {
     "grid": "loratools, grid",
     "svd": "SVD in bf16",
@@ -79,18 +81,18 @@ def _task(folder: Path, *, n_rows: int) -> str:
     adapter = load(ADAPTERS / "en_lora_r64")
     assert adapter.origin is not None
     texts = read_texts(ADAPTERS / "data" / "numwords_en_train.jsonl", N_TEXTS)
-    with real.merged(adapter):
-        met = calibrate(
-            real.model, adapter, texts, tokenizer=real.tokenizer, options=Calibrate(max_texts=N_TEXTS, batch=16)
-        )
+    how = Calibrate(max_texts=N_TEXTS, batch=16)
+    met = calibrate(real.model, adapter, texts, tokenizer=real.tokenizer, options=how)
     whole_nll, whole = real.nll(adapter), real.exact_match(adapter)
     rows = [["as trained", f"{adapter.origin.nbytes / 1e6:.2f}", "0", f"{whole_nll:.4f}", f"{whole:.3f}", "100 %"]]
-    for ratio in RATIOS:
+    sizes: dict[bool, list[tuple[int, float]]] = {False: [], True: []}  # by inputs: bytes, share of the exact match
+    for ratio in TASK_RATIOS:
         for weights in (None, met):
             options = Quantize(budget=adapter.origin.nbytes // ratio, weights=weights)
             saved, report = quantize_file(adapter, folder / f"{ratio}", options, force=True)
             packed = load(saved.path)
             exact = real.exact_match(packed)
+            sizes[weights is not None].append((saved.nbytes, exact / whole))
             name = f"1/{ratio}" + ("" if weights is None else ", by inputs")
             error = f"{report.total['relative_error']:.3f}"
             rows.append(
@@ -109,7 +111,26 @@ def _task(folder: Path, *, n_rows: int) -> str:
         f"errors are weighed by what {N_TEXTS} training texts put into each target of the tuned model (`--weights`). "
         "Nothing was trained after rounding. One adapter, one task."
     )
-    return f"## The task\n\n{text}\n\n" + table(["size", "MB", "error", "NLL", "exact", "of as trained"], rows)
+    found = table(
+        ["kept", "grid", "grid, by inputs"],
+        [[f"{share:.0%} of the exact match", *(_smallest(each, share) for each in sizes.values())] for share in KEPT],
+    )
+    sought = (
+        f"The smallest file, of 1/{', 1/'.join(map(str, TASK_RATIOS))} of the bytes, that keeps so much of it, as does "
+        "every larger one; one row more or less of the answers can move it by a size:"
+    )
+    shown = table(["size", "MB", "error", "NLL", "exact", "of as trained"], rows)
+    return f"## The task\n\n{text}\n\n{shown}\n\n{sought}\n\n{found}"
+
+
+def _smallest(sizes: list[tuple[int, float]], share: float) -> str:
+    """The last of the files, largest first, before one keeps less than `share`."""
+    best = "none"
+    for nbytes, kept in sorted(sizes, reverse=True):
+        if kept < share:
+            break
+        best = f"{nbytes / 1e6:.2f} MB"
+    return best
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ PAGES = {
     "intruders": ("intruder_speed",),
     "fine_tuning": ("fine_tuning",),
     "quantize_real": ("quantize_real",),
+    "codec_speed": ("codec_speed",),
+    "codec_choices": ("codec_choices",),
+    "input_shares": ("input_shares",),
+    "qat_real": ("qat_real",),
+    "transform_speed": ("transform_speed", "wavelet_energy"),
+    "switch_speed": ("switch_speed",),
+    "bases": ("bases",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -24,6 +31,13 @@ TITLES = {
     "intruders": "# Intruder dimensions\n\n",
     "fine_tuning": "",
     "quantize_real": "",
+    "codec_speed": "",
+    "codec_choices": "",
+    "input_shares": "",
+    "qat_real": "",
+    "transform_speed": "# Transforms\n\n",
+    "switch_speed": "",
+    "bases": "",
 }
 
 

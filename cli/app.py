@@ -27,10 +27,13 @@ from loratools_cli.inspect import inspect
 from loratools_cli.interrupts import Interrupts
 from loratools_cli.intruders import intruders
 from loratools_cli.merge import merge
+from loratools_cli.neurons import neurons
 from loratools_cli.output import say
 from loratools_cli.pareto import pareto
+from loratools_cli.prune_neurons import prune_neurons
 from loratools_cli.quantize import dequantize, quantize
 from loratools_cli.reparameterize import reparameterize
+from loratools_cli.resize import expand, restrict
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
 from loratools_cli.truncate import truncate
@@ -53,10 +56,14 @@ for command in (
     calibrate,
     reparameterize,
     bakeoff,
+    neurons,
+    prune_neurons,
     convert,
     check,
     merge,
     extract,
+    expand,
+    restrict,
     fuse,
     intruders,
     compare,

@@ -11,7 +11,7 @@ from loratools_cli import options
 
 
 def calibrate(
-    base: Annotated[Path, Argument(metavar="BASE", help="Model, best fused with the adapter: a Hugging Face folder.")],
+    base: Annotated[Path, Argument(metavar="BASE", help="Base model: a Hugging Face folder.")],
     path: options.AdapterPath,
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")],
     data: Annotated[
@@ -20,6 +20,9 @@ def calibrate(
     ] = None,
     data_free: Annotated[
         bool, Option("--data-free", help="Estimate from the gains of the base's norms; nothing is run.")
+    ] = False,
+    bare: Annotated[
+        bool, Option("--bare", help="Run the model as it is: it is fused with the adapter already.")
     ] = False,
     max_texts: Annotated[int, Option(metavar="N", help="Use the first N texts.")] = 256,
     max_tokens: Annotated[int, Option(metavar="N", help="Use the first N tokens of each.")] = 512,
@@ -35,13 +38,12 @@ def calibrate(
 ) -> None:
     """Measure what enters each target, for squeeze --weights.
 
-    One pass of some texts through the model as it is sums a small moment for each target; the file goes with this very
-    adapter. Best is the model that loratools fuse made of the base and the adapter: then the inputs are those that
-    occur in use. Needs loratools[models], but for --data-free.
+    One pass of some texts through the base with the adapter sums a small moment for each target; the file goes with
+    this very adapter. Needs loratools[models], but for --data-free.
 
     \b
     Examples:
-      loratools calibrate fused my_lora --data texts.jsonl -o stats.safetensors
+      loratools calibrate base my_lora --data texts.jsonl -o stats.safetensors
       loratools squeeze my_lora --rank 8 --weights stats.safetensors
     """
     from loratools.errors import UsageError
@@ -56,10 +58,12 @@ def calibrate(
 
     if (data is None) != data_free:
         raise UsageError("give --data with texts to run, or --data-free, one of the two")
+    if bare and data_free:
+        raise UsageError("--data-free runs no model; --bare goes with --data")
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
     refuse_existing(output, force=force)
-    how = Calibrate(max_texts, max_tokens, batch, device)
+    how = Calibrate(max_texts, max_tokens, batch, device, bare)
     weights = open_base(base) if data_free else None
     adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
     texts = [] if data is None else read_texts(data, max_texts)
@@ -70,4 +74,4 @@ def calibrate(
             step = progress.steps(n_batches(len(texts), how), "batches")
             found = calibrated(base, adapter, texts, options=how, step=step)
     place = found.save(output, force=force)
-    shown.show(summarised(found, texts=len(texts), output=place))
+    shown.show(summarised(found, texts=len(texts), output=place, bare=bare))

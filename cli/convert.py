@@ -52,7 +52,10 @@ def convert(
     ] = None,
     base: options.Base = None,
     initial_adapter: options.InitialAdapter = None,
+    initial_from_base: options.InitialFromBase = False,
+    residual_base: options.ResidualBase = None,
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     petl: options.Petl = None,
     seed: Annotated[int, Option(metavar="N", help="For approximations by randomised SVD.")] = 0,
@@ -75,12 +78,13 @@ def convert(
       loratools convert my_loha.safetensors --to peft --rank 32
       loratools convert my_peft_folder --to gguf --base llama/config.json
       loratools convert my_peft_folder --to mlx
+      loratools convert my_pissa --to peft --base llama --initial-from-base
       loratools convert cifar-bit1-dim32.bin --petl cifar.yaml --to peft
     """
     from loratools.errors import UsageError
     from loratools.ops.convert import DROPPABLE, Convert
     from loratools.ops.lowering import Lowering
-    from loratools_cli.opening import open_adapter, open_base
+    from loratools_cli.opening import open_adapter, open_base, relative_to_base
     from loratools_cli.output import Output
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
@@ -105,14 +109,26 @@ def convert(
         base=weights,
         dtype=dtype,
     )
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, initial=initial_adapter, base=weights, petl=petl)
+    adapter = open_adapter(
+        path,
+        alpha=alpha,
+        enable_lora=enable_lora,
+        initial=initial_adapter,
+        base=weights,
+        petl=petl,
+        thresholds=snell_threshold,
+    )
+    if initial_from_base or residual_base is not None:
+        if initial_adapter is not None or (initial_from_base and residual_base is not None):
+            raise UsageError("--initial-adapter, --initial-from-base and --residual-base exclude each other")
+        adapter = relative_to_base(adapter, weights, open_base(residual_base))
     write_conversion(adapter, to, how, output, to, shown=shown, dry_run=dry_run, force=force)
 
 
 def check_dialect(to: str) -> None:
     """UsageError for a dialect that cannot be written."""
     from loratools.errors import UsageError
-    from loratools.ops.convert import writable_formats
+    from loratools.formats import writable_formats
 
     if to not in writable_formats():
         raise UsageError(f"--to {to}: the dialects that can be written are {', '.join(writable_formats())}")

@@ -16,6 +16,7 @@ def delta(
     base: options.Base = None,
     target: options.Target = None,
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     force: Annotated[bool, Option("--force", help="Replace an existing output.")] = False,
@@ -36,7 +37,9 @@ def delta(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     weights = open_base(base)
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
+    adapter = open_adapter(
+        path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights, thresholds=snell_threshold
+    )
     with Progress() as progress:
         report = loratools.delta_file(progress.watch(adapter), output, base=weights, target=target, force=force)
     shown.show(report)

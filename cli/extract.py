@@ -15,8 +15,8 @@ def extract(
     tuned: Annotated[Path, Argument(metavar="TUNED", help="The model that was fine-tuned from it.")],
     output: Annotated[Path, Option("--output", "-o", metavar="PATH", help="The adapter to write.")],
     to: Annotated[
-        Literal["peft", "bitdelta"],
-        Option(help="A LoRA in a folder, or one file with the sign of every change, which has no ranks to choose."),
+        Literal["peft", "bitdelta", "lycoris"],
+        Option(help="A LoRA in a folder; or one file without ranks, of the sign of every change, or of all of it."),
     ] = "peft",
     rank: options.Rank = None,
     energy: options.Energy = None,
@@ -46,7 +46,8 @@ def extract(
 
     The best low-rank approximation of tuned - base for each matrix (PHLoRA). Changes that no LoRA holds, of norms,
     biases and embedding tables, are listed. Channels in another order (S2FT) are put back. With --to bitdelta, one bit
-    for each number of a changed matrix instead; what else changed is kept whole.
+    for each number of a changed matrix instead; what else changed is kept whole. With --to lycoris, the changes of the
+    matrices as they are, for loratools quantize.
 
     \b
     Examples:
@@ -60,6 +61,7 @@ def extract(
     from loratools.errors import UsageError
     from loratools.files import save
     from loratools.ops.bitdelta import extract_bitdelta
+    from loratools.ops.whole import extract_whole
     from loratools.rank_choice import RankChoice
     from loratools.ranks import Limits
     from loratools.storage.atomic import refuse_existing
@@ -71,7 +73,8 @@ def extract(
         _ = choice.given  # before anything is read: a wrong choice is known now
     elif choice.is_given:
         raise UsageError(
-            f"--to {to} has one bit to a number and no ranks; leave --{choice.given.replace('_', '-')} out"
+            f"--to {to} has {'one bit to a number and ' if to == 'bitdelta' else ''}no ranks; "
+            f"leave --{choice.given.replace('_', '-')} out"
         )
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     options.check_device(device)
@@ -82,9 +85,13 @@ def extract(
         step = progress.steps(len(after.source.specs), "parameters compared")
         found = loratools.differences(before, after, step=step)
         watched = replace(found, adapter=progress.watch(found.adapter))
-        if to == "bitdelta":
-            report = extract_bitdelta(watched, after, None if dry_run else output, force=force)
-            report = report if dry_run else replace(report, output=str(output))
+        if to != "peft":
+            place = None if dry_run else output
+            if to == "bitdelta":
+                report = extract_bitdelta(watched, after, place, force=force)
+                report = report if dry_run else replace(report, output=str(output))
+            else:
+                report = extract_whole(watched, place, force=force)
             shown.show(report, planned=output if dry_run else None)
             return
         policy = choice.policy(found.adapter.nbytes)

@@ -15,6 +15,7 @@ def fuse(
     adapter: Annotated[Path, Argument(metavar="ADAPTER", help="Adapter: a weights file, or a folder with one.")],
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     initial_adapter: options.InitialAdapter = None,
@@ -38,7 +39,13 @@ def fuse(
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     weights = loratools.load_base(base)
     opened = open_adapter(
-        adapter, alpha=alpha, enable_lora=enable_lora, scaling=scaling, initial=initial_adapter, base=weights
+        adapter,
+        alpha=alpha,
+        enable_lora=enable_lora,
+        scaling=scaling,
+        initial=initial_adapter,
+        base=weights,
+        thresholds=snell_threshold,
     )
     with Progress() as progress:
         report = loratools.fuse(progress.watch(opened), weights, output, force=force)

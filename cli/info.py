@@ -23,4 +23,4 @@ def info(
     from loratools_cli.opening import open_adapter
 
     output = Output(as_json=as_json, everything=everything)
-    output.show(loratools.info(open_adapter(path, enable_lora=enable_lora, petl=petl)))
+    output.show(loratools.info(open_adapter(path, enable_lora=enable_lora, petl=petl, weights=False)))

@@ -16,6 +16,7 @@ def inspect(
     nested: Annotated[bool, Option("--nested", help="Compare the first components with the best ones.")] = False,
     plot: options.FigurePath = None,
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     scaling: options.Scaling = None,
     device: options.Device = "cpu",
@@ -40,7 +41,9 @@ def inspect(
     options.check_device(device)
     check_exports(figure=plot, force=force)
     weights = open_base(base)
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights)
+    adapter = open_adapter(
+        path, alpha=alpha, enable_lora=enable_lora, scaling=scaling, base=weights, thresholds=snell_threshold
+    )
     with Progress() as progress:
         report = inspect_adapter(
             progress.watch(adapter),

@@ -21,6 +21,14 @@ EnableLora = Annotated[
         help="Which of the projections that a loralib or LitGPT parameter fuses are updated, such as 1,0,1.",
     ),
 ]
+SnellThreshold = Annotated[
+    str | None,
+    typer.Option(
+        "--snell-threshold",
+        metavar="SHARE_OR_JSON",
+        help="The share of entries that SNELL drops: one for all, or a JSON file of target: share.",
+    ),
+]
 Petl = Annotated[
     Path | None,
     typer.Option(
@@ -34,10 +42,30 @@ Base = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Count errors by the inputs that calibrate measured.")
 ]
+ActivationsPath = Annotated[
+    Path | None, typer.Option("--stats", metavar="FILE", help="Activations: what enters each bottleneck, by its name.")
+]
+Activation = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The activation, where the file does not state it: relu, gelu, silu.")
+]
+MosaExperts = Annotated[
+    Literal["stored", "assembled", "mean"] | None,
+    typer.Option(help="MoSA's experts: as merged in the file, their changes added up, or their mean."),
+]
 InitialAdapter = Annotated[
     Path | None,
     typer.Option(
         "--initial-adapter", metavar="PATH", help="For PiSSA and its kin: the adapter as saved before training."
+    ),
+]
+InitialFromBase = Annotated[
+    bool,
+    typer.Option("--initial-from-base", help="For PiSSA by full SVD: take the initial factors out of --base again."),
+]
+ResidualBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--residual-base", metavar="DIR_OR_FILE", help="For PiSSA and its kin: the changed base it was trained on."
     ),
 ]
 Target = Annotated[str | None, typer.Option(metavar="GLOB", help="Only the targets that match, such as 'q_proj'.")]
@@ -112,6 +140,20 @@ def check_device(device: str) -> None:
         from loratools.errors import UsageError
 
         raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
+
+
+def thresholds(text: str | None) -> float | dict[str, float] | None:
+    """A share, or a JSON file with one for each target; UsageError or InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    from loratools.configs import read_config
+    from loratools.formats.snell import shares
+
+    return shares(read_config(Path(text)), text)
 
 
 def flags(text: str | None) -> tuple[bool, ...] | None:

@@ -50,7 +50,8 @@ class Output:
             self._table(report, planned)
 
     def _table(self, report: Report, planned: Path | None) -> None:
-        from loratools_cli.render import closing, table
+        from loratools_cli.closing import closing
+        from loratools_cli.render import table
 
         write(sys.stdout, table(report, sys.stdout, everything=self.everything))
         write(sys.stderr, "".join(f"warning: {plain(text)}\n" for text in getattr(report, "warnings", ())))

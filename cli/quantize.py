@@ -23,7 +23,7 @@ def quantize(
     budget: options.Budget = None,
     ratio: options.Ratio = None,
     method: Annotated[
-        Literal["grid", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"],
+        Literal["grid", "exact", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"],
         Option(help="How; grid has the least error for its bytes."),
     ] = "grid",
     group: Annotated[int, Option(metavar="N", help="Numbers that share a scale.")] = 64,
@@ -33,7 +33,7 @@ def quantize(
     rounds: Annotated[int, Option(metavar="N", help="Code what is left over N - 1 times more.")] = 1,
     gauge: Annotated[
         Literal["svd", "hadamard", "random", "learned"], Option(help="For balanced: how the rank space is turned.")
-    ] = "hadamard",
+    ] = "learned",
     sweeps: Annotated[
         int, Option(metavar="N", help="For balanced: least-squares turns of one factor for the other.")
     ] = 2,
@@ -54,7 +54,8 @@ def quantize(
     """Write an adapter in few bits, as one small file.
 
     Every command reads it. Give --bits, or with the default method a --budget or --ratio. It chooses ranks and bits
-    target by target, for the least error of the whole delta; the other methods are published ones, and plain rounding.
+    target by target, for the least error of the whole delta; exact packs what was trained on a grid without loss; the
+    other methods are published ones, and plain rounding.
 
     \b
     Examples:
@@ -70,7 +71,9 @@ def quantize(
     from loratools_cli.output import Output
 
     given = [name for name, value in (("--bits", bits), ("--budget", budget), ("--ratio", ratio)) if value is not None]
-    if len(given) != 1:
+    if method == "exact" and given:
+        raise UsageError(f"--method exact keeps the numbers as they are; it takes no {given[0]}")
+    if len(given) != 1 and method != "exact":
         wrong = f"{' and '.join(given)} exclude each other; give one of them" if given else "give --bits, or --budget"
         raise UsageError(f"how small is not clear: {wrong}")
     choice = RankChoice(budget=budget, ratio=ratio)
@@ -79,7 +82,7 @@ def quantize(
     how = Quantize(
         method,
         4 if bits is None else bits,
-        None if bits is not None else choice.bytes(adapter.file_nbytes),
+        None if bits is not None or method == "exact" else choice.bytes(adapter.file_nbytes),
         group,
         scales,
         rounds,
@@ -90,7 +93,7 @@ def quantize(
         allow_nonfinite,
         None if weights is None else load_statistics(weights, adapter),
     )
-    tag = choice.tag if bits is None else f"{method}{bits:g}bit"
+    tag = method if method == "exact" else choice.tag if bits is None else f"{method}{bits:g}bit"
     write_quantized(adapter, how, output, tag, shown=shown, dry_run=dry_run, force=force)
 
 

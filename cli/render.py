@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console, RenderableType
@@ -33,9 +32,12 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.neurons import NeuronsReport
 from loratools.reports.pareto import ParetoReport
+from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.reparameterize import ReparameterizeReport
+from loratools.reports.resize import ResizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
@@ -46,7 +48,9 @@ from loratools_cli.render_families import render_bakeoff, render_families, rende
 from loratools_cli.render_hub import render_hub_list, render_hub_run
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
+from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
+from loratools_cli.render_resize import render_resize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -87,77 +91,6 @@ def table(report: object, stream: TextIO, *, everything: bool = False) -> str:
 
 
 @singledispatch
-def closing(report: object, planned: Path | None = None) -> str:
-    """The last line: what was written, if anything was."""
-    return ""
-
-
-@closing.register(SqueezeReport)
-@closing.register(QuantizeReport)
-@closing.register(ReparameterizeReport)
-def _(report: SqueezeReport | QuantizeReport | ReparameterizeReport, planned: Path | None = None) -> str:
-    before, after = int(report.total["bytes_before"] or 0), int(report.total["bytes_after"] or 0)
-    share = f", {percent(after / before)} % of it" if before else ""
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written: {sizes(before, after)} of tensors{share}\n"
-    return f"wrote {plain(report.output)}: {sizes(before, after)}{share}\n"
-
-
-@closing.register
-def _(report: CalibrateReport, planned: Path | None = None) -> str:
-    seen = f"from {report.tokens} tokens of {report.texts} texts" if report.tokens else "from the base's norms alone"
-    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}, {seen}\n"
-
-
-@closing.register
-def _(report: DeltaReport, planned: Path | None = None) -> str:
-    return f"wrote {plain(report.output)}: {len(report.parameters)} tensors, {format_size(report.bytes)}\n"
-
-
-@closing.register
-def _(report: ExtractReport, planned: Path | None = None) -> str:
-    size = format_size(int(report.total["bytes"]))
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
-    return f"wrote {plain(report.output)}: {size} of tensors\n"
-
-
-@closing.register
-def _(report: FuseReport, planned: Path | None = None) -> str:
-    return f"wrote {plain(report.output)}: {len(report.files)} files, {format_size(report.bytes)} of weights\n"
-
-
-@closing.register
-def _(report: MergeReport, planned: Path | None = None) -> str:
-    size = format_size(int(report.total["bytes"]))
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
-    return f"wrote {plain(report.output)}: {size} of tensors\n"
-
-
-@closing.register
-def _(report: ConvertReport, planned: Path | None = None) -> str:
-    size = sizes(report.bytes_before, report.bytes_after)
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written: {len(report.targets)} targets, {size} of tensors\n"
-    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {size}\n"
-
-
-@closing.register
-def _(report: CheckReport, planned: Path | None = None) -> str:
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written\n"
-    return f"wrote {plain(report.output)}\n" if report.output else ""
-
-
-@closing.register
-def _(report: IntrudersReport, planned: Path | None = None) -> str:
-    if planned is not None:
-        return f"dry run, {plain(planned)} was not written\n"
-    return f"wrote {plain(report.output)}\n" if report.output else ""
-
-
-@singledispatch
 def blocks(report: object, everything: bool) -> Iterator[RenderableType]:
     """What to print for a report, from top to bottom."""
     raise TypeError(f"no view of {type(report).__name__}")
@@ -177,6 +110,16 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
     yield from reasons("skipped", report.skipped, everything)
+
+
+@blocks.register
+def _(report: NeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_neurons(report, everything=everything)
+
+
+@blocks.register
+def _(report: PruneNeuronsReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_prune_neurons(report, everything=everything)
 
 
 @blocks.register
@@ -209,6 +152,11 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: QuantizeReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_quantize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
     yield from reasons("unchanged", report.unchanged, everything)
+
+
+@blocks.register
+def _(report: ResizeReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_resize(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
 
 
 @blocks.register
@@ -258,6 +206,7 @@ def _(report: InfoReport, everything: bool) -> Iterator[RenderableType]:
         "scale": counted(report.scales, few),
         "dtype": counted(report.dtypes, few),
         "codes": counted(report.codings, few),
+        "bottlenecks": bottlenecks_line(report.bottlenecks),
         "size": f"{format_size(report.bytes)}, {report.parameters:,} parameters",
         "extras": counted({f"{k} ({format_size(n)})": 1 for k, n in report.extras.items()}, few).replace(" x1", ""),
         "made by": _made_by(report.record),

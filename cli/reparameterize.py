@@ -32,6 +32,7 @@ def reparameterize(
     ] = False,
     seed: Annotated[int, Option(metavar="N", help="For random bases and restarts.")] = 0,
     alpha: options.Alpha = None,
+    snell_threshold: options.SnellThreshold = None,
     enable_lora: options.EnableLora = None,
     output: options.OutputPath = None,
     dry_run: options.DryRun = False,
@@ -62,7 +63,7 @@ def reparameterize(
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     held = open_base(base)
-    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=held)
+    adapter = open_adapter(path, alpha=alpha, enable_lora=enable_lora, base=held, thresholds=snell_threshold)
     how = Reparameterize(
         _pairs(settings or [], rank),
         None if budget is None else RankChoice(budget=budget).bytes(adapter.file_nbytes),

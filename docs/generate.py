@@ -46,13 +46,19 @@ REPORTS = {
     "loratools info": "info",
     "loratools inspect": "inspect",
     "loratools squeeze, loratools truncate": "squeeze",
+    "loratools quantize": "quantize",
+    "loratools pareto": "pareto",
+    "loratools pareto --eval": "evaluate",
     "loratools calibrate": "calibrate",
     "loratools reparameterize": "reparameterize",
     "loratools bakeoff": "bakeoff",
+    "loratools neurons": "neurons",
+    "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",
     "loratools check": "check",
     "loratools merge": "merge",
     "loratools extract": "extract",
+    "loratools expand, loratools restrict": "resize",
     "loratools fuse": "fuse",
     "loratools intruders": "intruders",
     "loratools compare": "compare",
@@ -86,7 +92,7 @@ def families() -> str:
     for family in FAMILIES:
         told = found[family.family]
         facts = [
-            ("slots", _names(family.required)),
+            ("slots", _names(family.required) or "one set or the other of the optional ones"),
             ("optional slots", _names(family.optional) or "none"),
             ("needs the base weight", _needed(told)),
         ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from loratools.base_weights import load_base
     from loratools.cache import Cache, default_cache
     from loratools.files import load, save
+    from loratools.ops.activations import Activations, load_activations
     from loratools.ops.aurac import aurac
     from loratools.ops.bakeoff import Bakeoff, bakeoff
     from loratools.ops.base_spectra import Search
@@ -23,15 +24,21 @@ if TYPE_CHECKING:
     from loratools.ops.extract import differences, extract
     from loratools.ops.fine_tunes import open_fine_tune
     from loratools.ops.fuse import fuse
-    from loratools.ops.hydra import hydra
+    from loratools.ops.hydra import hydra, hydra_branches
     from loratools.ops.info import info
     from loratools.ops.initial import subtract_initial
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.mosa import assemble, merge_experts
+    from loratools.ops.neurons import neurons
     from loratools.ops.pareto import pareto
+    from loratools.ops.pissa import pissa_state, subtract_principal, subtract_residual
+    from loratools.ops.prune_neurons import PruneNeurons, prune_neurons, prune_neurons_file
+    from loratools.ops.prune_plan import Heads, PrunePlan, read_plan
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.reparameterize import Reparameterize, reparameterize, reparameterize_file
+    from loratools.ops.resize import expand, restrict
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
@@ -50,8 +57,10 @@ if TYPE_CHECKING:
     )
     from loratools.training.calibrate import Calibrate, calibrate
     from loratools.training.data_free import data_free_statistics
+    from loratools.training.switch import Switch, switched
 
 __all__ = [
+    "Activations",
     "AdapterTuneElbow",
     "Bakeoff",
     "Budget",
@@ -63,17 +72,22 @@ __all__ = [
     "Energy",
     "Fixed",
     "Frobenius",
+    "Heads",
     "Limits",
     "Merge",
     "PerTarget",
+    "PruneNeurons",
+    "PrunePlan",
     "Quantize",
     "Ratio",
     "Reparameterize",
     "Search",
     "Squeeze",
     "Statistics",
+    "Switch",
     "Threshold",
     "__version__",
+    "assemble",
     "aurac",
     "bakeoff",
     "calibrate",
@@ -87,28 +101,41 @@ __all__ = [
     "delta_file",
     "diff",
     "differences",
+    "expand",
     "extract",
     "extract_bitdelta",
     "fuse",
     "hydra",
+    "hydra_branches",
     "info",
     "inspect",
     "intruders",
     "load",
+    "load_activations",
     "load_base",
     "load_statistics",
     "merge",
+    "merge_experts",
     "mitigate",
+    "neurons",
     "open_fine_tune",
     "pareto",
+    "pissa_state",
+    "prune_neurons",
+    "prune_neurons_file",
     "quantize",
     "quantize_file",
+    "read_plan",
     "reparameterize",
     "reparameterize_file",
+    "restrict",
     "save",
     "squeeze",
     "squeeze_file",
     "subtract_initial",
+    "subtract_principal",
+    "subtract_residual",
+    "switched",
     "truncate",
     "truncate_file",
 ]
@@ -118,6 +145,7 @@ _HOMES = {
     "loratools.base_weights": ("load_base",),
     "loratools.cache": ("Cache", "default_cache"),
     "loratools.files": ("load", "save"),
+    "loratools.ops.activations": ("Activations", "load_activations"),
     "loratools.ops.aurac": ("aurac",),
     "loratools.ops.bakeoff": ("Bakeoff", "bakeoff"),
     "loratools.ops.bitdelta": ("extract_bitdelta",),
@@ -130,13 +158,19 @@ _HOMES = {
     "loratools.ops.extract": ("differences", "extract"),
     "loratools.ops.fine_tunes": ("open_fine_tune",),
     "loratools.ops.fuse": ("fuse",),
-    "loratools.ops.hydra": ("hydra",),
+    "loratools.ops.hydra": ("hydra", "hydra_branches"),
     "loratools.ops.info": ("info",),
     "loratools.ops.initial": ("subtract_initial",),
     "loratools.ops.inspect": ("inspect",),
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
+    "loratools.ops.neurons": ("neurons",),
+    "loratools.ops.mosa": ("assemble", "merge_experts"),
     "loratools.ops.pareto": ("pareto",),
+    "loratools.ops.prune_neurons": ("PruneNeurons", "prune_neurons", "prune_neurons_file"),
+    "loratools.ops.pissa": ("pissa_state", "subtract_principal", "subtract_residual"),
+    "loratools.ops.prune_plan": ("Heads", "PrunePlan", "read_plan"),
+    "loratools.ops.resize": ("expand", "restrict"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.reparameterize": ("Reparameterize", "reparameterize", "reparameterize_file"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
@@ -157,6 +191,7 @@ _HOMES = {
     ),
     "loratools.training.calibrate": ("Calibrate", "calibrate"),
     "loratools.training.data_free": ("data_free_statistics",),
+    "loratools.training.switch": ("Switch", "switched"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

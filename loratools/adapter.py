@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, NotAWeightDeltaError
 from loratools.families.base import LowRankUpdate
 from loratools.formats.base import Written
 from loratools.storage.header import spec_of
@@ -209,6 +209,20 @@ class Adapter(Mapping[str, "Update"]):
     def map(self, fn: Callable[[str, Update], Update]) -> Adapter:
         """Apply `fn` to every update, now."""
         return self.with_updates({target: fn(target, update) for target, update in self.items()})
+
+    def require_weights(self) -> None:
+        """NotAWeightDeltaError where nothing in the file is an update of a weight, though it is known what it is."""
+        if self.entries or not self.unsupported or self.format.replacements():
+            return
+        where = f"{self.origin.path}: " if self.origin else ""
+        if self.format.bottlenecks:
+            kinds = ", ".join(sorted({place.kind for place in self.format.bottlenecks.values()}))
+            raise NotAWeightDeltaError(
+                f"{where}holds nonlinear bottlenecks ({kinds}), h + scale * up(act(down h)), which no update of a "
+                "weight equals; use loratools neurons or loratools prune-neurons"
+            )
+        key, why = next(iter(self.unsupported.items()))
+        raise NotAWeightDeltaError(f"{where}holds no update of a weight that can be worked on: {key}: {why}")
 
     def select(self, pattern: str) -> tuple[str, ...]:
         """Targets that match a shell pattern, at the end of the name at a dot or as a whole; AdapterError for none."""

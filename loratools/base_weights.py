@@ -56,6 +56,11 @@ class BaseWeights:
         name = self.name_of(parameter)
         return None if name is None else self.source.specs[name].shape
 
+    def bias_of(self, parameter: str) -> Tensor | None:
+        """The bias beside the weight `parameter`; None where there is none."""
+        name = f"{(self.name_of(parameter) or '').removesuffix('.weight')}.bias"
+        return self.source.read(name) if name in self.source.specs else None
+
     def find(self, parameter: str, shape: tuple[int, ...] | None) -> Tensor:
         """The weight of `parameter`, in the base's own layout.
 

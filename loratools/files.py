@@ -67,14 +67,16 @@ def load(
     enable_lora: Sequence[bool] | None = None,
     base: BaseWeights | None = None,
     petl: str | os.PathLike[str] | None = None,
+    thresholds: float | Mapping[str, float] | None = None,
 ) -> Adapter:
     """Open an adapter, a file or a folder, reading headers only; tensors are read when a target is looked up.
 
     `alpha`, `scaling` for MatryoshkaLoRA, and `enable_lora` for fused projections of loralib (one flag for each) stand
     in for what the file does not state; the shapes and the config of `base` do too, for random projections that were
     not saved, transposed weights and the number of heads. `petl` is the YAML of a file of PETL-ViT, where it does
-    not lie beside the file under the same name. Raises InputError for what cannot be read or recognised and
-    AdapterError for incomplete or mismatched updates, naming file and target.
+    not lie beside the file under the same name; `thresholds` are the shares of entries that SNELL drops, one for all
+    targets or one for each. Raises InputError for what cannot be read or recognised and AdapterError for incomplete or
+    mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
     source = open_petl(weights, petl) or open_source(weights)
@@ -83,7 +85,9 @@ def load(
     try:
         config = json.loads(stated) if stated else read_config(config_path) if config_path else None
         header = Header(weights, source.specs, metadata, config, partial(config_beside, weights.parent))
-        hints = Hints(alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora))
+        hints = Hints(
+            alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora), thresholds=thresholds
+        )
         if base is not None:
             hints = replace(hints, base_shape=base.shape_of, base_config=base.config)
         bound = recognise(header).bind(header, hints)
@@ -189,8 +193,8 @@ def destination_weights(adapter: Adapter, path: Path) -> Path:
 
 
 def check_writable(adapter: Adapter, path: Path) -> None:
-    """OutputError where the dialect is only read."""
-    if not adapter.format.writable:
+    """OutputError where the dialect is only read, unless all there is to write are tensors that are carried along."""
+    if not adapter.format.writable and adapter.entries:
         raise OutputError(
             f"{printable(path)}: {adapter.format.name} files are read, not written; write the adapter in another "
             "dialect first: loratools convert --to peft"

@@ -194,6 +194,65 @@ class Diagonal(Operator):
 
 @final
 @dataclass(frozen=True, eq=False)
+class Sparse(Operator):
+    """Single entries of an (m, n) matrix that is zero elsewhere; made by `scattered` where places may be the same."""
+
+    places: Tensor  # (k,) int64: row * n + column, each once
+    values: Tensor  # (k,)
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.places.shape != self.values.shape or self.values.ndim != 1:
+            raise ValueError(f"places {tuple(self.places.shape)} and values {tuple(self.values.shape)} do not match")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def rows(self) -> Tensor:
+        """(k,) int64."""
+        return self.places // self.size[1]
+
+    @property
+    def columns(self) -> Tensor:
+        """(k,) int64."""
+        return self.places % self.size[1]
+
+    @property
+    def T(self) -> Sparse:  # noqa: N802
+        return Sparse(self.columns * self.size[0] + self.rows, self.values, (self.size[1], self.size[0]))
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.values
+
+    def matmat(self, x: Tensor) -> Tensor:
+        indices = torch.stack([self.rows, self.columns])
+        return torch.sparse_coo_tensor(indices, self.values, self.size, check_invariants=False) @ x
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Sparse:
+        return Sparse(self.places.to(device=device), self.values.to(device=device, dtype=dtype), self.size)
+
+    def __mul__(self, factor: float) -> Sparse:
+        return Sparse(self.places, self.values * factor, self.size)
+
+    def _dense(self) -> Tensor:
+        flat = self.values.new_zeros(self.size[0] * self.size[1])
+        return flat.index_copy_(0, self.places, self.values).reshape(self.size)
+
+
+def scattered(places: Tensor, values: Tensor, size: tuple[int, int]) -> Sparse:
+    """The operator that adds `values` at flat `places`, which may come in any order and more than once."""
+    places = places.to(torch.int64)
+    if bool((places[1:] > places[:-1]).all()):
+        return Sparse(places, values, size)
+    distinct, at = torch.unique(places, return_inverse=True)
+    return Sparse(distinct, values.new_zeros(len(distinct)).index_add_(0, at, values), size)
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class BlockDiagonal(Operator):
     """Independent maps side by side: one per expert or per convolution group."""
 
@@ -263,6 +322,74 @@ class Kronecker(Operator):
         return torch.kron(self.left._dense().contiguous(), self.right._dense().contiguous()) * self.scale
 
 
+class Transform(ABC):
+    """An isometry of columns that is known by its algorithm: `count` coefficients of columns of `size` numbers.
+
+    Coefficients are at most as many; where they are as many, the map is orthogonal.
+    """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Numbers of a column."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Coefficients of a column."""
+
+    @abstractmethod
+    def analyse(self, x: Tensor) -> Tensor:
+        """The (count, c) coefficients of the columns of x (size, c)."""
+
+    @abstractmethod
+    def synthesise(self, coefficients: Tensor) -> Tensor:
+        """The (size, c) columns of such coefficients: the transpose of `analyse`, and its inverse where orthogonal."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Transformed(Operator):
+    """A matrix by its coefficients: rows^T inner columns, with a transform of the rows, of the columns, or of both."""
+
+    inner: Operator
+    rows: Transform | None  # None: as they are
+    columns: Transform | None
+
+    def __post_init__(self) -> None:
+        for transform, side in ((self.rows, 0), (self.columns, 1)):
+            if transform is not None and transform.count != self.inner.shape[side]:
+                raise ValueError(f"{transform.count} coefficients of a {self.inner.shape} matrix, along axis {side}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.inner.shape
+        return (m if self.rows is None else self.rows.size, n if self.columns is None else self.columns.size)
+
+    @property
+    def T(self) -> Transformed:  # noqa: N802
+        return Transformed(self.inner.T, self.columns, self.rows)
+
+    @property
+    def leaf(self) -> Tensor:
+        return self.inner.leaf
+
+    def matmat(self, x: Tensor) -> Tensor:
+        out = self.inner.matmat(x if self.columns is None else self.columns.analyse(x))
+        return out if self.rows is None else self.rows.synthesise(out)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Transformed:
+        return Transformed(self.inner.to(dtype, device), self.rows, self.columns)
+
+    def __mul__(self, factor: float) -> Transformed:
+        return Transformed(self.inner * factor, self.rows, self.columns)
+
+    def _dense(self) -> Tensor:
+        dense = self.inner._dense()
+        dense = dense if self.rows is None else self.rows.synthesise(dense)
+        return dense if self.columns is None else self.columns.synthesise(dense.T).T
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Sum(Operator):
@@ -308,7 +435,8 @@ def _flat_terms(terms: list[Operator]) -> Iterator[Operator]:
 
 
 def sum_of(terms: list[Operator]) -> Operator:
-    """The sum, exactly: low-rank terms become one `LowRank`, dense ones one `Dense`, equal blocks one `BlockDiagonal`.
+    """The sum, exactly: low-rank terms become one `LowRank`, dense ones one `Dense`, sparse ones one `Sparse`, equal
+    blocks one `BlockDiagonal`.
 
     Raises ValueError where shapes differ.
     """
@@ -317,12 +445,15 @@ def sum_of(terms: list[Operator]) -> Operator:
         raise ValueError(f"terms of different shapes: {sorted({t.shape for t in flat})}")
     low = [t for t in flat if isinstance(t, LowRank)]
     dense = [t for t in flat if isinstance(t, Dense)]
-    rest = [t for t in flat if not isinstance(t, LowRank | Dense)]
+    sparse = [t for t in flat if isinstance(t, Sparse)]
+    rest = [t for t in flat if not isinstance(t, LowRank | Dense | Sparse)]
     merged: list[Operator] = []
     if dense:
         merged.append(Dense(sum((t.matrix for t in dense[1:]), start=dense[0].matrix)))
     if low:
         merged.append(_merge_low_rank(low))
+    if sparse:
+        merged.append(_merge_sparse(sparse))
     blocks = [t for t in rest if isinstance(t, BlockDiagonal)]
     if len(blocks) > 1 and len({tuple(b.shape for b in t.blocks) for t in blocks}) == 1:
         columns = zip(*(t.blocks for t in blocks), strict=True)
@@ -338,3 +469,10 @@ def _merge_low_rank(terms: list[LowRank]) -> LowRank:
     # float64, for folding a scale into factors of a few bits would round them
     left = torch.cat([t.left.double() * t.scale for t in terms], dim=1)  # (m, sum of ranks)
     return LowRank(left, torch.cat([t.right.double() for t in terms], dim=0))
+
+
+def _merge_sparse(terms: list[Sparse]) -> Sparse:
+    if len(terms) == 1:
+        return terms[0]
+    places = torch.cat([t.places for t in terms])
+    return scattered(places, torch.cat([t.values.double() for t in terms]), terms[0].size)

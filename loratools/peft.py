@@ -31,6 +31,9 @@ def load_adapter(
         raise UsageError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
     opened = adapter if isinstance(adapter, Adapter) else load(adapter)
     result, report = convert(opened, "peft", Convert(metadata=False))
+    kind = (result.config or {}).get("peft_type")
+    if kind not in {known.value for known in peft.PeftType}:
+        raise AdapterError(f"PEFT has no method {kind}; loratools convert --to peft --exact may make a LoRA of it")
     _refuse_missing(model.get_base_model() if is_wrapped else model, result)
     with tempfile.TemporaryDirectory(prefix="loratools-") as place:
         folder = Path(place) / "adapter"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from training.tiny import save_tiny_lora, tiny_llama
 
-from loratools import Convert, convert_file, load, quantize_file, save
+from loratools import Convert, convert_file, load, quantize_file, save, switched
 from loratools.errors import AdapterError, MissingExtraError, UsageError
 from loratools.ops.quantize import Quantize
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 from loratools.peft import load_adapter
 
 IDS = torch.tensor([[5, 17, 101, 3, 200]])
@@ -65,6 +68,29 @@ def test_a_packed_file_loads(lora: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(plain), by_peft(lora), atol=0.5)
 
 
+def test_a_kohya_file_loads(tmp_path: Path) -> None:
+    """As sd-scripts writes it: flattened names, alpha as a tensor, the scale alpha / rank."""
+    generator = torch.Generator().manual_seed(3)
+    plain, tensors, alpha, rank = tiny_llama(), {}, 6.0, 4
+    for target in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        weight = plain.get_parameter(f"{target}.weight")
+        down = torch.randn(rank, weight.shape[1], generator=generator)
+        up = 0.3 * torch.randn(weight.shape[0], rank, generator=generator)
+        name = f"lora_te_{target.replace('.', '_')}"
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(alpha),
+        }
+        with torch.no_grad():
+            weight.add_(alpha / rank * up @ down)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    assert load(tmp_path / "kohya.safetensors").format.name == "kohya"
+    found = logits(load_adapter(tiny_llama(), tmp_path / "kohya.safetensors"))
+    torch.testing.assert_close(found, logits(plain), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, logits(tiny_llama()), atol=1e-2)
+
+
 @pytest.mark.parametrize("dialect", ["mlx", "gguf"])
 def test_other_dialects_load(lora: Path, tmp_path: Path, dialect: str) -> None:
     from loratools import load_base
@@ -109,6 +135,28 @@ def test_a_target_that_the_model_lacks_leaves_the_model_alone(lora: Path) -> Non
 def test_a_family_that_peft_lacks_is_named(samples: Any) -> None:
     with pytest.raises(AdapterError, match="glora"):
         load_adapter(tiny_llama(), samples("lycoris/glora"))
+
+
+def test_a_method_of_a_fork_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "paca"
+    folder.mkdir()
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.paca_w": torch.ones(16, 1), f"{stem}.paca_indices": torch.tensor([3])}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PACA", "r": 1, "paca_alpha": 1}))
+    with pytest.raises(AdapterError, match="PEFT has no method PACA"):
+        load_adapter(tiny_llama(), folder)
+
+
+def test_a_fitted_shira_loads(lora: Path, tmp_path: Path) -> None:
+    """From loratools' own file, by way of PEFT's folder: the logits are those of the model with the entries added."""
+    made, _ = reparameterize(load(lora), "shira", Reparameterize({"rank": "2"}, accept_loss=True))
+    found = load(save(made, tmp_path / "shira.safetensors").path)
+    plain = tiny_llama()
+    with switched(plain, found) as changed:
+        wanted = logits(changed)
+    torch.testing.assert_close(logits(load_adapter(tiny_llama(), found)), wanted)
+    assert not torch.allclose(logits(plain), wanted, atol=1e-3)
 
 
 def test_without_peft_the_extra_is_named(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

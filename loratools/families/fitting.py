@@ -99,6 +99,25 @@ class Fittable(Update):
         return sum(tensor.nbytes for tensor in cls.encode(source, options).parameters().values())
 
     @classmethod
+    def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, Any]:
+        """The richest options of every target for `nbytes` of all stored tensors, shared ones included.
+
+        By default each gets its share by the sides of its matrix, and the next ones what it leaves over. UsageError
+        names a target for which that is too little.
+        """
+        left, sides = nbytes, sum(sum(source.shape) for source in sources.values())
+        found = {}
+        for target, source in sources.items():
+            options = cls.within(source, left * sum(source.shape) // sides)
+            if options is None:
+                raise UsageError(f"{target}: a budget of {nbytes} bytes is too small for {cls.family}")
+            if not cls.references:
+                left -= cls.size(source, options)
+                sides -= sum(source.shape)
+            found[target] = options
+        return found
+
+    @classmethod
     def encode_together(cls, sources: Mapping[str, Source], options: Any) -> dict[str, Self]:
         """Every target's update; a family whose targets share tensors fits these to all of them."""
         return {target: cls._encoded(target, source, options) for target, source in sources.items()}

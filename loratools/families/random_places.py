@@ -11,6 +11,8 @@ from loratools.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.families.base import Settings
+
 
 def scattered(values: Tensor, seed: int, shape: tuple[int, int], padded: tuple[int, int]) -> Tensor:
     """Zeros (padded), float64, with the values in their places in the middle (m, n) of it.
@@ -20,11 +22,19 @@ def scattered(values: Tensor, seed: int, shape: tuple[int, int], padded: tuple[i
     m, n = shape
     if values.numel() > m * n:
         raise AdapterError(f"{values.numel()} coefficients do not fit a base weight {shape}; is it the right base?")
-    places = _places(m * n, values.numel(), seed)
+    places = drawn(m * n, values.numel(), seed)
     dense = torch.zeros(padded, dtype=torch.float64)
     rows, columns = places // n + (padded[0] - m) // 2, places % n + (padded[1] - n) // 2
     dense[rows, columns] = values.double()
     return dense
+
+
+def seed_of(settings: Settings) -> int:
+    """The seed of the places; AdapterError where none is stated."""
+    seed = settings.get("seed")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise AdapterError(f"its settings state {seed!r} for a seed")
+    return seed
 
 
 def check_spectrum(slot: str, shape: tuple[int, ...]) -> str | None:
@@ -33,5 +43,6 @@ def check_spectrum(slot: str, shape: tuple[int, ...]) -> str | None:
 
 
 @lru_cache(maxsize=16)  # the permutation is as large as the weight, and layers share it
-def _places(entries: int, count: int, seed: int) -> Tensor:
+def drawn(entries: int, count: int, seed: int) -> Tensor:
+    """The first `count` of a random order of so many entries, flat, as PEFT draws them."""
     return torch.randperm(entries, generator=torch.Generator().manual_seed(seed))[:count].clone()

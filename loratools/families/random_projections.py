@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Projections:
     """A (rows, widest input) and B (widest output, rank), or the seed and sizes that they are drawn from.
 
-    `rows` is how many of A there are: a multiple of the rank.
+    `rows` is how many of A there are: a multiple of the rank. `exact`: drawn ones are used as they were drawn, whatever
+    the dtype of the base.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class Projections:
     stored: tuple[Tensor, Tensor] | None
     seed: int | None
     largest: tuple[int, int] | None  # (widest output, widest input) of all targets
+    exact: bool = False
 
     @classmethod
     def of(
@@ -37,13 +39,21 @@ class Projections:
     ) -> Projections:
         """From the shared tensors where they are there, else from the settings; AdapterError for the wrong rank."""
         if not set(slots) <= set(tensors):
-            return cls(rank, rows, None, settings.get("seed"), settings.get("largest"))
+            exact = bool(settings.get("exact", False))
+            return cls(rank, rows, None, settings.get("seed"), settings.get("largest"), exact)
         a, b = (tensors[slot] for slot in slots)
         if a.ndim != 2 or b.ndim != 2 or len(a) != rows or b.shape[1] != rank:
             raise AdapterError(
                 f"{slots[0]} {tuple(a.shape)} and {slots[1]} {tuple(b.shape)} do not fit a rank of {rank}"
             )
         return cls(rank, rows, (a, b), None, None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `of` takes for settings where they are drawn."""
+        if self.stored is not None or self.largest is None:
+            return {} if self.seed is None else {"seed": self.seed}
+        return {"seed": self.seed, "largest": list(self.largest), "exact": self.exact}
 
     def cut(self, m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A[:, :n] and B[:m], float64, for a base weight of `dtype`."""
@@ -66,7 +76,7 @@ class Projections:
             bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
             drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
         # PEFT keeps them in the dtype of the base
-        half = dtype in (torch.float16, torch.bfloat16)
+        half = not self.exact and dtype in (torch.float16, torch.bfloat16)
         return (drawn[0].to(dtype), drawn[1].to(dtype)) if half else (drawn[0], drawn[1])
 
 

@@ -77,7 +77,8 @@ def rescaled(update: Update, scale: float) -> Update:
         slot: cast_to(tensor.double() * factor, tensor.dtype) if slot in update.scaled else tensor
         for slot, tensor in update.parameters().items()
     }
-    return type(update).from_parameters(parameters, scale=scale, layout=update.layout)
+    settings = update.stated_settings()
+    return type(update).from_parameters(parameters, scale=scale, layout=update.layout, settings=settings)
 
 
 def padded(update: Update, rank: int, *, scale: float) -> Update:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError
-from loratools.families.base import NO_SETTINGS, Layout, Settings, Update, base_size
-from loratools.operators import MAX_DENSE_ELEMENTS, Dense, Operator
+from loratools.errors import AdapterError, UsageError
+from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
+from loratools.families.fitting import Fittable, Guarantee, Source
+from loratools.families.lora import cast_to
+from loratools.families.sparse import SparseOptions
+from loratools.linalg.entries import channel_weights, largest
+from loratools.operators import Operator, scattered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,19 +21,43 @@ if TYPE_CHECKING:
 
     from loratools.storage.base import TensorSpec
 
+_PLACE = 8  # bytes of a row and a column, int32 each
+
+
+@dataclass(frozen=True)
+class SHiRAOptions(SparseOptions):
+    """As for `sparse`, and `rank`: r (m + n) entries, which is what PEFT's `r` means."""
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"shira: rank is {self.rank}; it must be 1 or more")
+
+    def entries(self, m: int, n: int) -> int:
+        """How many of an (m, n) matrix."""
+        return super().entries(m, n) if self.rank is None else min(self.rank * (m + n), m * n)
+
 
 @final
 @dataclass(frozen=True, eq=False)
-class SHiRA(Update):
+class SHiRA(Fittable):
     """shira_weight (count,) added at shira_indices (2, count), rows over columns; indices may be stored as floats.
 
-    How large the weight is the file does not tell.
+    How large the weight is the file does not tell. PEFT takes a file where the count is r (m + n) for one r.
     """
 
     family: ClassVar[str] = "shira"
     required: ClassVar[frozenset[str]] = frozenset({"shira_weight", "shira_indices"})
     needs_base: ClassVar[bool] = True
     needs_shape_alone: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ("shira_weight",)
+    Options: ClassVar[type[SHiRAOptions]] = SHiRAOptions
+    guarantee: ClassVar[Guarantee] = "optimal"
+    formula: ClassVar[str] = "values at places, zero elsewhere"
+    count: ClassVar[str] = "k, and 2 k places of 32 bits"
+    paper: ClassVar[str] = "Bhardwaj et al. 2024, arXiv 2406.13175"
 
     values: Tensor
     indices: Tensor
@@ -54,14 +82,24 @@ class SHiRA(Update):
 
     def operator(self, base: Tensor | None = None) -> Operator:
         m, n = base_size("SHiRA", base, self.layout)
-        if m * n > MAX_DENSE_ELEMENTS:
-            raise AdapterError(f"a dense {m} x {n} matrix would hold more than {MAX_DENSE_ELEMENTS:,} numbers")
         rows, columns = self.indices.double()
         for places, size in ((rows, m), (columns, n)):
             if not bool(((places >= 0) & (places < size) & (places == places.floor())).all()):
                 raise AdapterError(
                     f"shira_indices holds places outside the base weight of {(m, n)}; is it the right base?"
                 )
-        matrix = torch.zeros(m * n, dtype=torch.float64)
-        matrix.index_add_(0, rows.long() * n + columns.long(), self.values.double())
-        return Dense(matrix.reshape(m, n) * self.scale)
+        return scattered(rows.long() * n + columns.long(), self.values.double() * self.scale, (m, n))
+
+    @classmethod
+    def encode(cls, source: Source, options: SHiRAOptions) -> SHiRA:
+        m, n = source.shape
+        places, values = largest(source.delta, options.entries(m, n), channel_weights(source.squares))
+        indices = torch.stack([places // n, places % n]).to(torch.int32)
+        return cls(cast_to(values, source.stored), indices, 1.0, source.layout)
+
+    @classmethod
+    def within(cls, source: Source, nbytes: int) -> SHiRAOptions | None:
+        m, n = source.shape
+        fits = nbytes // (source.stored.itemsize + _PLACE)
+        rank = min(fits, m * n) // (m + n)
+        return SHiRAOptions(rank=rank) if rank else None

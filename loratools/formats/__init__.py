@@ -6,18 +6,27 @@ from loratools.errors import AdapterError, InputError
 from loratools.formats.adapterhub import AdapterHub
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.bitdelta import BitDeltaFile
+from loratools.formats.bottleneck_files import Bottlenecks
 from loratools.formats.comfy import Comfy
 from loratools.formats.diffusers import Diffusers
 from loratools.formats.gguf import Gguf
+from loratools.formats.hydra import HydraFile
 from loratools.formats.kohya import Kohya
 from loratools.formats.litgpt import LitGPT
+from loratools.formats.loldu import LoLDUFile
+from loratools.formats.lora_xs import LoraXs
 from loratools.formats.loralib import Loralib
 from loratools.formats.mlx import Mlx
+from loratools.formats.mosa import Mosa
 from loratools.formats.native import Native
 from loratools.formats.omi import Omi
 from loratools.formats.peft import Peft
 from loratools.formats.peft_methods import METHODS, PeftMethod
 from loratools.formats.petl import PetlVit
+from loratools.formats.qhft import Qhft
+from loratools.formats.s2ft import S2FTState
+from loratools.formats.salt import SaltFile
+from loratools.formats.snell import SnellFile
 from loratools.formats.torchtune import Torchtune
 from loratools.formats.xlabs import XLabs
 
@@ -37,6 +46,15 @@ FORMATS: tuple[type[Format], ...] = (
     Torchtune,
     PetlVit,
     BitDeltaFile,
+    Bottlenecks,
+    Qhft,
+    HydraFile,
+    LoLDUFile,
+    SaltFile,
+    SnellFile,
+    LoraXs,
+    Mosa,
+    S2FTState,
     Loralib,
 )
 
@@ -52,6 +70,7 @@ __all__ = [
     "ScaleMode",
     "Written",
     "recognise",
+    "writable_formats",
 ]
 
 
@@ -73,3 +92,12 @@ def recognise(header: Header) -> type[Format]:
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])
     known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
     raise InputError(f"{header.path}: no known adapter dialect ({known}); its keys begin with {shown}")
+
+
+def writable_formats() -> dict[str, tuple[type[Format], ...]]:
+    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
+    found: dict[str, tuple[type[Format], ...]] = {}
+    for dialect in FORMATS:
+        if dialect.holds:
+            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
+    return found

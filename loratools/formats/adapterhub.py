@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, naming
 from loratools.families.base import Layout
 from loratools.formats.base import Header, Hints
+from loratools.formats.bottlenecks import adapterhub, is_hub_bottleneck, with_reduction
 from loratools.formats.modules import Placement, lone
 from loratools.formats.read_only import UNKNOWN_ALPHA, ReadOnly, number
 
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _LORA = re.compile(r"^(?P<target>.+)\.loras\.(?P<name>[^.]+)\.(?P<rest>.+)$")
-_OTHER = re.compile(r"\.(adapters|prefix_tunings|reft_layer|refts|shared_parameters|attention_adapters)\.")
 # What is no update of a weight, by what its keys hold.
 NOT_WEIGHTS: Mapping[str, str] = {
     "adapters": "a bottleneck adapter",
     "attention_adapters": "a bottleneck adapter",
+    "invertible_adapters": "an invertible adapter of the embeddings",
     "prefix_tunings": "a prefix tuning: trained keys and values",
     "reft_layer": "ReFT: an intervention on hidden states",
     "refts": "ReFT: an intervention on hidden states",
     "shared_parameters": "parameters that bottleneck adapters share",
 }
+_OTHER = re.compile(rf"\.({'|'.join(NOT_WEIGHTS)})\.")
 _FUSED = ("c_attn", "query_key_value", "in_proj")
 _ORDER = ("q", "k", "v")
 # What stands before a module's name in a model with a head, which the files leave out.
@@ -37,9 +39,13 @@ _OWN_NAME = ("bert", "roberta", "distilbert", "electra", "albert", "deberta", "v
 @final
 @dataclass(frozen=True)
 class AdapterHub(ReadOnly):
-    """Adapters of the `adapters` library; scale alpha / r for LoRA, composition_mode `scale` is (IA)^3."""
+    """Adapters of the `adapters` library; scale alpha / r for LoRA, composition_mode `scale` is (IA)^3.
+
+    Houlsby's and Pfeiffer's bottlenecks are no updates of weights: they are described, pruned and carried along.
+    """
 
     name: ClassVar[str] = "adapterhub"
+    weights_name: ClassVar[str] = "adapter.safetensors"
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
@@ -47,7 +53,8 @@ class AdapterHub(ReadOnly):
         if "peft_type" in config:
             return False
         inner = isinstance(config.get("config"), Mapping) and bool({"model_class", "model_type"} & set(config))
-        return inner or any(_LORA.match(key) or ".prefix_tunings." in key for key in header.specs)
+        known = any(_LORA.match(key) or ".prefix_tunings." in key for key in header.specs)
+        return inner or known or any(map(is_hub_bottleneck, header.specs))
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
@@ -72,6 +79,8 @@ class AdapterHub(ReadOnly):
             if slot in keys.setdefault(match["target"], {}):
                 raise AdapterError(f"{header.path}: {match['target']} has two adapters; save them apart")
             keys[match["target"]][slot] = key
+        with naming(str(header.path)):
+            places = adapterhub(header.specs, header.config)
         layouts: dict[str, Layout] = {}
         for target, slots in keys.items():
             keys[target], layouts[target] = _of_target(header, target, slots, fields, hints)
@@ -83,10 +92,13 @@ class AdapterHub(ReadOnly):
         if alpha is None and keys and not scales_weights:
             alpha = hints.alpha
             warnings += [f"no alpha in adapter_config.json: {UNKNOWN_ALPHA}"] if alpha is None else []
-        return cls(header.config, alpha, keys, layouts, tuple(extras), unsupported, tuple(warnings))
+        return cls(header.config, alpha, keys, layouts, tuple(extras), unsupported, tuple(warnings), bottlenecks=places)
 
     def place(self, target: str) -> Placement | None:
         return lone("AdapterHub names", "", f"{self._stem}{target}")
+
+    def config_with(self, widths: Mapping[str, int]) -> Mapping[str, Any] | None:
+        return None if self.config is None else with_reduction(self.config, self.bottlenecks, widths)
 
     @property
     def _stem(self) -> str:

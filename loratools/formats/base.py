@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from loratools.errors import AdapterError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from loratools.families.base import Layout
+    from loratools.formats.bottlenecks import Place
     from loratools.formats.layouts import Model
     from loratools.formats.modules import Module, Placement
     from loratools.formats.packing import Packing
@@ -49,8 +51,9 @@ NestedScaling = Literal["none", "rank", "sqrt"]
 class Hints:
     """What the user knows and a file may not state.
 
-    alpha; how MatryoshkaLoRA scaled each rank; which of the projections that a parameter fuses are updated; and of the
-    base model the shapes of its parameters by name, and its config.
+    alpha; how MatryoshkaLoRA scaled each rank; which of the projections that a parameter fuses are updated; of the base
+    model the shapes of its parameters by name, and its config; and the shares of entries that SNELL drops, one for all
+    targets or one for each.
     """
 
     alpha: float | None = None
@@ -58,6 +61,7 @@ class Hints:
     base_shape: Callable[[str], tuple[int, ...] | None] | None = None
     base_config: Mapping[str, Any] | None = None
     enable_lora: tuple[bool, ...] | None = None
+    thresholds: float | Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Part:
     rank: int = 0
     scale: float = 1.0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the factors, by slot
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that the family keeps in a config
 
 
 def check_plain(parts: Mapping[str, Part], dialect: str) -> None:
@@ -136,6 +141,7 @@ class Format(ABC):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]  # target -> why it is carried along but cannot be worked on
     warnings: tuple[str, ...]
+    bottlenecks: Mapping[str, Place] = MappingProxyType({})  # nonlinear ones among the extras, by name
 
     def place(self, target: str) -> Placement | None:
         """The modules that the target changes; None where its name does not tell."""
@@ -270,6 +276,10 @@ class Format(ABC):
     def transposed_slots(self, target: str) -> frozenset[str]:
         """The slots that the file keeps transposed: all of them, or none, unless a dialect says otherwise."""
         return frozenset(self.keys[target]) if self.is_stored_transposed(target) else frozenset()
+
+    def resized(self, widths: Mapping[str, int]) -> Format:
+        """The same dialect for bottlenecks of these widths, each merged from its experts."""
+        raise NotImplementedError(f"{self.name} has no bottlenecks")
 
     @property
     def mutated_init(self) -> str | None:

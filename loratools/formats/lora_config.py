@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 DEFAULT_ALPHA = 8  # what PEFT assumes where a config lacks lora_alpha
+LATENT = "_lora_latent_mapping.weight"  # ends the keys of the matrices between the factors of a LoRA-XS
 _EXACTLY = 1e-12
 # Fields by what they are about: which of the modules that match are meant, tensors beside the updates, tensors, scales.
 SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 OF_EXTRAS = ("modules_to_save", "trainable_token_indices")
 _COMPUTED = frozenset({"use_dora", "lora_bias", "fan_in_fan_out"})
 _SCALING = frozenset({"use_rslora", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha"})
+
+
+def has_latent_mapping(keys: Iterable[str]) -> bool:
+    """Whether these are keys of a LoRA-XS or LoRA-SB, whose other keys and config are those of a LoRA."""
+    return any(key.endswith(LATENT) for key in keys)
 
 
 def pattern_value(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -38,6 +38,7 @@ MATRIX: Final[Mapping[str, Mapping[str, Grade]]] = {
     "LoKr of two whole factors": _row("lossless", "exact", "lowered", "exact", "lowered", "lowered"),
     "LoRA of fused projections": _row("exact", "exact", "exact", "exact", "exact", "exact"),
     "other families of LyCORIS": _row("lowered", "lossless", "lowered", "lossless", "lowered", "lowered"),
+    "FourierFT and WaveFT": _row("lossless", "lowered", "lowered", "lowered", "lowered", "lowered"),
     "other methods of PEFT": _row("lowered", "lowered", "lowered", "lowered", "lowered", "lowered"),
     "difference of a norm or a bias": _row("refused", "lossless", "refused", "lossless", "refused", "refused"),
     # what a target may have or be of
@@ -58,6 +59,7 @@ _KINDS: Final[Mapping[str, str]] = {
     "dora": "DoRA",
     "loha": "LoHa",
     "merged_lora": "LoRA of fused projections",
+    **dict.fromkeys(("fourierft", "waveft"), "FourierFT and WaveFT"),
     **dict.fromkeys(
         ("full", "glora", "oft_lycoris", "boft_lycoris", "ia3_lycoris", "doha", "dokr"), "other families of LyCORIS"
     ),

@@ -1,4 +1,4 @@
-"""Configs under which PEFT makes LoHa and LoKr modules with just the tensors that targets have."""
+"""Configs under which PEFT makes modules of its other methods with just the tensors that targets have."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from typing import Any
 from loratools.errors import UnsupportedInTargetError
 from loratools.formats.base import Part
 from loratools.formats.lora_config import target_modules
+from loratools.formats.method_settings import SOUND_WAVELETS
 
 # The families that can be written, and the PEFT types that they are.
-WRITABLE: Mapping[str, str] = {"loha": "LOHA", "lokr": "LOKR"}
+WRITABLE: Mapping[str, str] = {
+    "loha": "LOHA",
+    "lokr": "LOKR",
+    "shira": "SHIRA",
+    "fourierft": "FOURIERFT",
+    "waveft": "WAVEFT",
+    "vera": "VERA",
+    "randlora": "RANDLORA",
+}
 
 _TAPS = (1, 9, 3, 25, 27, 49)  # of the kernels that there are
 
@@ -22,33 +31,198 @@ KINDRED: Mapping[str, str] = {
     "ia3_lycoris": "PEFT's IA3 scales the bias of outputs too, LyCORIS's does not",
     "doha": "PEFT's LoHa has no magnitude",
     "dokr": "PEFT's LoKr has no magnitude",
+    "sparse": "PEFT's SHiRA keeps rows and columns whole: loratools reparameterize --to shira first",
 }
 
 
-def config_for(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The config of an adapter of LoHa or LoKr; UnsupportedInTargetError names a target that PEFT cannot make so.
+def config_for(parts: Mapping[str, Part], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an adapter of one of them; UnsupportedInTargetError names a target that PEFT cannot make so.
 
-    PEFT's scale is alpha / r for either, and alpha is stated accordingly.
+    `before` is the config that the adapter had, where it is carried along: it tells what shapes do not.
     """
-    is_loha = all("hada_w1_a" in part.slots for part in parts.values())
-    shape_fields, ranks = _loha(parts) if is_loha else _lokr(parts)
-    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
-    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    kinds = {target: _kind_of(part) for target, part in parts.items()}
+    first, kind = next(iter(kinds.items()))
+    if other := next((target for target, found in kinds.items() if found != kind), None):
+        raise UnsupportedInTargetError(
+            f"{other} is a {kinds[other]} and {first} a {kind}, and an adapter of PEFT is of one method; pass --exact "
+            "or --rank N to write a LoRA"
+        )
+    if kind == "shira":
+        return _shira(parts, before)
+    if kind in ("fourierft", "waveft"):
+        return _spectra(parts, kind)
     return {
-        "peft_type": WRITABLE["loha" if is_loha else "lokr"],
-        "r": r,
-        "alpha": alpha,
-        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
-        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        "peft_type": WRITABLE[kind],
+        **(_with_alpha(parts, kind) if kind in ("loha", "lokr") else _drawn(parts, kind)),
         "target_modules": target_modules(list(parts)),
-        **shape_fields,
-        "rank_dropout": 0.0,
-        "module_dropout": 0.0,
         "init_weights": True,
         "modules_to_save": None,
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
+    }
+
+
+def _shira(parts: Mapping[str, Part], before: Mapping[str, Any]) -> dict[str, Any]:
+    ranks = {}
+    for target, part in parts.items():
+        if "shira_weight" not in part.slots:
+            raise UnsupportedInTargetError(
+                f"{target}: a file of PEFT is SHiRA throughout, or not at all; pass --rank N to write a LoRA"
+            )
+        if part.shape is None:  # as PEFT's own files are, whose config says it
+            ranks[target] = before.get("r", 32)
+            continue
+        count, sides = part.shapes["shira_weight"][0], sum(part.shape)
+        if len(part.shape) != 2 or count % sides:
+            raise UnsupportedInTargetError(
+                f"{target}: holds {count} entries of {part.shape}, and PEFT's SHiRA r (m + n) of a matrix; make it "
+                "with loratools reparameterize --to shira --rank N"
+            )
+        ranks[target] = count // sides
+    if len(set(ranks.values())) > 1:
+        one, other = (next(t for t, r in ranks.items() if r == rank) for rank in sorted(set(ranks.values()))[:2])
+        raise UnsupportedInTargetError(
+            f"{one}: is of rank {ranks[one]} and {other} of {ranks[other]}, and PEFT's SHiRA has one for all; make it "
+            "with loratools reparameterize --to shira --rank N"
+        )
+    return {
+        "peft_type": WRITABLE["shira"],
+        "r": next(iter(ranks.values())),
+        "mask_type": "random",
+        "random_seed": None,
+        "target_modules": target_modules(list(parts)),
+        "fan_in_fan_out": False,
+        "init_weights": True,
+        "modules_to_save": None,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+
+
+def _spectra(parts: Mapping[str, Part], family: str) -> dict[str, Any]:
+    """FourierFT and WaveFT, whose seed, wavelet and scaling are the same for all."""
+    slot = f"{family}_spectrum"
+    for target, part in parts.items():
+        if slot not in part.slots or part.layout.embedding or len(part.shape or (0, 0)) != 2:
+            raise UnsupportedInTargetError(
+                f"{target}: a file of PEFT's {WRITABLE[family]} has matrices of that method alone; pass --rank N to "
+                "write a LoRA"
+            )
+    one, first = next(iter(parts.items()))
+    for target, part in parts.items():
+        for what, theirs, ours in (
+            ("scale", part.scale, first.scale),
+            ("orientation", part.layout.transposed, first.layout.transposed),
+            *((name, part.settings.get(name), value) for name, value in first.settings.items()),
+        ):
+            if theirs != ours:
+                raise UnsupportedInTargetError(
+                    f"{target}: its {what} is {theirs} and that of {one} {ours}, and PEFT's {WRITABLE[family]} has one "
+                    "for all; pass --rank N to write a LoRA"
+                )
+    counts = {target: part.shapes[slot][0] for target, part in parts.items()}
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    wavelet = first.settings.get("wavelet")
+    if family == "waveft" and wavelet is not None and wavelet not in SOUND_WAVELETS:
+        raise UnsupportedInTargetError(
+            f"{one}: PEFT has no sound filters of the wavelet {wavelet!r}; make it with loratools reparameterize --to "
+            "waveft --set wavelet=db1"
+        )
+    transform = {"wavelet_family": wavelet or "db1", "use_idwt": wavelet is not None} if family == "waveft" else {}
+    return {
+        "peft_type": WRITABLE[family],
+        "n_frequency": usual,
+        "n_frequency_pattern": {target: count for target, count in counts.items() if count != usual},
+        "scaling": first.scale,
+        "random_loc_seed": first.settings.get("seed", 777),
+        **transform,
+        "target_modules": target_modules(list(parts)),
+        "fan_in_fan_out": first.layout.transposed,
+        "bias": "none",
+        "init_weights": True,
+        "modules_to_save": None,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+
+
+def counts_stated(config: Mapping[str, Any], parts: Mapping[str, Part]) -> bool:
+    """Whether a config of FourierFT or WaveFT says, one by one, how many coefficients these targets have."""
+    pattern = config.get("n_frequency_pattern") or {}
+    usual = config.get("n_frequency", 1000 if config.get("peft_type") == "FOURIERFT" else 2592)
+    if config.get("proportional_parameters") or not isinstance(pattern, dict):
+        return False
+    return all(
+        part.shapes[slot][0] == pattern.get(_matching(pattern, target), usual)
+        for target, part in parts.items()
+        for slot in part.slots
+    )
+
+
+def _matching(pattern: Mapping[str, Any], target: str) -> str:
+    """The first of PEFT's patterns that a target's name ends with, else the name itself."""
+    return next((key for key in pattern if target.endswith(f".{key}")), target)
+
+
+def _kind_of(part: Part) -> str:
+    starts = {"hada_": "loha"} | {f"{kind}_": kind for kind in WRITABLE}
+    return next(kind for start, kind in starts.items() if any(slot.startswith(start) for slot in part.slots))
+
+
+def _with_alpha(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT's scale is alpha / r for LoHa and LoKr, and alpha is stated accordingly."""
+    shape_fields, ranks = _loha(parts) if kind == "loha" else _lokr(parts)
+    alphas = {target: _tidy(parts[target].scale * rank) for target, rank in ranks.items()}
+    r, alpha = Counter((ranks[t], alphas[t]) for t in parts).most_common(1)[0][0]
+    return {
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": {t: rank for t, rank in ranks.items() if rank != r},
+        "alpha_pattern": {t: a for t, a in alphas.items() if a != alpha},
+        **shape_fields,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+    }
+
+
+def _drawn(parts: Mapping[str, Part], kind: str) -> dict[str, Any]:
+    """PEFT draws the projections again from a seed, as large as the largest of all targets."""
+    first, one = next(iter(parts.items()))
+    shapes = [part.shape for part in parts.values() if part.shape is not None and len(part.shape) == 2]
+    largest = [max((m for m, _ in shapes), default=0), max((n for _, n in shapes), default=0)]
+    for target, part in parts.items():
+        if part.shape is None or len(part.shape) != 2:
+            why = "it is no matrix of a known shape"
+        elif "seed" not in part.settings or list(part.settings.get("largest") or []) != largest:
+            why = "its projections are not drawn from a seed for just these targets"
+        elif (part.settings, part.rank) != (one.settings, one.rank):
+            why = f"its rank or seed is not that of {first}"
+        elif not math.isclose(part.scale, one.scale if kind == "randlora" else 1.0, rel_tol=1e-6):
+            why = f"its scale is {part.scale:g}"
+        else:
+            continue
+        raise UnsupportedInTargetError(
+            f"{target}: {why}, and PEFT draws once for all; pass --exact or --rank N to write a LoRA"
+        )
+    of_kind: dict[str, Any] = {"vera_dropout": 0.0, "d_initial": 0.1}
+    if kind == "randlora":
+        draw = one.settings.get("draw")
+        of_kind = {
+            "randlora_alpha": _tidy(one.scale * one.rank),
+            "sparse": draw == "sparse",
+            "very_sparse": draw == "very_sparse",
+            "randlora_dropout": 0.0,
+        }
+    return {
+        "r": one.rank,
+        "projection_prng_key": one.settings["seed"],
+        "save_projection": False,
+        **of_kind,
+        "fan_in_fan_out": False,
+        "bias": "none",
     }
 
 

@@ -12,7 +12,7 @@ from loratools.errors import InputError
 Config = Mapping[str, Any]
 
 # Those of PEFT whose filters are right: its coif4 and coif5 are not orthonormal, and it has none for higher orders.
-_WAVELETS = [
+SOUND_WAVELETS = [
     f"{kind}{order}"
     for kind, orders in (("db", range(1, 11)), ("sym", range(2, 11)), ("coif", range(1, 4)))
     for order in orders
@@ -56,6 +56,11 @@ def adalora_scale(config: Config, target: str) -> float:
             raise _problem("rank_pattern", mask, "a list of flags for each target")
         alpha = initial if mask is None else float(sum(bool(kept) for kept in mask))
     return alpha / (initial + 1e-5)
+
+
+def paca_scale(config: Config, target: str) -> float:
+    """alpha over the rank, both 8 by default."""
+    return number(config, "paca_alpha", 8) / number(config, "r", 8)
 
 
 def ia3_settings(config: Config, target: str) -> Mapping[str, Any]:
@@ -136,7 +141,7 @@ def fourier_settings(config: Config, target: str) -> Mapping[str, Any]:
 def wavelet_settings(config: Config, target: str) -> Mapping[str, Any]:
     """The seed of the places of the coefficients, and the wavelet that they belong to, if to any."""
     wavelet = config.get("wavelet_family", "db1")
-    if wavelet not in _WAVELETS:
+    if wavelet not in SOUND_WAVELETS:
         raise _problem("wavelet_family", wavelet, "one of which PEFT has sound filters: db1-10, sym2-10 or coif1-3")
     return {**fourier_settings(config, target), "wavelet": wavelet if flag(config, "use_idwt", True) else None}
 

@@ -16,6 +16,7 @@ from loratools.formats.lora_config import (
     DEFAULT_ALPHA,
     OF_EXTRAS,
     SELECTORS,
+    has_latent_mapping,
     pattern_value,
     rank_fields,
     stated_scale,
@@ -87,6 +88,12 @@ def mutated_base(config: Mapping[str, Any]) -> str | None:
     return "loftq" if config.get("loftq_config") else None
 
 
+def _names_residual(header: Header, config: Mapping[str, Any]) -> bool:
+    """Whether the base model's name or the folder's is as the authors of PiSSA name theirs."""
+    named = str(config.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    return "pissa" in named.lower() or header.path.parent.name == "pissa_init"
+
+
 @final
 @dataclass(frozen=True)
 class Peft(Format):
@@ -107,6 +114,8 @@ class Peft(Format):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
+        if has_latent_mapping(header.specs):
+            return False
         if header.config is not None and "peft_type" in header.config:
             # torchtune writes a config of PEFT's beside weights under its own names too
             return header.config["peft_type"] == "LORA" and not Torchtune.recognises(header)
@@ -179,6 +188,11 @@ class Peft(Format):
                 f"trained with init_lora_weights={init!r}: these factors are relative to a base weight that the "
                 "initialisation changed, not to the original; pass --initial-adapter with the saved initial factors to "
                 "make a plain LoRA"
+            )
+        if config is not None and not mutated_base(config) and _names_residual(header, config):
+            warnings.append(
+                "its names say that it goes with the residual base of a PiSSA: on the original base the principal part "
+                "would be added twice; convert it with --base and --residual-base to make a plain LoRA"
             )
         if config is not None and config.get("alora_invocation_tokens"):
             warnings.append("an activated LoRA: it applies only after its invocation tokens, and must not be merged")

@@ -12,7 +12,7 @@ from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.formats.base import Declaration, Format, Header, Hints, NestedScaling, Order, Part, ScaleMode, Written
 from loratools.formats.lora_config import pattern_value, still_true
-from loratools.formats.method_configs import WRITABLE, config_for
+from loratools.formats.method_configs import WRITABLE, config_for, counts_stated
 from loratools.formats.method_settings import (
     adalora_scale,
     fourier_settings,
@@ -22,6 +22,7 @@ from loratools.formats.method_settings import (
     miss_settings,
     number,
     oft_settings,
+    paca_scale,
     randlora_scale,
     randlora_settings,
     road_settings,
@@ -114,6 +115,8 @@ METHODS: Mapping[str, Method] = {
     "GRALORA": Method(_named("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), scale=gralora_scale),
     "HIRA": Method(_named("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")),
     "MISS": Method(_named("miss_block"), settings=miss_settings),
+    # of the authors' fork, whose config says so; PEFT itself has none
+    "PACA": Method(_named("paca_w", "paca_indices"), scale=paca_scale),
     "RANDLORA": Method(
         _named("randlora_lambda", "randlora_gamma"),
         shared=_named("randlora_A", "randlora_B"),
@@ -144,6 +147,8 @@ METHODS: Mapping[str, Method] = {
 }
 
 _OF_TABLES = frozenset({"oft_embedding_R", "hira_embedding_A", "token_rows"})  # slots of embedding tables
+
+_OF_EITHER_ORIENTATION = frozenset({"fourierft_spectrum", "waveft_spectrum"})  # slots that `fan_in_fan_out` transposes
 
 # What is no update of a weight: named for what it is, shown by `info`, and left alone.
 NOT_WEIGHTS: Mapping[str, str] = {
@@ -247,16 +252,28 @@ class PeftMethod(Format):
         return Peft.arrange(modules, order)
 
     @classmethod
+    def lacks(cls, layout: Layout, slots: Set[str]) -> str | None:
+        if slots and slots <= _OF_EITHER_ORIENTATION and layout.experts == 1 and not layout.embedding:
+            return None
+        return super().lacks(layout, slots)
+
+    @classmethod
     def compose(cls, parts: Mapping[str, Part], order: Order) -> Self:
         """The dialect of a new adapter, with the config carried along where that says the same."""
-        fresh = config_for(parts)
+        fresh = config_for(parts, order.config)
         spelt = {slot: suffix for suffix, slot in METHODS[fresh["peft_type"]].slots.items()}
         keys = {t: {slot: f"{PREFIX}{t}.{spelt[slot]}" for slot in part.slots} for t, part in parts.items()}
         bound = cls(fresh, METHODS[fresh["peft_type"]], keys, {}, (), {}, ())
-        before = replace(bound, config=order.config)
+        told = {key: value for key, value in fresh.items() if key in ("target_modules", "fan_in_fan_out")}
+        before = replace(bound, config={**told, **order.config})
         same = order.config.get("peft_type") == fresh["peft_type"] and all(
             math.isclose(before.scale(t, part.rank, None), part.scale, rel_tol=1e-6) for t, part in parts.items()
         )
+        if fresh["peft_type"] == "SHIRA":  # whose rank says how many entries PEFT makes room for
+            same = same and order.config.get("r", 32) == fresh["r"]
+        if fresh["peft_type"] in ("FOURIERFT", "WAVEFT"):
+            same = same and counts_stated(order.config, parts)
+            same = same and all(before.settings(target) == part.settings for target, part in parts.items())
         return before if same else bound
 
     def carried_config(self) -> Mapping[str, Any]:

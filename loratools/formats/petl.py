@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+from loratools.errors import naming
 from loratools.formats.base import Header, Hints
+from loratools.formats.bottlenecks import petl
 from loratools.formats.modules import Placement, lone
 from loratools.formats.read_only import ReadOnly
 
@@ -51,7 +53,9 @@ class PetlVit(ReadOnly):
         stated = header.metadata.get("scale")
         warnings = ["no scale is stated, so norms are for scale 1; its YAML has it"] if keys and stated is None else []
         scale = 1.0 if stated is None else float(stated)
-        return cls(None, scale, keys, {}, tuple(extras), unsupported, tuple(warnings))
+        with naming(str(header.path)):
+            places = petl(header.specs, None if stated is None else scale)
+        return cls(None, scale, keys, {}, tuple(extras), unsupported, tuple(warnings), bottlenecks=places)
 
     def place(self, target: str) -> Placement | None:
         layer, part = self._place(target)

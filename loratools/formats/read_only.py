@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratools.errors import InputError
@@ -12,6 +12,8 @@ from loratools.formats.base import Declaration, Format, NestedScaling, ScaleMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from loratools.formats.bottlenecks import Place
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ReadOnly(Format):
     extras: tuple[str, ...]
     unsupported: Mapping[str, str]
     warnings: tuple[str, ...]
+    bottlenecks: Mapping[str, Place] = field(default_factory=dict, kw_only=True)
 
     def spell(self, target: str, slot: str) -> str:
         return self.keys[target][slot]
@@ -58,6 +61,20 @@ class ReadOnly(Format):
 
     def without_mutation(self) -> Self:
         return self
+
+    def resized(self, widths: Mapping[str, int]) -> Self:
+        gone = {key for place in self.bottlenecks.values() for keys in place.experts.values() for key in keys}
+        merged = [key for place in self.bottlenecks.values() for key in place.experts]
+        extras = tuple(dict.fromkeys(key for key in (*self.extras, *merged) if key not in gone))
+        why = {key: reason for key, reason in self.unsupported.items() if key not in gone}
+        why |= {key: next(iter(self.unsupported.values())) for key in merged}
+        places = {name: replace(place, experts={}) for name, place in self.bottlenecks.items()}
+        config = self.config_with(widths)
+        return replace(self, config=config, extras=extras, unsupported=why, bottlenecks=places)
+
+    def config_with(self, widths: Mapping[str, int]) -> Mapping[str, Any] | None:
+        """The config for bottlenecks of these widths, in a dialect that states them."""
+        return self.config
 
     def replacements(self) -> Mapping[str, str]:
         return {}

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 
 from loratools._lazy import torch
-from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sum, sum_of
+from loratools.linalg.entries import entries_at
+from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sparse, Sum, Transformed, sum_of
+
+# A sparse term that leaves less than this share of the low-rank one's energy outside its places goes dense.
+_OUTSIDE = 1e-6
 
 
 def inner(a: Operator, b: Operator) -> float:
@@ -16,6 +20,10 @@ def inner(a: Operator, b: Operator) -> float:
         return math.fsum(inner(t, b) for t in a.terms)
     if isinstance(b, Sum):
         return math.fsum(inner(a, t) for t in b.terms)
+    if isinstance(a, Sparse):
+        return float(a.values.double() @ entries_at(b, a.places))
+    if isinstance(b, Sparse):
+        return inner(b, a)
     if isinstance(a, BlockDiagonal) and isinstance(b, BlockDiagonal) and _same_blocks(a, b):
         return math.fsum(inner(x, y) for x, y in zip(a.blocks, b.blocks, strict=True))
     if isinstance(a, LowRank) and isinstance(b, LowRank):
@@ -43,7 +51,41 @@ def frobenius(op: Operator) -> float:
         return math.hypot(*(frobenius(b) for b in op.blocks))
     if isinstance(op, Kronecker):
         return frobenius(op.left) * frobenius(op.right) * abs(op.scale)
+    if isinstance(op, Sparse):
+        return float(op.values.double().norm())
+    if isinstance(op, Transformed):
+        return frobenius(op.inner)
+    if isinstance(op, Sum) and (norm := _of_low_and_sparse(op)) is not None:
+        return norm
+    if isinstance(op, Sum) and (same := _of_coefficients(op)) is not None:
+        return frobenius(same)
     return float(torch.linalg.matrix_norm(op.to(torch.float64).dense()))
+
+
+def _of_low_and_sparse(op: Sum) -> float | None:
+    """The norm of low rank + sparse: what the first has outside the places of the second, and both together there."""
+    low = next((t for t in op.terms if isinstance(t, LowRank)), None)
+    sparse = next((t for t in op.terms if isinstance(t, Sparse)), None)
+    if low is None or sparse is None or len(op.terms) > 2:
+        return None
+    there = entries_at(low, sparse.places)
+    whole = frobenius(low) ** 2
+    outside = whole - float(there.square().sum())
+    if outside <= _OUTSIDE * whole:
+        return None
+    return math.hypot(math.sqrt(outside), float((there + sparse.values.double()).norm()))
+
+
+def _of_coefficients(op: Sum) -> Operator | None:
+    """Low rank + coefficients, as the coefficients of both: of the same norm, where the transforms are orthogonal."""
+    low = next((t for t in op.terms if isinstance(t, LowRank)), None)
+    coded = next((t for t in op.terms if isinstance(t, Transformed)), None)
+    if low is None or coded is None or len(op.terms) > 2 or coded.shape != coded.inner.shape:
+        return None
+    left, right = low.left.double(), low.right.double()
+    left = left if coded.rows is None else coded.rows.analyse(left)
+    right = right if coded.columns is None else coded.columns.analyse(right.T).T
+    return sum_of([LowRank(left, right, low.scale), coded.inner.to(torch.float64)])
 
 
 def relative_error(reference: Operator, other: Operator) -> float:

@@ -9,7 +9,7 @@ from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.linalg.factored import balanced_factors, column_signs, factored, singular_values
 from loratools.linalg.rsvd import randomized_svd
-from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator
+from loratools.operators import BlockDiagonal, Kronecker, LowRank, Operator, Sparse, Transformed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,13 @@ def spectrum(op: Operator) -> Tensor:
     if isinstance(op, Kronecker):
         products = torch.outer(spectrum(op.left), spectrum(op.right)).flatten() * abs(op.scale)
         values = products.sort(descending=True).values[: min(op.shape)]  # all others are zero
+        return torch.nn.functional.pad(values, (0, min(op.shape) - len(values)))
+    if isinstance(op, Sparse) and len(op.values):
+        rows, columns = op.rows.unique(), op.columns.unique()  # all others are zero
+        values = torch.linalg.svdvals(op.to(torch.float64).dense()[rows][:, columns])
+        return torch.nn.functional.pad(values, (0, min(op.shape) - len(values)))
+    if isinstance(op, Transformed):
+        values = spectrum(op.inner)  # all others are zero
         return torch.nn.functional.pad(values, (0, min(op.shape) - len(values)))
     return torch.linalg.svdvals(op.to(torch.float64).dense())
 

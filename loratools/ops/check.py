@@ -29,6 +29,7 @@ def server_named(name: str) -> Server:
 def check(adapter: Adapter, server: str) -> CheckReport:
     """Which requirements of `server` the adapter does not meet, from its headers alone; UsageError for no known one."""
     row = server_named(server)
+    adapter.require_weights()
     findings = []
     met = []
     for requirement in row.requirements:

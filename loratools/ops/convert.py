@@ -14,7 +14,7 @@ from loratools.errors import AdapterError, UnsupportedInTargetError, UsageError
 from loratools.families import LoRA
 from loratools.families.regroup import STORED, padded, recast, rescaled
 from loratools.files import Saved, write
-from loratools.formats import FORMATS, Format, Order, Part
+from loratools.formats import Format, Order, Part, writable_formats
 from loratools.formats.layouts import Model, model_of, whisper
 from loratools.formats.modules import Placement
 from loratools.ops.carried import carried_by, metadata_for
@@ -65,15 +65,6 @@ class _Notes:
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def writable_formats() -> dict[str, tuple[type[Format], ...]]:
-    """The dialects that a conversion can write, by name, with the kinds of files that go by it."""
-    found: dict[str, tuple[type[Format], ...]] = {}
-    for dialect in FORMATS:
-        if dialect.holds:
-            found[dialect.name] = (*found.get(dialect.name, ()), dialect)
-    return found
-
-
 def _destination(adapter: Adapter, to: str, options: Convert) -> type[Format]:
     """The kind of file that holds all families as they are, or else the first, unless these are to be lowered."""
     first, *others = writable_formats()[to]
@@ -93,6 +84,8 @@ def convert(adapter: Adapter, to: str, options: Convert = Convert()) -> tuple[Ad
     formats = writable_formats()
     if to not in formats:
         raise UsageError(f"cannot write {to!r}; the dialects that can be written are {', '.join(formats)}")
+    if adapter.format.bottlenecks:  # of others, what there is no place for is told below
+        adapter.require_weights()
     refuse_mutated(adapter, "another file cannot say which base weight that leaves")
     if _stays(adapter, to, options):
         return _without_copies(adapter, options)
@@ -160,9 +153,10 @@ def _note_changes(adapter: Adapter, builds: Mapping[str, Build], options: Conver
 
 
 def _stays(adapter: Adapter, to: str, options: Convert) -> bool:
-    """Whether the file is asked for in its own dialect, in a method that is read there and not made."""
+    """Whether the file is asked for in its own dialect, in a method that is not made there, or that shares tensors."""
     families = {entry.family.family for entry in adapter.entries.values()}
-    made = any(families <= kind.holds for kind in writable_formats()[to])
+    shares = any(entry.family.references for entry in adapter.entries.values())
+    made = not shares and any(families <= kind.holds for kind in writable_formats()[to])
     return adapter.format.name == to and not made and options == Convert(base=options.base, metadata=options.metadata)
 
 
@@ -207,6 +201,7 @@ class Build:
     entry: Entry
     actions: tuple[str, ...]
     relative_error: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that a family which stays as it is keeps in a config
 
 
 def _named(placements: Mapping[str, Placement], names: Mapping[str, str]) -> dict[str, Placement]:
@@ -221,7 +216,7 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
     fits = destination.lacks(entry.layout, set(entry.specs)) is None
     held = fits and ("mid" not in entry.specs or "mid" in destination.slots)
     if job.is_copy and entry.family.family in destination.holds and held:
-        return Build(job, entry, ())
+        return Build(job, entry, (), settings=adapter.format.settings(job.sources[0]))
     weights = {name: _base_weight(adapter, name, options.base) for name in job.sources}
 
     def build() -> tuple[Update, Lowered]:
@@ -229,9 +224,9 @@ def _build(adapter: Adapter, job: Job, destination: type[Format], options: Conve
         state = Lowered()
         for name in job.sources:
             try:
-                update, how = lowered(
-                    adapter.entries[name].read(), destination, weights[name](), options.lowering, plain=not job.is_copy
-                )
+                weight, bias = weights[name]()
+                source, plain = adapter.entries[name].read(), not job.is_copy
+                update, how = lowered(source, destination, weight, options.lowering, plain=plain, bias=bias)
             except AdapterError as error:
                 raise type(error)(f"{name}: {error}") from error
             parts[name] = update
@@ -266,11 +261,12 @@ def _cut(job: Job, entry: Entry) -> dict[str, TensorSpec] | None:
     return {k: TensorSpec(s.dtype, (rows, *s.shape[1:])) if k in by_row else s for k, s in entry.specs.items()}
 
 
-def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], Any]:
-    entry = adapter.entries[target]
-    if base is None:
-        return lambda: None
-    return lambda: base.find(adapter.format.parameter(target), entry.base_shape) if entry.needs_base else None
+def _base_weight(adapter: Adapter, target: str, base: BaseWeights | None) -> Callable[[], tuple[Any, Any]]:
+    """The weight and the bias of the base, for an update that needs them."""
+    entry, name = adapter.entries[target], adapter.format.parameter(target)
+    if base is None or not entry.needs_base:
+        return lambda: (None, None)
+    return lambda: (base.find(name, entry.base_shape), base.bias_of(name))
 
 
 def _uniform(builds: Mapping[str, Build], notes: _Notes, *, scale: float | None) -> dict[str, Build]:
@@ -300,7 +296,7 @@ def _bind(
     destination: type[Format], builds: Mapping[str, Build], order: Order, options: Convert, notes: _Notes
 ) -> tuple[Format, dict[str, Build]]:
     """The new dialect, and the targets with the scales and the shapes that it can state."""
-    parts = {t: _part(b.entry, destination, options, notes, t) for t, b in builds.items()}
+    parts = {t: _part(b, destination, options, notes, t) for t, b in builds.items()}
     bound = destination.compose(parts, order)
     stated = _stated_scales(bound, builds) if not options.fold_alpha and not options.portable else None
     done = {}
@@ -348,7 +344,8 @@ def _stated_scales(bound: Format, builds: Mapping[str, Build]) -> dict[str, floa
     return scales if same else None
 
 
-def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:
+def _part(build: Build, destination: type[Format], options: Convert, notes: _Notes, target: str) -> Part:
+    entry = build.entry
     slots = tuple(entry.specs)
     if "up_bias" in slots and "up_bias" not in destination.slots:
         if "bias" not in options.drop:
@@ -358,7 +355,8 @@ def _part(entry: Entry, destination: type[Format], options: Convert, notes: _Not
         notes.dropped[target] = "its bias, which the dialect has no place for"
         slots = tuple(slot for slot in slots if slot != "up_bias")
     shapes = {slot: spec.shape for slot, spec in entry.specs.items()}
-    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes)
+    settings = entry.read().stated_settings() if entry.family.references else build.settings
+    return Part(slots, entry.layout, entry.base_shape, entry.rank, entry.scale, shapes, settings)
 
 
 def _without(update: Update, slots: frozenset[str]) -> Update:

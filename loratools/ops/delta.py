@@ -31,6 +31,7 @@ def delta(
     is a base. Without one, names are the adapter's own; an update of fused projections comes apart where the base has
     them one by one. Raises NeedsBaseError for DoRA without a base.
     """
+    adapter.require_weights()
     replaced = {} if base is None else replacements(adapter, base)
     for name in adapter.select(target) if target else adapter.entries:
         for parameter, dense in delta_of_target(adapter, name, base):
@@ -152,6 +153,7 @@ def delta_file(
     force: bool = False,
 ) -> DeltaReport:
     """As `delta`, streamed to a safetensors file."""
+    adapter.require_weights()
     place = Path(path)
     refuse_existing(place, force=force)
     shapes: dict[str, tuple[int, ...]] = {}

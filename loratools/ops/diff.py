@@ -35,6 +35,8 @@ def diff(
     Targets are matched by name, across dialects by the name with dots flattened. Raises NeedsBaseError for DoRA without
     a base, AdapterError for NaN and for shapes that differ.
     """
+    a.require_weights()
+    b.require_weights()
     pairs = {x: y for x, y in matched([a, b]) if x is not None and y is not None}
 
     def work(pair: tuple[str, str]) -> tuple[str, _Pair]:

@@ -13,7 +13,7 @@ from loratools.configs import CONFIG_NAME
 from loratools.errors import InputError, UnchangedError, UsageError
 from loratools.families.full import Full
 from loratools.files import load
-from loratools.ops.extract import differences
+from loratools.ops.extract import Differences, differences
 from loratools.ops.initial import subtract_initial
 from loratools.storage import open_source
 from loratools.storage.atomic import printable
@@ -33,13 +33,15 @@ _LOOKED_AT = 256  # names that tell an adapter from a model: a model of experts 
 class FineTuneSource:
     """Updates of a base, and what kind of fine-tune they come from; of a whole model, lazy full differences.
 
-    `left_out` is what a whole model changed that is no matrix: parameter -> ||change|| / ||base||.
+    `left_out` is what a whole model changed that is no matrix: parameter -> ||change|| / ||base||. `differences` are
+    what the updates of a whole model were made of.
     """
 
     path: Path
     kind: Kind
     adapter: Adapter
     left_out: Mapping[str, float] = field(default_factory=dict)
+    differences: Differences | None = None
 
 
 def open_fine_tune(
@@ -78,6 +80,7 @@ def open_fine_tune(
         return _whole_model(adapter.origin.path, base, initial, steps)  # layers that MLX-LM tuned whole
     if initial is not None:
         adapter = subtract_initial(adapter, load(initial, base=base))
+    adapter.require_weights()
     return FineTuneSource(place, kind_of(adapter), adapter)
 
 
@@ -151,4 +154,5 @@ def _whole_model(
         note = f"the channels of {len(found.reordered)} parameters lay in another order and were put back"
         warnings = (*warnings, f"{note}; first: {found.reordered[0]}")
     left_out = {name: change.relative for name, change in found.left_out.items()}
-    return FineTuneSource(place, "full", replace(found.adapter, warnings=warnings), left_out)
+    found = replace(found, adapter=replace(found.adapter, warnings=warnings))
+    return FineTuneSource(place, "full", found.adapter, left_out, found)

@@ -20,8 +20,11 @@ from loratools.errors import (
     OutputError,
     TiedEmbeddingError,
 )
+from loratools.families import LoRA
+from loratools.operators import Dense
 from loratools.ops.delta import delta_of_target, parameters_of_target, replacements
 from loratools.ops.initial import ON_THE_BASE, refuse_mutated
+from loratools.ops.pissa import holds_principal_part
 from loratools.reports.fuse import FusedParameter, FuseReport
 from loratools.storage.atomic import explained, printable, refuse_existing
 from loratools.storage.folder import AtomicFolder
@@ -49,7 +52,7 @@ def fuse(adapter: Adapter, base: BaseWeights, path: str | os.PathLike[str], *, f
     """
     place = Path(path)
     _check_output(place, base, force)
-    _check_adapter(adapter)
+    refuse_unfusable(adapter)
     source = base.source
     if source.container == "gguf":
         raise InputError(f"{printable(source.path)}: is a GGUF model; fuse into the safetensors that it was made from")
@@ -83,6 +86,7 @@ class _Sums:
     replaced: Mapping[str, Callable[[], Tensor]]
     done: dict[str, FusedParameter] = field(default_factory=dict)
     norms: list[tuple[float, float, float]] = field(default_factory=list)
+    principal: list[bool] = field(default_factory=list)  # whether each change looks like a part of the weight
     _last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def fused(self, parameter: str) -> Tensor:
@@ -107,6 +111,10 @@ class _Sums:
         stored = after.to(weight.dtype)
         if not bool(torch.isfinite(stored).all()):
             raise AdapterError(f"{parameter}: the sum is too large for {weight.dtype}; fuse into a base of 32 bits")
+        entries = [self.adapter.entries[target] for target in self.plan.get(parameter, ())]
+        if weight.ndim == 2 and {entry.family for entry in entries} == {LoRA}:
+            rank = min(sum(entry.rank for entry in entries), *weight.shape)
+            self.principal.append(holds_principal_part(Dense(after - before), before, rank))
         norm, moved, lost = (float(t.double().norm()) for t in (before, after - before, stored.float() - after))
         self.norms.append((norm, moved, lost))
         self.done[parameter] = FusedParameter(sources, _ratio(moved, norm), _ratio(lost, moved))
@@ -134,7 +142,7 @@ def _check_output(place: Path, base: BaseWeights, force: bool) -> None:
     refuse_existing(place, force=force)
 
 
-def _check_adapter(adapter: Adapter) -> None:
+def refuse_unfusable(adapter: Adapter) -> None:
     where = printable(adapter.origin.path) if adapter.origin else "the adapter"
     if (adapter.config or {}).get("alora_invocation_tokens"):
         raise AdapterError(f"{where}: an activated LoRA applies only after its invocation tokens; it cannot be fused")
@@ -207,6 +215,11 @@ def _report(
     if base.config.get("tie_word_embeddings"):
         ends = [p for p in sums.done if p.endswith(("embed_tokens.weight", "wte.weight"))]
         warnings += [f"{p}: is tied to the output, which changes with it" for p in ends]
+    if 2 * sum(sums.principal) > len(sums.principal):
+        warnings.append(
+            "most updates are large parts of the weights that they change, as a PiSSA's factors are, which go with a "
+            "residual base: on the original one they count twice"
+        )
     before, moved, lost = (math.hypot(*column) for column in zip(*sums.norms, strict=True)) if sums.norms else (0, 0, 0)
     total = {"relative_change": _ratio(moved, before), "lost": _ratio(lost, moved)}
     return FuseReport(str(place), sums.done, files, skipped, total, nbytes, tuple(warnings))

@@ -1,4 +1,4 @@
-"""Hydra's parallel and sequential branches as one LoRA (arXiv 2309.06922)."""
+"""Hydra's parallel and sequential branches: as one LoRA, and what each of them does (arXiv 2309.06922)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError
+from loratools.errors import AdapterError, UsageError, naming
 from loratools.families.base import base_matrix
+from loratools.families.hydra import Hydra
 from loratools.families.lora import cast_to
+from loratools.linalg.basis import decomposed
+from loratools.linalg.inner import cosine, frobenius
 from loratools.operators import LowRank
+from loratools.ops.spectra import base_tensor
+from loratools.reports.hydra import HydraBranch, HydraReport, HydraTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.adapter import Adapter
+    from loratools.base_weights import BaseWeights
     from loratools.families.lora import LoRA
 
 
@@ -42,3 +49,40 @@ def hydra(parallel: LoRA, sequential: LoRA, base: Tensor, bias: Tensor | None = 
     if not changes:
         return folded
     return replace(folded, up_bias=cast_to(sum(changes[1:], start=changes[0]), folded.up.dtype))
+
+
+def hydra_branches(adapter: Adapter, base: BaseWeights, *, top: int = 16) -> HydraReport:
+    """How the delta of every Hydra target is shared out: general features, which the base reads too, and novel ones.
+
+    Compared with the first `top` right singular vectors of each base weight, which costs its SVD. UsageError where no
+    target is a Hydra, or `top` is below 1.
+    """
+    if top < 1:
+        raise UsageError(f"top {top} is below 1")
+    found = {}
+    for target, entry in adapter.entries.items():
+        update = entry.read() if entry.family is Hydra else None
+        if not isinstance(update, Hydra):
+            continue
+        weight = base_tensor(adapter, target, entry, base)
+        with naming(target):
+            branches = update.branches(weight)
+        leading = decomposed(base_matrix("Hydra", weight, update.layout)).vt[:top]
+        one, other = branches["parallel"], branches["sequential"]
+        found[target] = HydraTarget(
+            None if one is None else _branch(one, leading),
+            None if other is None else _branch(other, leading),
+            frobenius(update.operator(weight)),
+            None if one is None or other is None else cosine(one, other),
+        )
+    if not found:
+        raise UsageError("no target of the adapter is a Hydra")
+    return HydraReport(top, found)
+
+
+def _branch(branch: LowRank, leading: Tensor) -> HydraBranch:
+    norm = frobenius(branch)
+    seen = LowRank(branch.left, branch.right @ leading.T, branch.scale)
+    rows = torch.linalg.qr(branch.right.T)[0]
+    cosines = torch.linalg.svdvals(leading @ rows).clamp(max=1.0)
+    return HydraBranch(branch.rank, norm, (frobenius(seen) / norm) ** 2 if norm else 0.0, tuple(cosines.tolist()))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import RECORD_KEY
 from loratools.ops.inspect import places
-from loratools.reports.info import InfoReport
+from loratools.reports.info import BottleneckInfo, InfoReport
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
+    from loratools.formats.bottlenecks import Place
 
 # Config fields that say how an adapter acts; the others concern training or loading.
 _CONFIG = (
@@ -55,6 +56,7 @@ def info(adapter: Adapter) -> InfoReport:
         bytes=adapter.file_nbytes,
         extras={key: extra.spec.nbytes for key, extra in adapter.extras.items()},
         unsupported=adapter.unsupported,
+        bottlenecks={name: _bottleneck(adapter, place) for name, place in adapter.format.bottlenecks.items()},
         config={field: config[field] for field in _CONFIG if config.get(field) not in (None, {}, [], False)},
         metadata={
             k: v if len(v) <= _MAX_METADATA else f"{v[:_MAX_METADATA]}…"
@@ -63,6 +65,20 @@ def info(adapter: Adapter) -> InfoReport:
         },
         record=_record(adapter.metadata),
         warnings=adapter.warnings,
+    )
+
+
+def _bottleneck(adapter: Adapter, place: Place) -> BottleneckInfo:
+    """As its shapes tell; of MoSA's experts one is counted, which is what they merge to."""
+    specs = {key: extra.spec for key, extra in adapter.extras.items()}
+    down = place.spec(specs, place.down)
+    keys = (place.down, place.down_bias, place.up, place.up_bias, *(place.norm or ()))
+    return BottleneckInfo(
+        kind=place.kind,
+        width=down.shape[0] if down.shape else 0,
+        inputs=down.shape[-1] if down.shape else 0,
+        activation=place.activation,
+        parameters=sum(place.spec(specs, key).numel for key in keys if key is not None),
     )
 
 

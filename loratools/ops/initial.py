@@ -20,9 +20,10 @@ AT_OTHER_RANKS = "at another rank, a loader would take other factors out of the 
 def refuse_mutated(adapter: Adapter, why: str) -> None:
     """MutatedBaseError, giving `why`, for factors that are relative to a base which their initialisation changed."""
     if (init := adapter.format.mutated_init) is not None:
+        again = " (a PiSSA by full SVD needs none: convert --base with --initial-from-base)" if init == "pissa" else ""
         raise MutatedBaseError(
-            f"trained with init_lora_weights={init!r}: {why}; pass --initial-adapter with the saved initial factors, "
-            "or, if your base model is the changed one, set init_lora_weights to true in adapter_config.json"
+            f"trained with init_lora_weights={init!r}: {why}; pass --initial-adapter with the saved initial factors"
+            f"{again}, or, if your base model is the changed one, set init_lora_weights to true in adapter_config.json"
         )
 
 

@@ -54,6 +54,7 @@ def inspect(
     `base` adds norms relative to the base weights; `nested` compares the first components with the best ones. Raises
     AdapterError naming a target with NaN or infinity, unless `allow_nonfinite` lists it as unmeasured.
     """
+    adapter.require_weights()
     chosen = list(adapter.entries) if target is None else list(adapter.select(target))
     unmeasured = dict(adapter.unsupported) if target is None else {}
     if base is None:

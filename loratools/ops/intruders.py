@@ -134,6 +134,7 @@ def _check(adapter: Adapter, top_k: int, epsilon: float) -> None:
         raise UsageError(f"top_k is {top_k}; look at one singular vector at least")
     if not 0 < epsilon <= 1:
         raise UsageError(f"an epsilon of {epsilon} is no cosine between 0 and 1")
+    adapter.require_weights()
     refuse_mutated(adapter, ON_THE_BASE)
 
 

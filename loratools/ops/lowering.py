@@ -49,10 +49,17 @@ class Lowered:
 
 
 def lowered(
-    update: Update, destination: type[Format], base: Tensor | None, lowering: Lowering, *, plain: bool
+    update: Update,
+    destination: type[Format],
+    base: Tensor | None,
+    lowering: Lowering,
+    *,
+    plain: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Update, Lowered]:
     """`update` in a family and with slots that `destination` holds; with `plain`, one whose rows come apart.
 
+    `base` and `bias` are the base's own, where the update needs them; its change of the bias becomes that of the LoRA.
     UnsupportedInTargetError says what would be allowed.
     """
     if isinstance(update, MergedLoRA):  # the same numbers in the shape of a LoRA, whatever is allowed
@@ -92,7 +99,14 @@ def lowered(
         raise UnsupportedInTargetError(f"{destination.name} has no place for {what}; {remedy}")
     best = op if lowering.exact and isinstance(op, LowRank) else truncate(op, rank, seed=lowering.seed).operator
     layout = replace(update.layout, magnitude_axis=0)
-    made = from_low_rank(best, _oriented(shape, layout.transposed), layout=layout, scale=1.0, dtype=torch.float32)
+    made = from_low_rank(
+        best,
+        _oriented(shape, layout.transposed),
+        layout=layout,
+        scale=1.0,
+        dtype=torch.float32,
+        bias=update.bias_delta(bias),
+    )
     norm = frobenius(op)
     error = frobenius(sum_of([op, -made.operator().to(torch.float64)])) / norm if norm else 0.0
     exact = lowering.exact and isinstance(op, LowRank)

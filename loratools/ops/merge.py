@@ -80,6 +80,8 @@ def merge(
         raise UsageError("a merge needs at least two adapters; for one, use squeeze")
     if bad := [w for w in weights if not math.isfinite(w)]:
         raise UsageError(f"weight {bad[0]} is not finite")
+    for adapter in adapters:
+        adapter.require_weights()
     policy = Fixed(rank) if isinstance(rank, int) else rank
     if policy is None and limits != Limits():
         raise UsageError("limits on the ranks need a rule for the ranks")

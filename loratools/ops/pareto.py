@@ -3,163 +3,241 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
-from loratools.errors import AdapterError, LoratoolsError, UnchangedError, UsageError
-from loratools.files import header_room
-from loratools.linalg.inner import frobenius
-from loratools.operators import sum_of
+from loratools.adapter import Adapter
+from loratools.errors import AdapterError, UsageError
+from loratools.ops.convert import Convert, convert
+from loratools.ops.extract import Differences, extract
+from loratools.ops.lowering import Lowering
+from loratools.ops.measuring import Made, Recipe, Setting, Source, errors, marked, measure_all
 from loratools.ops.quantize import Quantize, quantize
-from loratools.ops.spectra import known_delta
 from loratools.ops.squeeze import Squeeze, squeeze
-from loratools.pipeline import ordered_map, worker_count
+from loratools.ops.whole import whole
 from loratools.ranks import Budget
 from loratools.reports.pareto import ParetoReport, Point
 
 if TYPE_CHECKING:
-    from loratools.adapter import Adapter
+    from loratools.ops.statistics import Statistics
+    from loratools.reports.evaluate import Evaluation
 
-METHODS = ("grid", "svd", "balanced", "rtn", "lloyd", "nf", "petl", "sign", "loraquant", "delta-come")
+METHODS = ("grid", "svd", "balanced", "rtn", "lloyd", "nf", "petl", "sign", "bitdelta", "loraquant", "delta-come")
 RATIOS = (2, 4, 8, 16, 32, 64)
+STATISTICS = "stats.safetensors"  # as commands name them
 _RANKS = (1, 2, 4, 8)  # by which the rank is divided before numbers are rounded
-_BITS = {
+_BITS: dict[str, tuple[float, ...]] = {
     "balanced": (1, 2, 3, 4, 8),
     "rtn": (2, 3, 4, 8),
     "lloyd": (1, 2, 3, 4),
     "nf": (3, 4),
     "petl": (1, 2, 3, 4),
     "sign": (1,),
+    "bitdelta": (1,),
     "loraquant": (2, 3),
+    "delta-come": (0.5, 1, 1.5, 2),
 }
+_FACTORS_ONLY = ("balanced", "loraquant", "delta-come")  # of dense deltas they would be plain rounding
+_DENSE_ONLY = ("bitdelta",)
+
+Evaluate = Callable[[Adapter | None], "Evaluation"]
 
 
+@final
 @dataclass(frozen=True)
-class _Setting:
-    """One point to be measured: what makes the adapter and its size in bytes."""
+class Codes(Recipe):
+    """Codes of the adapter, or of what the best squeeze to `rank` makes of it."""
 
-    method: str
-    label: str
-    command: str
-    make: Callable[[], tuple[Adapter, int]]
+    options: Quantize
+    rank: int | None = None
+
+    def make(self, source: Source) -> Made:
+        made, report = quantize(source.at_rank(self.rank), self.options)
+        return Made(made, int(report.total["bytes_after"] or 0))
+
+
+@final
+@dataclass(frozen=True)
+class Squeezed(Recipe):
+    """The best lower ranks in so many bytes."""
+
+    budget: int
+    weights: Statistics | None = None
+
+    def make(self, source: Source) -> Made:
+        made, _ = squeeze(source.adapter, Budget(self.budget), options=Squeeze(weights=self.weights))
+        return Made.ordinary(made)
+
+
+@final
+@dataclass(frozen=True)
+class Extracted(Recipe):
+    """The best low-rank approximation of what tuning changed, its tensors in so many bytes."""
+
+    budget: int
+
+    def make(self, source: Source) -> Made:
+        assert source.differences is not None  # such settings are made for those alone
+        return Made.ordinary(extract(source.differences, Budget(self.budget))[0])
+
+
+@final
+@dataclass(frozen=True)
+class Lowered(Recipe):
+    """The best approximation of every target at one rank, whatever its family, as a LoRA in PEFT's dialect."""
+
+    rank: int
+
+    def make(self, source: Source) -> Made:
+        return Made.ordinary(convert(source.adapter, "peft", Convert(lowering=Lowering(rank=self.rank)))[0])
 
 
 def pareto(
-    adapter: Adapter,
+    adapter: Adapter | Differences,
     methods: Sequence[str] = METHODS,
     *,
     ratios: Sequence[float] = RATIOS,
+    weights: Statistics | None = None,
+    evaluate: Evaluate | None = None,
     steps: Callable[[int, str], Callable[[], None]] | None = None,
 ) -> ParetoReport:
     """Every method at every setting: bytes of the file that it would write, and the error of the whole delta.
 
     `grid` and `svd` (the squeeze) are asked for the adapter's size divided by each of `ratios`; the others round at
-    their widths, after squeezes to the rank and to a half, a quarter and an eighth of it. What cannot be done with this
-    adapter is left out, with a warning. `steps(total, what)` may count the points. Raises UsageError for an unknown
-    method, AdapterError where nothing can be measured.
+    their widths, after squeezes to the rank and to a half, a quarter and an eighth of it. `Differences` of a model that
+    was tuned whole are measured as `whole` holds them. What cannot be done with this adapter is left out, with a
+    warning. With `weights`, grid and squeeze are there once more by what they know, all points have the error that
+    inputs see (linalg/input_norm.py), and that is the error by which the best are chosen. `evaluate` is called for the
+    base alone (None), the adapter, and the best points, which are made again for it. `steps(total, what)` may count.
+    Raises UsageError for an unknown method, AdapterError where nothing can be measured.
     """
     if unknown := [m for m in methods if m not in METHODS]:
         raise UsageError(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
-    settings = list(_settings(adapter, methods, ratios))
+    if isinstance(adapter, Differences):
+        source = Source.held(whole(adapter), weights, adapter)
+    else:
+        adapter.require_weights()
+        source = Source.held(adapter, weights)
+    settings = list(_settings(source, methods, ratios))
     step = steps(len(settings), "points") if steps else lambda: None
-    found: list[Point] = []
-    failed: dict[str, str] = {}
-    for setting in settings:
-        try:
-            made, size = setting.make()
-            error = relative_error(adapter, made)
-        except UnchangedError:
-            continue
-        except LoratoolsError as problem:
-            failed.setdefault(setting.method, str(problem))
-            continue
-        finally:
-            step()
-        found.append(Point(setting.method, setting.label, size, error, None, False, setting.command))
-    if not found:
+    measured = measure_all(source, settings, step=step)
+    failed = measured.failed | {m: reason for m in methods if (reason := _inapplicable(source, m))}
+    if not measured.found:
         raise AdapterError(f"nothing could be measured: {next(iter(failed.values()), 'no setting applies')}")
+    points = marked([point for _, point in measured.found])
+    evaluated: dict[str, Evaluation] = {}
+    if evaluate is not None:
+        recipes = {setting.command: setting.recipe for setting, _ in measured.found}
+        points, evaluated = _evaluated(source, points, recipes, evaluate, steps)
     warnings = tuple(f"{method} was left out: {reason}" for method, reason in failed.items())
-    return ParetoReport(_size(adapter), marked(found), (*adapter.warnings, *warnings))
-
-
-def marked(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points by size, largest first, with those that no other beats in both bytes and error marked as best."""
-    ordered = sorted(points, key=lambda p: (p.bytes, p.relative_error))
-    least = math.inf
-    out = []
-    for point in ordered:
-        best = point.relative_error < least
-        least = min(least, point.relative_error)
-        out.append(replace(point, best=best))
-    return tuple(reversed(out))
+    if isinstance(adapter, Differences) and adapter.left_out:
+        count, first = len(adapter.left_out), next(iter(adapter.left_out))
+        warnings += (f"{count} changed parameters are no matrices and in none of the files; first: {first}",)
+    return ParetoReport(source.bytes, points, (*source.adapter.warnings, *warnings), evaluated)
 
 
 def relative_error(before: Adapter, after: Adapter) -> float:
     """||delta - delta'|| / ||delta|| of all targets together; of directions, where a delta needs the base."""
-
-    def work(target: str) -> tuple[float, float]:
-        one, other = (known_delta(a[target]) for a in (before, after))
-        return frobenius(sum_of([one, -other])) ** 2, frobenius(one) ** 2
-
-    pairs = list(ordered_map(work, before.entries, workers=worker_count("cpu")))
-    distance, norm = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
-    return math.sqrt(distance / norm) if norm else 0.0
+    return errors(Source(before), after)[0]
 
 
-def _size(adapter: Adapter) -> int:
-    return adapter.origin.nbytes if adapter.origin else adapter.nbytes + header_room(adapter)
+def _evaluated(
+    source: Source,
+    points: Sequence[Point],
+    recipes: Mapping[str, Recipe],
+    evaluate: Evaluate,
+    steps: Callable[[int, str], Callable[[], None]] | None,
+) -> tuple[tuple[Point, ...], dict[str, Evaluation]]:
+    """The points, the best of them with what the task says of them, and the same of the base and of the adapter."""
+    step = steps(2 + sum(p.best for p in points), "evaluations") if steps else lambda: None
+
+    def of(adapter: Adapter | None) -> Evaluation:
+        found = evaluate(adapter)
+        step()
+        return found
+
+    evaluated = {"base": of(None), "adapter": of(source.adapter)}
+    out = []
+    for point in points:
+        if point.best:
+            found = of(recipes[point.command].make(source).adapter)
+            point = replace(point, nll=found.nll, exact_match=found.exact_match)
+        out.append(point)
+    return tuple(out), evaluated
 
 
-def _settings(adapter: Adapter, methods: Sequence[str], ratios: Sequence[float]) -> Iterator[_Setting]:
-    size, top = _size(adapter), max((e.rank for e in adapter.entries.values()), default=0)
-    ranks = list(dict.fromkeys(max(1, top // by) for by in _RANKS)) if top else [0]
-    lower: dict[int, Adapter] = {}
-
-    def at_rank(rank: int) -> Adapter:
-        if rank not in lower:
-            lower[rank] = adapter if rank == top else squeeze(adapter, rank, options=Squeeze(allow_unchanged=True))[0]
-        return lower[rank]
-
+def _settings(source: Source, methods: Sequence[str], ratios: Sequence[float]) -> Iterator[Setting]:
     for method in methods:
+        if _inapplicable(source, method):
+            continue
         if method in ("grid", "svd"):
-            verb = "quantize" if method == "grid" else "squeeze"
             for ratio in ratios:
-                make = partial(_gridded if method == "grid" else _squeezed, adapter, int(size / ratio))
-                yield _Setting(method, f"1/{ratio:g}", f"loratools {verb} IN --ratio {ratio:g}", make)
-        elif method == "delta-come":
-            for bits in (0.5, 1.0, 1.5, 2.0):
-                command = f"loratools quantize IN --method delta-come --bits {bits:g}"
-                yield _Setting(
-                    method, f"{bits:g} bits", command, partial(_coded, adapter, Quantize("delta-come", bits))
-                )
+                yield _sized(source, method, ratio, None)
+            for ratio in ratios if source.weights is not None and source.top else ():
+                yield _sized(source, method, ratio, source.weights)
         else:
-            for rank in ranks:
-                for bits in _BITS[method]:
-                    options = Quantize(method, bits)  # type: ignore[arg-type]
-                    command = f"loratools quantize IN --method {method} --bits {bits}"
-                    label = f"{bits} bits"
-                    if rank not in (top, 0):
-                        command = f"loratools squeeze IN --rank {rank} -o LESS && {command.replace('IN', 'LESS')}"
-                        label = f"rank {rank}, {label}"
-                    yield _Setting(method, label, command, partial(_coded_at, at_rank, rank, options))
+            yield from _rounded(source, method)
 
 
-def _gridded(adapter: Adapter, size: int) -> tuple[Adapter, int]:
-    made, report = quantize(adapter, Quantize(budget=size))
-    return made, int(report.total["bytes_after"] or 0)
+def _inapplicable(source: Source, method: str) -> str | None:
+    """Why a method has nothing to do with such an adapter."""
+    dense = any(entry.family.family == "full" for entry in source.adapter.entries.values())
+    if method in _FACTORS_ONLY and not source.top:
+        return "there are no factors, and it would be plain rounding"
+    return "it is for full deltas, and there are none" if method in _DENSE_ONLY and not dense else None
 
 
-def _squeezed(adapter: Adapter, size: int) -> tuple[Adapter, int]:
-    made, _ = squeeze(adapter, Budget(size))
-    return made, made.nbytes + header_room(made)
+def _sized(source: Source, method: str, ratio: float, weights: Statistics | None) -> Setting:
+    """Grid or SVD at the adapter's size divided by `ratio`."""
+    size = int(source.bytes / ratio)
+    name, option = (method, "") if weights is None else (f"{method}, weighted", f" --weights {STATISTICS}")
+    label = f"1/{ratio:g}"
+    if method == "grid":
+        command = f"{_begun(source)}loratools quantize {_input(source)} --ratio {ratio:g}{option}"
+        return Setting(name, label, command, Codes(Quantize(budget=size, weights=weights)))
+    if source.differences is not None:
+        tensors = int(source.differences.adapter.nbytes / ratio)
+        return Setting(name, label, f"loratools extract BASE TUNED --ratio {ratio:g} -o OUT", Extracted(tensors))
+    if source.top:
+        return Setting(name, label, f"loratools squeeze IN --ratio {ratio:g}{option}", Squeezed(size, weights))
+    rank = _rank_within(source.adapter, size)
+    return Setting(name, label, f"loratools convert IN --to peft --rank {rank}", Lowered(rank))
 
 
-def _coded(adapter: Adapter, options: Quantize) -> tuple[Adapter, int]:
-    made, report = quantize(adapter, options)
-    return made, int(report.total["bytes_after"] or 0)
+def _rank_within(adapter: Adapter, size: int) -> int:
+    """The rank at which factors of all targets take at most `size` bytes; at least 1."""
+    per_rank = 0.0
+    for entry in adapter.entries.values():
+        if entry.base_shape is not None and len(entry.base_shape) > 1:
+            rows, columns = entry.base_shape[0], math.prod(entry.base_shape[1:])
+            per_rank += (rows + columns) * entry.nbytes / (rows * columns)
+    return max(1, int(size / per_rank)) if per_rank else 1
 
 
-def _coded_at(at_rank: Callable[[int], Adapter], rank: int, options: Quantize) -> tuple[Adapter, int]:
-    return _coded(at_rank(rank), options)
+def _rounded(source: Source, method: str) -> Iterator[Setting]:
+    """Codes at every width, after squeezes to several ranks where there are ranks."""
+    top = source.top
+    whole_rank = method in ("delta-come", "bitdelta")  # the one chooses its ranks, the other has none
+    lower = [max(1, top // by) for by in _RANKS if by > 1] if top and not whole_rank else []
+    for rank in (None, *dict.fromkeys(r for r in lower if r < top)):
+        for bits in _BITS[method]:
+            command = f"loratools quantize {_input(source)} --method {method} --bits {bits:g}"
+            options = Quantize(method, bits)  # type: ignore[arg-type]
+            if method == "bitdelta":
+                command = f"loratools quantize {_input(source)} --method sign --bits 1 --scales tensor"
+                options = Quantize("sign", 1, scales="tensor")
+            label, recipe = f"{bits:g} bits", Codes(options, rank)
+            if rank is not None:
+                command = f"loratools squeeze IN --rank {rank} -o LESS && {command.replace('IN', 'LESS')}"
+                label = f"rank {rank}, {label}"
+            yield Setting(method, label, f"{_begun(source)}{command}", recipe)
+
+
+def _begun(source: Source) -> str:
+    """What makes a file of the changes of a model that was tuned whole, which the other commands then read."""
+    return "" if source.differences is None else "loratools extract BASE TUNED --to lycoris -o WHOLE.safetensors && "
+
+
+def _input(source: Source) -> str:
+    return "IN" if source.differences is None else "WHOLE.safetensors"

@@ -7,9 +7,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from loratools.adapter import RECORD_KEY, entry_of
 from loratools.errors import AdapterError, UsageError
@@ -20,11 +20,13 @@ from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
-from loratools.ops.gridding import Components, components_of, dense_on_grid, on_grid, weighted_components_of
+from loratools.ops.components import ComponentStore, grid_part
+from loratools.ops.gridding import already_on_grid, dense_on_grid, on_grid
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
 from loratools.ops.steps import StepSearch
+from loratools.ops.weighing import weighed_squares
 from loratools.pipeline import ordered_map, worker_count
 from loratools.quant.gauges import Gauge
 from loratools.reports.quantize import QuantizeReport, TargetCoded
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.families.base import Update
 
-Method = Literal["grid", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"]
+Method = Literal["grid", "exact", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"]
 _SMALL = 64  # numbers of a tensor below which codes would not pay for their scales
 _NORMS = ("magnitude", "up_bias")
 
@@ -45,6 +47,7 @@ _NORMS = ("magnitude", "up_bias")
 class Quantize:
     """How to quantise.
 
+    `method`: `exact` takes factors that lie on a grid already, as training through one leaves them, and loses nothing.
     `bits`: to a number; for `grid` any number, which codes and scales take on average; `budget`: bytes of the file, for
     `grid`, instead. `group`, `scales` and `rounds`: as in `Plain`, where a method has groups and rounds. `gauge` and
     `sweeps`: of `balanced`. `energy`: of LoRAQuant, the share that its better codes hold. `allow_nonfinite` carries
@@ -58,7 +61,7 @@ class Quantize:
     group: int = 64
     scales: Scales = "group"
     rounds: int = 1
-    gauge: Gauge = "hadamard"
+    gauge: Gauge = "learned"
     sweeps: int = 2
     energy: float = 0.8
     seed: int = 0
@@ -72,7 +75,7 @@ class Quantize:
             raise UsageError(f"statistics are for --method grid; {self.method} rounds all numbers alike")
         if not 0 < self.bits <= 16:
             raise UsageError(f"{self.bits:g} bits to a number: give more than 0, and 16 at most")
-        if self.method not in ("grid", "delta-come"):
+        if self.method not in ("grid", "exact", "delta-come"):
             if self.bits != int(self.bits):
                 raise UsageError(f"{self.method} has whole bits, not {self.bits:g}; --method grid has any number")
             self._plain()
@@ -99,6 +102,15 @@ class _Outcome:
     squared_error: float
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """A pass at one step; a trial is for the size alone, and decodes nothing."""
+
+    step: float
+    components: ComponentStore
+    trial: bool = False
+
+
 _Result: TypeAlias = tuple[PackedTarget, _Outcome]
 _Keep: TypeAlias = Callable[[PackedTarget], None]
 
@@ -107,31 +119,60 @@ def _forget(packed: PackedTarget) -> None:
     """For targets that go to a file, or are packed for their size alone."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Weighing:
+    """Sums what the inputs see of the errors, target by target as they are kept; nothing without statistics."""
+
+    adapter: Adapter
+    weights: Statistics | None
+    squares: list[tuple[float, float]] = field(default_factory=list)
+
+    def __call__(self, packed: PackedTarget) -> None:
+        if self.weights is None or packed.target not in self.weights.moments:
+            return
+        before = self.adapter[packed.target]
+        if is_finite_update(before):
+            self.squares.append(weighed_squares(packed.target, before, packed.update, self.weights))
+
+    def told(self, report: QuantizeReport) -> QuantizeReport:
+        """The report with the weighted error of all targets that the statistics know."""
+        error: float | None = None
+        if self.weights is not None:
+            distance, norm = (math.fsum(column) for column in zip((0.0, 0.0), *self.squares, strict=True))
+            error = math.sqrt(distance / norm) if norm else 0.0
+        return replace(report, total={**report.total, "weighted_error": error})
+
+
 def quantize(adapter: Adapter, options: Quantize = Quantize()) -> tuple[Adapter, QuantizeReport]:
     """The adapter as it is once it has been packed and is read again, in memory, with what that costs.
 
     Sizes are those of the file that `quantize_file` would write. Raises AdapterError for NaN and infinity, UsageError
     where a budget holds nothing.
     """
+    adapter.require_weights()
     changed = adapter.recorded("quantize", arguments(adapter, options))
     updates: dict[str, Update] = {}
+    weighing = _Weighing(adapter, options.weights)
 
     def keep(packed: PackedTarget) -> None:
         updates[packed.target] = packed.update
+        weighing(packed)
 
     _, report = _run(changed, options, None, keep=keep, force=False)
-    return changed.with_updates(updates), report
+    return changed.with_updates(updates), weighing.told(report)
 
 
 def quantize_file(
     adapter: Adapter, path: str | os.PathLike[str], options: Quantize = Quantize(), *, force: bool = False
 ) -> tuple[Saved, QuantizeReport]:
     """As `quantize`, streamed to one packed file at `path`, which `load` reads like any other adapter."""
+    adapter.require_weights()
     changed = adapter.recorded("quantize", arguments(adapter, options))
     check_writable(changed, Path(path))
     place = packed_place(Path(path), force=force)
-    size, report = _run(changed, options, place, keep=_forget, force=force)
-    return Saved(place, place, size, None), replace(report, output=str(place))
+    weighing = _Weighing(adapter, options.weights)
+    size, report = _run(changed, options, place, keep=weighing, force=force)
+    return Saved(place, place, size, None), replace(weighing.told(report), output=str(place))
 
 
 def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:
@@ -174,28 +215,29 @@ def _run(
     if options.weights is not None:
         weighed_targets(adapter)
     if options.method != "grid":
-        return _written(adapter, options, 0.0, path, keep=keep, force=force)
+        return _written(adapter, options, None, path, keep=keep, force=force)
     goal = options.budget or max(1, int(_numbers(adapter) * options.bits / 8))
-    search = StepSearch.begun(adapter, goal, weights=options.weights, allow_nonfinite=options.allow_nonfinite)
+    store = ComponentStore(adapter, options.weights)
+    search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()))
     while (step := search.next_step()) is not None:
-        size = write_packed(adapter, _packed(adapter, options, step, [], _forget), None)
+        size = write_packed(adapter, _packed(adapter, options, _Grid(step, store, trial=True), [], _forget), None)
         search.tried(step, size.file if options.budget else size.codes)
-    return _written(adapter, options, search.best, path, keep=keep, force=force)
+    return _written(adapter, options, _Grid(search.best, store), path, keep=keep, force=force)
 
 
 def _written(
-    adapter: Adapter, options: Quantize, step: float, path: Path | None, *, keep: _Keep, force: bool
+    adapter: Adapter, options: Quantize, grid: _Grid | None, path: Path | None, *, keep: _Keep, force: bool
 ) -> tuple[int, QuantizeReport]:
     outcomes: list[_Outcome] = []
-    size = write_packed(adapter, _packed(adapter, options, step, outcomes, keep), path, force=force)
+    size = write_packed(adapter, _packed(adapter, options, grid, outcomes, keep), path, force=force)
     return size.file, _report(adapter, outcomes, size.file)
 
 
 def _packed(
-    adapter: Adapter, options: Quantize, step: float, outcomes: list[_Outcome], keep: _Keep
+    adapter: Adapter, options: Quantize, grid: _Grid | None, outcomes: list[_Outcome], keep: _Keep
 ) -> Iterator[PackedTarget]:
     def work(target: str) -> _Result:
-        return _one(adapter, target, options, step)
+        return _one(adapter, target, options, grid)
 
     for done, outcome in ordered_map(work, adapter.entries, workers=worker_count("cpu")):
         outcomes.append(outcome)
@@ -203,20 +245,24 @@ def _packed(
         yield done
 
 
-def _one(adapter: Adapter, target: str, options: Quantize, step: float) -> _Result:
+def _one(adapter: Adapter, target: str, options: Quantize, grid: _Grid | None) -> _Result:
     update = adapter[target]
     if not is_finite_update(update):
         if not options.allow_nonfinite:
             raise nonfinite_error(target)
         return _carried(adapter, target, update, "holds NaN or infinity")
     try:
-        if options.method in ("grid", "balanced", "loraquant", "delta-come") and isinstance(update, LowRankUpdate):
-            part = update.direction_operator()
-            if isinstance(part, LowRank) and adapter.format.packing(target, "down") != "stacked":
-                return _factored(adapter, target, update, part, options, step)
-        if options.method == "grid":
-            return _dense(adapter, target, update, step)
-        return _by_tensor(adapter, target, update, options._plain())
+        if options.method in ("grid", "balanced", "loraquant", "delta-come"):
+            part = grid_part(adapter, target, update)
+            if part is not None:
+                assert isinstance(update, LowRankUpdate)  # it has a part
+                return _factored(adapter, target, update, part, options, grid)
+        if grid is not None:
+            return _dense(adapter, target, update, grid)
+        if options.method == "exact":
+            return _by_tensor(adapter, target, update, _exact, "grid, exact")
+        plain = options._plain()
+        return _by_tensor(adapter, target, update, plain.tensor, f"{plain.bits}-bit {plain.method}")
     except ValueError as error:
         raise AdapterError(f"{target}: {error}") from error
 
@@ -236,25 +282,22 @@ def _stored(adapter: Adapter, target: str, update: Update) -> dict[str, Tensor]:
 
 
 def _factored(
-    adapter: Adapter, target: str, update: LowRankUpdate, part: LowRank, options: Quantize, step: float
+    adapter: Adapter, target: str, update: LowRankUpdate, part: LowRank, options: Quantize, grid: _Grid | None
 ) -> _Result:
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
     scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
-    wide = LowRank(part.left.double(), part.right.double(), part.scale)
-    if options.method == "grid":
-        if options.weights is None:
-            components = components_of(wide)
-        else:
-            moment = options.weights.moment_of(target, update)
-            components = weighted_components_of(wide, moment, options.weights.channels(target))
-        codes = on_grid(_over(components, scale), step / abs(scale or 1.0))
+    left, right = part.left.double() * part.scale, part.right.double()
+    if grid is not None:
+        components = grid.components.of(target, update, part)
+        codes = on_grid(components, grid.step / abs(scale or 1.0), trial=grid.trial)
         label = "grid"
     else:
-        pair = singular_pair(wide.left * (wide.scale / (scale or 1.0)), wide.right)
+        pair = singular_pair(left / (scale or 1.0), right)
         coder, label = _banded(options, *pair)
         codes = coder.of_singular(*pair)
-    up, down = codes[0].decode(), codes[1].decode()
+    trial = grid is not None and grid.trial
+    up, down = (part.left.new_zeros(c.shape) if trial else c.decode() for c in codes)
     k = up.shape[1]
     if k != rank:  # what a dialect can say of a scale may depend on the rank
         kept = adapter.format.writable_scale(target, k, update.scale, "fold")
@@ -268,15 +311,11 @@ def _factored(
     contents: dict[str, Content] = {slot: Raw(tensor) for slot, tensor in tensors.items() if slot not in ("up", "down")}
     for slot, coded in zip(("up", "down"), codes, strict=True):
         contents[slot] = Coded(tuple(tensors[slot].shape), coded.parts, coded.transposed != flipped)
-    f = factored((wide.left * wide.scale)[None], wide.right[None])
+    if trial:
+        return _outcome(target, rank, new, contents, label, 0.0, 0.0)
+    f = factored(left[None], right[None])
     distance, norm = squared_distance(f, (up.double() * scale)[None], down.double()[None])
     return _outcome(target, rank, new, contents, label, float(norm), float(distance))
-
-
-def _over(c: Components, scale: float) -> Components:
-    """The components of the delta divided by the scale with which they are written."""
-    by = scale or 1.0
-    return replace(c, x=c.x / by, s=c.s / abs(by), y=c.y / abs(by))
 
 
 def _banded(options: Quantize, up: Tensor, down: Tensor) -> tuple[Banded, str]:
@@ -298,7 +337,7 @@ def _banded(options: Quantize, up: Tensor, down: Tensor) -> tuple[Banded, str]:
     return loraquant(values, high_bits=bits, energy=options.energy), f"{bits} bits and signs"
 
 
-def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Result:
+def _dense(adapter: Adapter, target: str, update: Update, grid: _Grid) -> _Result:
     """A delta that is stored as it is goes on the grid; of other families nobody knows what an error would do."""
     tensors = _stored(adapter, target, update)
     if update.family != "full" or len(tensors) != 1:
@@ -306,19 +345,35 @@ def _dense(adapter: Adapter, target: str, update: Update, step: float) -> _Resul
     (slot, tensor), *_ = tensors.items()
     if tensor.numel() < _SMALL or tensor.ndim < 2:
         return _carried(adapter, target, update, "is small")
-    coded = dense_on_grid(tensor.flatten(1), step)
-    return _of_tensors(adapter, target, update, {slot: replace(coded, shape=tuple(tensor.shape))}, "grid")
+    coded = replace(dense_on_grid(tensor.flatten(1), grid.step), shape=tuple(tensor.shape))
+    if grid.trial:
+        return _outcome(target, adapter.entries[target].rank, update, {slot: coded}, "grid", 0.0, 0.0)
+    return _of_tensors(adapter, target, update, {slot: coded}, "grid")
 
 
-def _by_tensor(adapter: Adapter, target: str, update: Update, plain: Plain) -> _Result:
+class _Coder(Protocol):
+    def __call__(self, tensor: Tensor, *, components_last: bool) -> Coded: ...
+
+
+def _exact(tensor: Tensor, *, components_last: bool) -> Coded:
+    try:
+        return already_on_grid(tensor, components_last=components_last)
+    except ValueError as error:
+        raise ValueError(
+            f"a factor lies on no grid ({error}); --method exact is for what was trained through one, and saved in "
+            "float32"
+        ) from error
+
+
+def _by_tensor(adapter: Adapter, target: str, update: Update, code: _Coder, label: str) -> _Result:
     contents: dict[str, Coded] = {}
     for slot, tensor in _stored(adapter, target, update).items():
         flipped = adapter.format.packing(target, slot) == "transposed"
         if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() >= _SMALL and slot not in _NORMS:
-            contents[slot] = plain.tensor(tensor, components_last=(slot == "up") != flipped)
+            contents[slot] = code(tensor, components_last=(slot == "up") != flipped)
     if not contents:
         return _carried(adapter, target, update, "has no tensor that is worth codes")
-    return _of_tensors(adapter, target, update, contents, f"{plain.bits}-bit {plain.method}")
+    return _of_tensors(adapter, target, update, contents, label)
 
 
 def _of_tensors(adapter: Adapter, target: str, update: Update, coded: Mapping[str, Coded], label: str) -> _Result:

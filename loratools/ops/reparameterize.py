@@ -15,13 +15,13 @@ from loratools.errors import AdapterError, NeedsBaseError, UsageError
 from loratools.families import fittable
 from loratools.families.fitting import Fittable, Source, options_of
 from loratools.files import Saved, header_room, save
-from loratools.formats import Order
+from loratools.formats import Order, writable_formats
 from loratools.formats.modules import WHOLE
 from loratools.formats.native import SHARED, Described, Native
 from loratools.linalg.inner import frobenius
 from loratools.operators import BlockDiagonal, Operator, sum_of
 from loratools.ops.carried import carried_by, metadata_for
-from loratools.ops.convert import convert, writable_formats
+from loratools.ops.convert import convert
 from loratools.ops.initial import refuse_mutated
 from loratools.ops.spectra import base_tensor, is_finite_update, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
@@ -74,6 +74,7 @@ def reparameterize(
     that is needed.
     """
     family = fittable(to)
+    adapter.require_weights()
     refuse_mutated(adapter, "another family cannot say which base weight that leaves")
     sources, carried = sources_of(adapter, family, how)
     if not sources:
@@ -116,6 +117,8 @@ def reparameterize(
     notes = list(adapter.warnings)
     if family.reconstruction:
         notes.append(f"{to} is a reconstruction: {family.reconstruction}")
+    if biased := [t for t in updates if adapter.entries[t].read().bias_delta() is not None]:
+        notes.append(f"{len(biased)} targets change their bias too, which was left out; the first is {biased[0]}")
     if lost := adapter.loose_extras:
         notes.append(f"{len(lost)} tensors that belong to no target were left out, such as {lost[0]}")
     return made, ReparameterizeReport(
@@ -202,30 +205,13 @@ def fitted(family: type[Fittable], sources: Mapping[str, Source], how: Reparamet
     if how.budget is None:
         options = options_of(family, how.options)
         return dict(family.encode_together(sources, options)), options
-    groups = _within(family, sources, how.budget)
-    found: dict[str, Update] = {}
-    for options, members in groups:
-        found |= family.encode_together(members, options)
-    return {target: found[target] for target in sources}, groups[0][0]
-
-
-def _within(family: type[Fittable], sources: Mapping[str, Source], budget: int) -> list[tuple[Any, dict[str, Source]]]:
-    """Options for bytes in proportion to the sides of each target, and the targets that they are for.
-
-    What one target leaves over, the next ones get. Targets that share tensors have options in common.
-    """
-    left, sides = budget, sum(sum(source.shape) for source in sources.values())
     groups: dict[Any, dict[str, Source]] = {}
-    for target, source in sources.items():
-        share = left * sum(source.shape) // sides
-        options = family.within(source, share)
-        if options is None:
-            raise UsageError(f"{target}: a budget of {budget} bytes is too small for {family.family}")
-        if not family.references:
-            left -= family.size(source, options)
-            sides -= sum(source.shape)
-        groups.setdefault(options, {})[target] = source
-    return list(groups.items())
+    for target, options in family.within_together(sources, how.budget).items():
+        groups.setdefault(options, {})[target] = sources[target]
+    found: dict[str, Update] = {}
+    for options, members in groups.items():
+        found |= family.encode_together(members, options)
+    return {target: found[target] for target in sources}, next(iter(groups))
 
 
 def _told(

@@ -343,7 +343,21 @@ SERVERS: Final[Mapping[str, Server]] = {
             ),
         ),
     ),
-    "peft": Server("PEFT", "peft", _peft_file(_PEFT)),
+    "peft": Server(
+        "PEFT",
+        "peft",
+        (
+            *_peft_file(_PEFT),
+            Requirement(
+                "known-method",
+                "refused",
+                "it has no PaCA, which is a fork's",
+                "peft/utils/peft_types.py",
+                "loratools convert --to peft --exact --base MODEL, as the LoRA that it is",
+                _families_are("paca"),
+            ),
+        ),
+    ),
     "diffusers": Server(
         "diffusers",
         "diffusers",

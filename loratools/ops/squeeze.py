@@ -90,6 +90,7 @@ def squeeze(
     rank is not above the chosen one is carried over as it is. Raises UnchangedError where that holds for all,
     NeedsBaseError for DoRA without a base, AdapterError for NaN; ranks and errors are those of the deltas.
     """
+    adapter.require_weights()
     changed = adapter.recorded("squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
     updates: dict[str, Update] = {}
@@ -115,6 +116,7 @@ def squeeze_file(
     force: bool = False,
 ) -> tuple[Saved, SqueezeReport]:
     """As `squeeze`, streamed to `path` in the adapter's dialect, in the same memory whatever the adapter's size."""
+    adapter.require_weights()
     changed = adapter.recorded("squeeze", arguments(rank, limits, options))
     plan = decide(changed, rank, limits=limits, options=options)
     return stream(changed, plan.unchanged, apply(changed, plan, options), path, warnings=plan.warnings, force=force)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
 
 from loratools.errors import UsageError
-from loratools.families.base import LowRankUpdate
 from loratools.ops.gridding import DEADZONE
-from loratools.ops.spectra import measure
-from loratools.ops.weighing import measure_weighed
 from loratools.sizes import format_size
-
-if TYPE_CHECKING:
-    from loratools.adapter import Adapter
-    from loratools.ops.statistics import Statistics
 
 _NEAR = 0.99  # of the budget: nearer is not worth another pass
 _PASSES = 8
@@ -44,28 +36,9 @@ class StepSearch:
     tries: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
-    def begun(
-        cls, adapter: Adapter, goal: int, *, weights: Statistics | None = None, allow_nonfinite: bool = False
-    ) -> StepSearch:
-        """From the spectra of an adapter's deltas, weighed by what is known of their inputs."""
-        spreads: list[Spread] = []
-        factored = [t for t, e in adapter.entries.items() if issubclass(e.family, LowRankUpdate)]
-        if weights is None:
-            measured = measure(adapter, factored, directions=True, allow_nonfinite=allow_nonfinite)
-        else:
-            measured = measure_weighed(adapter, factored, weights, allow_nonfinite=allow_nonfinite)
-        for m in measured:
-            shape = adapter.entries[m.target].base_shape
-            assert shape is not None  # of a factored family it is known
-            for value in m.values:
-                if value > 0:
-                    spreads += [Spread(side, value / math.sqrt(side)) for side in (shape[0], math.prod(shape[1:]))]
-        fixed = _PER_TARGET * len(factored)
-        for target, entry in adapter.entries.items():
-            if entry.family.family == "full":
-                diff = adapter[target].parameters()["diff"].double()
-                spreads += [Spread(diff.numel(), float(diff.square().mean().sqrt()))]
-        return cls(goal, spreads, fixed)
+    def begun(cls, goal: int, spreads: Iterable[Spread], n_targets: int) -> StepSearch:
+        """For the numbers that go on the grid, which belong to `n_targets`."""
+        return cls(goal, tuple(spreads), _PER_TARGET * n_targets)
 
     def next_step(self) -> float | None:
         """The step to try next; None where the best one is known. UsageError where no step fits."""
@@ -84,7 +57,7 @@ class StepSearch:
             return self._modelled(1.0)
         # the model is right but for a factor, which the nearest try tells
         step, size = min(self.tries, key=lambda pair: abs(math.log(pair[1] / self.goal)))
-        guess = self._modelled(self._bytes(step) / size)
+        guess = self._modelled(max(self._bytes(step), 1.0) / size)
         below = max((s for s, size in self.tries if size > self.goal), default=None)  # too fine
         above = min((s for s, _ in fitting), default=None)
         if below is not None and guess <= below:

@@ -73,6 +73,7 @@ def truncate_file(
 def _decide(adapter: Adapter, rank: int, *, allow_unchanged: bool) -> Plan:
     if rank < 1:
         raise UsageError(f"rank {rank} is below 1")
+    adapter.require_weights()
     refuse_mutated(adapter, AT_OTHER_RANKS)
     unchanged = dict(adapter.unsupported) | unsqueezable(adapter)
     ranks = {}

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, naming
+from loratools.families.base import LowRankUpdate
+from loratools.linalg.input_norm import InputNorm
 from loratools.linalg.svd import Truncation
 from loratools.linalg.weighted import weighted_factors
-from loratools.operators import LowRank, Operator
-from loratools.ops.spectra import Measured, base_tensor, is_finite_update, low_rank_part, nonfinite_error
+from loratools.operators import LowRank, Operator, sum_of
+from loratools.ops.spectra import Measured, base_tensor, is_finite_update, known_delta, low_rank_part, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from loratools.adapter import Adapter
     from loratools.base_weights import BaseWeights
+    from loratools.families.base import Update
     from loratools.ops.statistics import Statistics
 
 
@@ -58,3 +61,20 @@ def measure_weighed(
             return Measured(target, (tuple(truncate_weighed(part, 0, moment).spectra[0].tolist()),))
 
     yield from ordered_map(work, targets, workers=worker_count(device))
+
+
+def input_norm(target: str, update: Update, weights: Statistics) -> InputNorm:
+    """The norm that the inputs of a target make of its deltas; AdapterError where they are of another adapter."""
+    assert isinstance(update, LowRankUpdate)
+    part = update.direction_operator()
+    if not isinstance(part, LowRank):
+        raise AdapterError(f"{target}: only plain factors can be weighed by their inputs")
+    with naming(target):
+        return InputNorm.of(part.right, weights.moment_of(target, update), weights.channels(target))
+
+
+def weighed_squares(target: str, before: Update, after: Update, weights: Statistics) -> tuple[float, float]:
+    """(||(delta - delta') C^(1/2)||^2, ||delta C^(1/2)||^2) with C as `InputNorm` takes it; of directions, for DoRA."""
+    norm = input_norm(target, before, weights)
+    one, other = known_delta(before), known_delta(after)
+    return norm.squared(sum_of([one, -other])), norm.squared(one)

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTHS = (1, 2, 3, 4, 8)
+# Codes in one word of memory, each in a byte of it, are brought together by shifts of halves, quarters and so on: the
+# word, and the shifts with what they leave, from codes side by side to codes in bytes of their own.
+_WORDS = {
+    1: ("int64", ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+    2: ("int32", ((12, 0x000F000F), (6, 0x03030303))),
+    3: ("int64", ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),
+    4: ("int16", ((4, 0x0F0F),)),
+}
 
 
 def packed_size(count: int, width: int) -> int:
@@ -23,20 +31,19 @@ def pack(codes: Tensor, width: int) -> Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and int(flat.max()) >> width:
         raise ValueError(f"a code of {int(flat.max())} does not fit {width} bits")
-    flat = flat.to(torch.uint8)
+    flat = flat.to(torch.uint8).contiguous()
     if width == 8:
-        return flat.contiguous()
-    group = 8 // width if width != 3 else 8  # codes that fill whole bytes
-    if rest := -flat.numel() % group:
-        flat = torch.nn.functional.pad(flat, (0, rest))
-    columns = flat.reshape(-1, group)
+        return flat
+    dtype, steps = _WORDS[width]
+    flat = _padded(flat, getattr(torch, dtype).itemsize)
+    if flat.storage_offset() % 8:  # no word begins there
+        flat = flat.clone()
+    word = flat.view(getattr(torch, dtype))
+    for (shift, _), mask in zip(reversed(steps), [*(m for _, m in reversed(steps[:-1])), -1], strict=True):
+        word = (word | (word >> shift)) & mask
     if width == 3:
-        out = _three_bytes(columns.T.to(torch.int32))
-    else:
-        out = columns[:, 0].clone()
-        for i in range(1, group):
-            out |= columns[:, i] << (i * width)
-    return out[: packed_size(codes.numel(), width)].contiguous()
+        word = word.view(torch.uint8).reshape(-1, 8)[:, :3].reshape(-1)
+    return word.to(torch.uint8)[: packed_size(codes.numel(), width)].contiguous()
 
 
 def unpack(packed: Tensor, width: int, count: int) -> Tensor:
@@ -46,29 +53,21 @@ def unpack(packed: Tensor, width: int, count: int) -> Tensor:
         raise ValueError(f"{packed.numel()} bytes are not those of {count} codes of {width} bits")
     if width == 8:
         return packed.clone()
+    dtype, steps = _WORDS[width]
     if width == 3:
-        return _of_three_bytes(packed)[:count]
-    mask, group = (1 << width) - 1, 8 // width
-    columns = packed.new_empty(packed.numel(), group)
-    for i in range(group):
-        torch.bitwise_and(packed >> (i * width), mask, out=columns[:, i])
-    return columns.reshape(-1)[:count]
+        wide = packed.new_zeros(-(-packed.numel() // 3), 8)
+        wide[:, :3] = _padded(packed, 3).reshape(-1, 3)
+        word = wide.view(torch.int64).reshape(-1)
+    else:
+        word = packed.to(getattr(torch, dtype))
+    for shift, mask in steps:
+        word = (word | (word << shift)) & mask
+    return word.view(torch.uint8)[:count]
 
 
-def _three_bytes(columns: Tensor) -> Tensor:
-    """Eight codes (8, k) of three bits as three bytes (3 k,)."""
-    word = columns[0].clone()
-    for i in range(1, 8):
-        word |= columns[i] << (3 * i)
-    return torch.stack([word & 255, (word >> 8) & 255, (word >> 16) & 255], dim=1).to(torch.uint8).reshape(-1)
-
-
-def _of_three_bytes(packed: Tensor) -> Tensor:
-    if rest := -packed.numel() % 3:
-        packed = torch.nn.functional.pad(packed, (0, rest))
-    three = packed.reshape(-1, 3).to(torch.int32)
-    word = three[:, 0] | (three[:, 1] << 8) | (three[:, 2] << 16)
-    return torch.stack([(word >> (3 * i)) & 7 for i in range(8)], dim=1).to(torch.uint8).reshape(-1)
+def _padded(flat: Tensor, multiple: int) -> Tensor:
+    rest = -flat.numel() % multiple
+    return torch.nn.functional.pad(flat, (0, rest)) if rest else flat
 
 
 def _check(width: int) -> None:

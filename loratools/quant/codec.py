@@ -18,6 +18,7 @@ Fit = Literal["range", "peak", "mean", "squares", "moments"]
 
 _STORED = {"F16": "float16", "F32": "float32"}
 _LARGEST = 1e38
+_BLOCK = 1 << 17  # numbers that are worked on together where many passes are made over them
 _SWEEPS = 6  # alternations of codes and scales; more changes the third digit of an error at most
 
 
@@ -75,12 +76,12 @@ class Coded:
 
     def decode(self) -> Tensor:
         """The float32 matrix."""
-        values = values_of(self.codes, self.coding.levels, self.coding.bits)
-        out = values.mul_(self._spread(self.scales))
-        return out if self.offsets is None else out.add_(self._spread(self.offsets))
-
-    def _spread(self, numbers: Tensor) -> Tensor:
-        return _spread(numbers.float(), self.coding, self.codes.shape[1])
+        out = values_of(self.codes, self.coding.levels, self.coding.bits)
+        values, scales = _beside(out, self.scales.float(), self.coding)
+        values.mul_(scales)
+        if self.offsets is not None:
+            values.add_(_beside(out, self.offsets.float(), self.coding)[1])
+        return out
 
     def to_bytes(self) -> Tensor:
         """Scales, offsets, codes, as a uint8 vector of `Coding.size` bytes."""
@@ -119,16 +120,15 @@ def encode(matrix: Tensor, coding: Coding, fit: Fit) -> Coded:
             raise ValueError("holds NaN or infinity")
         if float(ends.abs().max()) > _LARGEST:
             raise ValueError(f"holds numbers beyond {_LARGEST:g}")
-    x = matrix.float()
+    x = matrix.float().contiguous()
     if coding.offset != (fit in ("range", "moments")):
         raise ValueError(f"a fit by {fit} {'needs' if not coding.offset else 'has no'} offsets")
     if not x.numel():
         none = x.new_zeros(coding.groups(*x.shape), dtype=getattr(torch, _STORED[coding.stored]))
         return Coded(coding, x.to(torch.uint8), none, none if coding.offset else None)
-    chunks = _chunks(x, coding)
     if fit == "squares":
-        return _by_squares(x, coding, chunks)
-    scales, offsets = _SCALES[fit](chunks, coding)
+        return _by_squares(x, coding)
+    scales, offsets = _SCALES[fit](_chunks(x, coding), coding)
     return _round(x, coding, scales, offsets, fit)
 
 
@@ -148,7 +148,7 @@ def _chunks(x: Tensor, coding: Coding) -> tuple[Tensor, Tensor | None]:
 def _range(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor, Tensor]:
     x, mask = chunks
     if mask is None:
-        low, high = torch.aminmax(x, dim=-1)
+        low, high = x.amin(-1), x.amax(-1)  # both at once is slower
     else:
         low, high = x.masked_fill(~mask, math.inf).amin(-1), x.masked_fill(~mask, -math.inf).amax(-1)
     return (high - low) / ((1 << coding.bits) - 1), low
@@ -167,9 +167,10 @@ def _mean(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor,
 def _moments(chunks: tuple[Tensor, Tensor | None], coding: Coding) -> tuple[Tensor, Tensor]:
     x, mask = chunks
     count = torch.tensor(x.shape[-1]) if mask is None else mask.sum(-1)
-    mean = x.double().sum(-1) / count
-    apart = x.double() - mean.unsqueeze(-1)
-    squares = (apart if mask is None else apart * mask).square().sum(-1)
+    apart = x.double()
+    mean = apart.sum(-1) / count
+    apart.sub_(mean.unsqueeze(-1))
+    squares = (apart if mask is None else apart.mul_(mask)).square_().sum(-1)
     return (squares / (count - 1).clamp_min(1)).sqrt().float(), mean.float()
 
 
@@ -180,9 +181,11 @@ def _round(x: Tensor, coding: Coding, scales: Tensor, offsets: Tensor | None, fi
     coding, scales, offsets = _stored(coding, scales, offsets)
     wide = scales.float()
     divisor = wide + 1e-5 if fit == "moments" else torch.where(wide == 0, 1.0, wide)  # PETL-ViT's own guard
-    y = x if offsets is None else x - _spread(offsets.float(), coding, x.shape[1])
-    codes = nearest(y / _spread(divisor, coding, x.shape[1]), coding.levels, coding.bits)
-    return Coded(coding, codes, scales, offsets)
+    if coding.bits == 1 and coding.levels != "uniform" and offsets is None:
+        return Coded(coding, nearest(x, coding.levels, 1), scales)  # a sign has no size
+    y, by = _beside(x, divisor, coding)
+    y = y / by if offsets is None else (y - _beside(x, offsets.float(), coding)[1]).div_(by)
+    return Coded(coding, nearest(y, coding.levels, coding.bits).reshape(x.shape), scales, offsets)
 
 
 def _stored(coding: Coding, scales: Tensor, offsets: Tensor | None) -> tuple[Coding, Tensor, Tensor | None]:
@@ -196,7 +199,17 @@ def _stored(coding: Coding, scales: Tensor, offsets: Tensor | None) -> tuple[Cod
     return coding, scales.to(dtype), None if offsets is None else offsets.to(dtype)
 
 
-def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None]) -> Coded:
+def _by_squares(x: Tensor, coding: Coding) -> Coded:
+    """Some rows at a time, whose numbers stay in a core's cache through all the sweeps."""
+    height = len(x) if coding.group == -1 else max(1, _BLOCK // max(1, x.shape[1]))
+    found = [_block_by_squares(block, coding) for block in x.split(height)]
+    if len({each.coding for each in found}) > 1:  # some scales need F32, so all have it
+        return _by_squares(x, replace(coding, stored="F32"))
+    return Coded(found[0].coding, torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
+
+
+def _block_by_squares(x: Tensor, coding: Coding) -> Coded:
+    chunks = _chunks(x, coding)
     values, mask = chunks
     flat = values if mask is None else values * mask
     count = values.shape[-1] if mask is None else mask.sum(-1)
@@ -204,13 +217,16 @@ def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None])
     best: Coded | None = None
     least: Tensor | None = None
     for scales in (start, _peak(chunks, coding)[0]):
+        coded = _round(x, coding, scales, None, "squares")
         for _ in range(_SWEEPS):
-            coded = _round(x, coding, scales, None, "squares")
             level = _chunks(values_of(coded.codes, coding.levels, coding.bits), coded.coding)[0]
             level = level if mask is None else level * mask
-            square = level.double().square().sum(-1)
-            scales = torch.where(square > 0, (level.double() * flat).sum(-1) / square, 0.0).clamp_min(0).float()
-        coded = _round(x, coding, scales, None, "squares")
+            square = (level * level).sum(-1, dtype=torch.float64)
+            scales = torch.where(square > 0, (level * flat).sum(-1, dtype=torch.float64) / square, 0.0)
+            before = coded
+            coded = _round(x, coding, scales.clamp_min(0).float(), None, "squares")
+            if torch.equal(coded.scales, before.scales):  # and so it stays
+                break
         error = _chunks((coded.decode() - x).double().square(), coded.coding)[0].sum(-1)
         if best is None or least is None:
             best, least = coded, error
@@ -221,11 +237,13 @@ def _by_squares(x: Tensor, coding: Coding, chunks: tuple[Tensor, Tensor | None])
     return best
 
 
-def _spread(numbers: Tensor, coding: Coding, columns: int) -> Tensor:
-    """One number for each column, or one that broadcasts."""
+def _beside(x: Tensor, numbers: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+    """A view of `x` and one of `numbers`, those of its groups, that broadcast against each other."""
     if coding.group <= 0 or numbers.shape[1] <= 1:
-        return numbers
-    return numbers.repeat_interleave(coding.group, dim=1)[:, :columns]
+        return x, numbers
+    if x.shape[1] % coding.group == 0:
+        return x.view(len(x), -1, coding.group), numbers.unsqueeze(-1)
+    return x, numbers.repeat_interleave(coding.group, dim=1)[:, : x.shape[1]]
 
 
 @dataclass(frozen=True, eq=False)

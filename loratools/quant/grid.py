@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 LARGEST = 2**14 - 1  # magnitude of a number on the grid
 _STEPS = 4  # classes to an octave
+_EXACT = 2.0**-20  # of the largest number of a row: how far from whole numbers float32 may have put them
+_MULTIPLES = 64
 _RAREST = -32  # class of rows with hardly a number that is not zero
+_FEW = 4096  # numbers of a stream up to which a table for several to a byte may cost more than it saves
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,24 @@ class Stream:
 
 def classes_of(codes: Tensor) -> list[int]:
     """The class of each row of (rows, columns) whole numbers."""
-    means = codes.abs().double().mean(1).tolist()
+    columns = codes.shape[1]
+    means = [total / columns for total in codes.abs().sum(1).tolist()] if columns else [0.0] * len(codes)
     return [max(_RAREST, round(_STEPS * math.log2(mean))) if mean > 0 else _RAREST for mean in means]
 
 
 def compress(numbers: Tensor) -> tuple[Stream, bytes]:
-    """A vector of whole numbers within `LARGEST`, deflated in the shorter of several ways."""
-    x = numbers.to(torch.int32)
-    folded = torch.where(x > 0, 2 * x - 1, -2 * x)
+    """A vector of whole numbers within `LARGEST`, deflated in the shorter of a few ways.
+
+    Noise repeats nothing that is worth a search: Huffman codes alone are best, with runs where nearly all is zero.
+    """
+    x = -numbers.to(torch.int16)
+    folded = (x << 1) ^ (x >> 15)
     base = int(folded.max()) + 1 if len(x) else 1
     most = 0 if base > 256 else 8 if base == 1 else max(1, int(math.log(256) / math.log(base) + 1e-9))
     found = []
-    for per_byte in sorted({min(most, 1), most}):
+    for per_byte in sorted({min(most, 1), most}) if len(x) <= _FEW else (most,):
         data = _symbols(folded, base, per_byte)
-        for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
+        for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
             squeezer = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
             found.append((per_byte, squeezer.compress(data) + squeezer.flush()))
     per_byte, best = min(found, key=lambda pair: len(pair[1]))
@@ -74,10 +81,12 @@ def compress(numbers: Tensor) -> tuple[Stream, bytes]:
 
 def _symbols(folded: Tensor, base: int, per_byte: int) -> bytes:
     if per_byte == 0:
-        return folded.to(torch.int16).numpy().astype("<i2").tobytes()
-    columns = torch.nn.functional.pad(folded, (0, -len(folded) % per_byte)).reshape(-1, per_byte)
-    powers = torch.tensor([base**i for i in range(per_byte)], dtype=torch.int32)
-    return (columns * powers).sum(1).to(torch.uint8).numpy().tobytes()
+        return folded.numpy().astype("<i2").tobytes()
+    digits = torch.nn.functional.pad(folded.to(torch.uint8), (0, -len(folded) % per_byte)).reshape(-1, per_byte)
+    symbols = digits[:, per_byte - 1].clone()
+    for i in reversed(range(per_byte - 1)):
+        symbols.mul_(base).add_(digits[:, i])
+    return symbols.numpy().tobytes()
 
 
 def expand(stream: Stream, data: bytes) -> Tensor:
@@ -116,6 +125,29 @@ class Gridded:
     def decode(self) -> Tensor:
         """The float32 matrix."""
         return self.codes.float() * self.scales.float().unsqueeze(1)
+
+
+def unit_of_rows(rows: Tensor) -> Tensor:
+    """The numbers (rows,) of which each row of `rows` is whole multiples, float64; 0 for a row of zeros.
+
+    ValueError where a row is no such thing, as seen from float32: within 2^-20 of its largest number.
+    """
+    x = rows.detach().double()
+    size = x.abs()
+    top = size.amax(1) if x.shape[1] else x.new_zeros(len(x))
+    least = torch.where(size > 0, size, math.inf).amin(1) if x.shape[1] else top
+    found = torch.where(top > 0, math.nan, 0.0).to(x)
+    for multiple in range(1, _MULTIPLES + 1):  # that the smallest number of a row may be
+        if not bool((open_rows := found.isnan()).any()):
+            return found
+        unit = least[open_rows] / multiple
+        codes = x[open_rows] / unit.unsqueeze(1)
+        near = (codes - codes.round()).abs().amax(1) <= _EXACT * codes.abs().amax(1)
+        fits = near & (codes.abs().amax(1) <= LARGEST + 0.5)
+        found[open_rows] = torch.where(fits, unit, math.nan)
+    if bool(found.isnan().any()):
+        raise ValueError(f"row {int(found.isnan().nonzero()[0])} is no whole multiple of any number")
+    return found
 
 
 def collect(rows: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:

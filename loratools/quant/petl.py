@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.quant.bits import pack, packed_size, unpack
+from loratools.quant.codebooks import cells
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ def encode(weight: Tensor, bits: int) -> PetlCodes:
     if not math.isfinite(float(deviation)):
         raise AdapterError(f"its numbers reach {float(flat.abs().max()):.3g}, beyond what float32 has a deviation for")
     z = (flat - mean) / (deviation + _EPSILON)
-    codes = torch.bucketize(z, boundaries.to(z.device), right=False).to(torch.uint8)
+    codes = cells(z, boundaries, upper=False)
     return PetlCodes(bits, codes, float(mean), float(deviation))
 
 

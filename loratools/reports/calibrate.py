@@ -23,13 +23,14 @@ class CalibratedTarget:
 
 @dataclass(frozen=True)
 class CalibrateReport:
-    """`texts` and `tokens` are 0 where there was no data."""
+    """`texts` and `tokens` are 0 where there was no data; `bare`: the model ran as it was, without the adapter."""
 
     targets: Mapping[str, CalibratedTarget]
     texts: int
     tokens: int
     bytes: int
     output: str
+    bare: bool = False
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class BottleneckInfo:
+    """A nonlinear bottleneck, scale * up(act(down h)): no update of a weight. `activation` is null where none says."""
+
+    kind: str
+    width: int
+    inputs: int
+    activation: str | None
+    parameters: int
+
+
+@dataclass(frozen=True)
 class InfoReport:
     """Header facts. `ranks` and `scales` count targets by value; sizes are in bytes, `parameters` in numbers stored."""
 
@@ -26,6 +37,7 @@ class InfoReport:
     bytes: int
     extras: Mapping[str, int]
     unsupported: Mapping[str, str]
+    bottlenecks: Mapping[str, BottleneckInfo]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
     record: Mapping[str, Any] | None

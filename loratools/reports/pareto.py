@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from loratools.reports.evaluate import Evaluation
     from loratools.reports.frames import Kind
 
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 class Point:
     """One way to write the adapter: bytes of the file, and ||delta - delta as decoded|| / ||delta|| of all together.
 
-    `weighted_error` is the same in the norm of the statistics of inputs, None without them. `best`: whether no other
-    point has an error as low for as few bytes. `command` is what makes it, IN being the adapter.
+    `weighted_error` is the same in the norm of the inputs, None without statistics of them. `best`: whether no other
+    point has an error as low for as few bytes. `command` is what makes it, IN being the adapter, or BASE and TUNED the
+    two models. `nll` and `exact_match` are as in `Evaluation`, None where nothing was evaluated.
     """
 
     method: str
@@ -27,11 +29,16 @@ class Point:
     weighted_error: float | None
     best: bool
     command: str
+    nll: float | None = None
+    exact_match: float | None = None
 
 
 @dataclass(frozen=True)
 class ParetoReport:
-    """The points by size, largest first; `bytes` is the size of the adapter itself."""
+    """The points by size, largest first; `bytes` is the size of the adapter itself.
+
+    `evaluated`: how the base alone ("base") and with the adapter as it is ("adapter") do the task, where one was given.
+    """
 
     columns: ClassVar[Mapping[str, Kind]] = {
         "method": "text",
@@ -41,15 +48,28 @@ class ParetoReport:
         "weighted_error": "number",
         "best": "flag",
         "command": "text",
+        "nll": "number",
+        "exact_match": "number",
     }
 
     bytes: int
     points: tuple[Point, ...]
     warnings: tuple[str, ...] = ()
+    evaluated: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the best are chosen by the error that inputs see."""
+        return all(point.weighted_error is not None for point in self.points)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"bytes": self.bytes, "points": [asdict(p) for p in self.points], "warnings": list(self.warnings)}
+        return {
+            "bytes": self.bytes,
+            "points": [asdict(p) for p in self.points],
+            "warnings": list(self.warnings),
+            "evaluated": {name: found.to_dict() for name, found in self.evaluated.items()},
+        }
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row for each point, with the keys of `columns`."""

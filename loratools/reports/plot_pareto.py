@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,14 @@ _COLOURS = (
     "#a3475f",
     "#777777",
     "#3d6b58",
+    "#d8894a",
+    "#5a6b8c",
+    "#94663c",
 )
 
 
 def plot_pareto(report: ParetoReport, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write relative error against bytes, both logarithmic, as PNG or SVG by the suffix of `path`.
+    """Write error against bytes, both logarithmic, as PNG or SVG by the suffix of `path`; as inputs see it, if known.
 
     A line is the best that its method does at each size. Raises UsageError for another suffix, MissingExtraError
     without matplotlib, AdapterError without points, and OutputError where the file exists and `force` is not given.
@@ -44,21 +48,17 @@ def _draw(figure_class: Any, report: ParetoReport) -> Any:
     figure = figure_class(figsize=(8.2, 5.4), layout="constrained")
     axis = figure.subplots()
     methods = list(dict.fromkeys(p.method for p in report.points))
-    methods.sort(key=lambda m: (m != "grid", m != "svd", m))
-    for colour, method in zip(_COLOURS, methods, strict=False):
-        points = [p for p in report.points if p.method == method]
+    methods.sort(key=lambda m: (not m.startswith("grid"), not m.startswith("svd"), m))
+    for colour, method in zip(cycle(_COLOURS), methods, strict=False):
+        points = [(p.bytes, _error(p, weighted=report.is_weighted)) for p in report.points if p.method == method]
         front = _front(points)
-        width = 2.2 if method == "grid" else 1.2
-        axis.plot(
-            [p.bytes for p in points], [p.relative_error for p in points], ".", color=colour, markersize=4, alpha=0.5
-        )
-        axis.plot(
-            [p.bytes for p in front], [p.relative_error for p in front], color=colour, linewidth=width, label=method
-        )
+        width = 2.2 if method.startswith("grid") else 1.2
+        axis.plot(*zip(*points, strict=True), ".", color=colour, markersize=4, alpha=0.5)
+        axis.plot(*zip(*front, strict=True), color=colour, linewidth=width, label=method)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("bytes of the file")
-    axis.set_ylabel("relative error of the delta")
+    axis.set_ylabel("error as the inputs see it" if report.is_weighted else "relative error of the delta")
     axis.grid(visible=True)
     axis.axvline(report.bytes, color=FAINT, linewidth=0.8, linestyle=":")
     axis.xaxis.set_major_formatter(lambda x, _: format_size(int(x)))
@@ -70,10 +70,14 @@ def _draw(figure_class: Any, report: ParetoReport) -> Any:
     return figure
 
 
-def _front(points: list[Point]) -> list[Point]:
+def _error(point: Point, *, weighted: bool) -> float:
+    return point.weighted_error if weighted and point.weighted_error is not None else point.relative_error
+
+
+def _front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """The points of one method that no other of it beats, by size."""
-    out: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.bytes, p.relative_error)):
-        if not out or point.relative_error < out[-1].relative_error:
-            out.append(point)
+    out: list[tuple[int, float]] = []
+    for size, error in sorted(points):
+        if not out or error < out[-1][1]:
+            out.append((size, error))
     return out

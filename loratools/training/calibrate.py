@@ -1,4 +1,4 @@
-"""Statistics of what enters each target, by one pass of texts through the base."""
+"""Statistics of what enters each target, by one pass of texts through the model with the adapter at work in it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError
 from loratools.ops.statistics import Statistics, fingerprint, weighed_targets
 from loratools.reports.calibrate import CalibratedTarget, CalibrateReport
+from loratools.training.applied import applied, apply
 from loratools.training.models import load_model, module_of
 
 if TYPE_CHECKING:
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """How many of the texts, how many tokens of each, and how many texts at once."""
+    """How many of the texts, how many tokens of each, and how many texts at once.
+
+    `bare`: the model runs as it is, for one that has the adapter inside already.
+    """
 
     max_texts: int = 256
     max_tokens: int = 512
     batch: int = 8
     device: str = "cpu"
+    bare: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_texts", "max_tokens", "batch"):
@@ -50,20 +55,26 @@ def calibrate(
     """Second moments of the inputs of every LoRA and DoRA target, over the tokens of `texts`; padding does not count.
 
     `base` is a folder of a Hugging Face model, or a model, which then needs its `tokenizer` (texts to `input_ids`). It
-    is run as it is, without applying the adapter; with the adapter merged into it before, moments are of what the
-    layers get when the adapter is in use, which is the better guide. `step` is called after each batch. Raises
-    AdapterError naming a target that the model has no module for.
+    runs with the adapter added to its weights, unless `options.bare`, so that inputs are those that occur in use; the
+    weights of a model are then what they were, bit by bit. `step` is called after each batch. Raises AdapterError
+    naming a target that the model has no module for, or whose update does not fit it.
     """
     targets = weighed_targets(adapter)
-    model = base
-    if isinstance(base, str | os.PathLike):
+    model, given = base, not isinstance(base, str | os.PathLike)
+    if not given:
         model, own = load_model(Path(base), options.device)
         tokenizer = own if tokenizer is None else tokenizer
     if tokenizer is None:
         raise UsageError("a model in memory needs its tokenizer: calibrate(model, adapter, texts, tokenizer=...)")
     rows = token_rows(tokenizer, texts, options)
     meters = {target: _Meter.of(target, adapter[target], options.device) for target in targets}
-    with _metered(model, {t: module_of(model, adapter, t) for t in targets}, meters) as core:
+    modules = {target: module_of(model, adapter, target) for target in targets}
+    with ExitStack() as stack:
+        if given and not options.bare:
+            stack.enter_context(applied(model, adapter))
+        elif not options.bare:
+            apply(model, adapter)
+        core = stack.enter_context(_metered(model, modules, meters))
         for ids, mask in _batches(rows, options):
             for meter in meters.values():
                 meter.mask = mask
@@ -94,7 +105,7 @@ def n_batches(n_texts: int, options: Calibrate) -> int:
     return -(-min(n_texts, options.max_texts) // options.batch)
 
 
-def summarised(statistics: Statistics, *, texts: int, output: Path) -> CalibrateReport:
+def summarised(statistics: Statistics, *, texts: int, output: Path, bare: bool = False) -> CalibrateReport:
     """What is known of the inputs of each target."""
     rows = {}
     for target, moment in statistics.moments.items():
@@ -103,7 +114,7 @@ def summarised(statistics: Statistics, *, texts: int, output: Path) -> Calibrate
         means = statistics.channels(target)
         spread = total**2 / squares if squares else 0.0
         rows[target] = CalibratedTarget(len(moment), len(means), float(means.mean()), spread)
-    return CalibrateReport(rows, texts, statistics.tokens, output.stat().st_size, str(output))
+    return CalibrateReport(rows, texts, statistics.tokens, output.stat().st_size, str(output), bare=bare)
 
 
 def _batches(rows: Sequence[Sequence[int]], options: Calibrate) -> Iterator[tuple[Tensor, Tensor]]:

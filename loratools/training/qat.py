@@ -16,12 +16,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError, naming
 from loratools.ops.coders import Direct, Plain, Scales
+from loratools.ops.gridding import rounded
+from loratools.quant.grid import unit_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
 Quantiser: TypeAlias = "Callable[[Tensor], Tensor]"  # (rank, numbers of a component) float32, to the same shape
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Whole multiples of a unit for each component, which factors on a grid have: those of a packed file.
+
+    For `quantization_aware` in place of a quantiser. The weights behind the rounded ones are then in units, so that a
+    step of the optimizer moves all numbers alike, whatever their component: learning rates are of the order of 0.01.
+    `loratools quantize --method exact` packs what was trained without loss.
+    """
+
 
 _FACTORS = {"lora_A": False, "lora_B": True}  # whether rank components run along the last axis
 _WARM_UP = 10  # steps at most
@@ -38,7 +51,7 @@ def rounding(method: Direct, bits: int, scales: Scales = "component", *, group: 
 
 
 @contextmanager
-def quantization_aware(model: Module, quantise: Quantiser) -> Iterator[Mapping[str, Parameter]]:
+def quantization_aware(model: Module, quantise: Quantiser | Grid) -> Iterator[Mapping[str, Parameter]]:
     """Within the block the trainable lora_A and lora_B of `model` are what `quantise` makes of them; afterwards too.
 
     `quantise` gets a matrix in float32 with a row for each rank component. Yields the weights behind the rounded ones,
@@ -53,9 +66,9 @@ def quantization_aware(model: Module, quantise: Quantiser) -> Iterator[Mapping[s
         latent = {}
         for name, (module, last) in factors.items():
             with naming(name):
-                layer = _straight_through(quantise, module.weight.dtype, components_last=last)
-                _check(layer, module.weight)
-            module.weight.data = module.weight.data.float()
+                layer, behind = _rounded_by(quantise, module.weight.detach(), components_last=last)
+                _check(layer, behind)
+            module.weight.data = behind
             parametrize.register_parametrization(module, "weight", layer, unsafe=True)
             latent[name] = module.parametrizations.weight.original
         yield latent
@@ -80,7 +93,7 @@ class QuantizationAwareSteps:
 def quantization_aware_steps(
     model: Module,
     batches: Iterable[Any],
-    quantise: Quantiser,
+    quantise: Quantiser | Grid,
     *,
     steps: int,
     learning_rate: float = 1e-3,
@@ -141,8 +154,27 @@ def _factors(model: Module) -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def _straight_through(quantise: Quantiser, dtype: torch.dtype, *, components_last: bool) -> Module:
-    """The module that turns a weight into its rounded form, and passes gradients on as if it were not there."""
+def _rounded_by(quantise: Quantiser | Grid, weight: Tensor, *, components_last: bool) -> tuple[Module, Tensor]:
+    """The module that rounds, and the weight that it is to round, in float32."""
+    behind = weight.float()
+    if not isinstance(quantise, Grid):
+        return _straight_through(quantise, weight.dtype, components_last=components_last), behind
+    rows = behind.flatten(1).T if components_last else behind.flatten(1)
+    try:
+        unit = unit_of_rows(rows).float()
+    except ValueError as error:
+        raise AdapterError(f"lies on no grid ({error}); load what `loratools quantize` wrote, in float32") from error
+    axes = [1] * weight.ndim
+    axes[1 if components_last else 0] = -1
+    unit = unit.reshape(axes)
+    layer = _straight_through(rounded, weight.dtype, components_last=components_last, unit=unit)
+    return layer, torch.where(unit > 0, behind / unit, 0.0)
+
+
+def _straight_through(
+    quantise: Quantiser, dtype: torch.dtype, *, components_last: bool, unit: Tensor | None = None
+) -> Module:
+    """The module that turns a weight into its rounded form, times `unit`, and passes gradients through the rounding."""
 
     class StraightThrough(torch.nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -150,12 +182,13 @@ def _straight_through(quantise: Quantiser, dtype: torch.dtype, *, components_las
                 matrix = weight.detach().float().flatten(1)
                 if components_last:  # (m, r): a kernel of 1 at most lies behind
                     matrix = matrix.T.contiguous()
-                rounded = quantise(matrix)
-                if rounded.shape != matrix.shape:
-                    raise AdapterError(f"the quantiser makes {tuple(rounded.shape)} of {tuple(matrix.shape)}")
-                rounded = (rounded.T if components_last else rounded).reshape(weight.shape).to(dtype)
-            # not weight + (rounded - weight): that would round once more
-            return rounded + (weight - weight.detach()).to(dtype)
+                made = quantise(matrix)
+                if made.shape != matrix.shape:
+                    raise AdapterError(f"the quantiser makes {tuple(made.shape)} of {tuple(matrix.shape)}")
+                made = (made.T if components_last else made).reshape(weight.shape)
+            # not weight + (made - weight): that would round once more
+            through = made + (weight - weight.detach())
+            return (through if unit is None else through * unit).to(dtype)
 
     return StraightThrough()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from training.tiny import save_tiny_lora, save_tiny_model
 
 Run = Callable[..., Any]
@@ -34,6 +36,8 @@ def test_calibrate_and_squeeze(run: Run, places: tuple[Path, Path, Path], tmp_pa
     done = run("calibrate", base, adapter, "--data", texts, "-o", stats, "--force")
     assert "14 targets" in done.out
     assert "65 tokens of 5 texts" in done.out
+    assert "not applied" not in done.out
+    assert report["bare"] is False
 
     done = run("squeeze", adapter, "--rank", 2, "--weights", stats, "-o", tmp_path / "small")
     assert done.code == 0, done.err
@@ -47,6 +51,25 @@ def test_calibrate_and_squeeze(run: Run, places: tuple[Path, Path, Path], tmp_pa
     assert "weighted" not in run("squeeze", adapter, "--rank", 2, "--dry-run").out
     assert run("squeeze", adapter, "--energy", 0.8, "--weights", stats, "--dry-run").code == 0
     assert run("squeeze", tmp_path / "small", "--rank", 1, "--weights", stats).code == 4
+
+
+def test_a_fused_model_runs_bare(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, texts = places
+    assert run("fuse", base, adapter, "-o", tmp_path / "fused").code == 0
+    found = {}
+    for name, model, extra in (
+        ("base", base, ()),
+        ("fused", tmp_path / "fused", ("--bare",)),
+        ("bare", base, ("--bare",)),
+    ):
+        done = run("calibrate", model, adapter, "--data", texts, "-o", tmp_path / f"{name}.stats", *extra)
+        assert done.code == 0, done.err
+        assert ("the adapter not applied" in done.out) == bool(extra)
+        found[name] = load_file(tmp_path / f"{name}.stats")
+    last = "model.layers.1.mlp.down_proj.moment"
+    for key, moment in found["base"].items():
+        torch.testing.assert_close(found["fused"][key], moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
+    assert not torch.allclose(found["bare"][last], found["base"][last], rtol=0.05)
 
 
 def test_without_data(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -65,6 +88,7 @@ def test_without_data(run: Run, places: tuple[Path, Path, Path], tmp_path: Path)
         (("--data-free", "--data", "x.jsonl"), 2, "one of the two"),
         (("--data", "missing.jsonl"), 3, "missing.jsonl"),
         (("--data-free", "--batch", 0), 2, "batch must be at least 1"),
+        (("--data-free", "--bare"), 2, "--bare goes with --data"),
     ],
 )
 def test_mistakes(

@@ -88,3 +88,24 @@ def test_one_bit_to_a_number(run: Run, tmp_path: Path) -> None:
     ranked = run("extract", *models, "--to", "bitdelta", "--rank", 2, "-o", tmp_path / "x.bin")
     assert ranked.code == 2
     assert "leave --rank out" in ranked.err
+
+
+def test_all_of_the_changes_go_into_a_file_that_quantize_reads(run: Run, tmp_path: Path) -> None:
+    base, tuned = two(tmp_path)
+    made = tmp_path / "whole.safetensors"
+    planned = run("extract", base, tuned, "--to", "lycoris", "-o", made, "--dry-run", "--json").json
+    assert not made.exists()
+    done = run("extract", base, tuned, "--to", "lycoris", "-o", made, "--json").json
+    assert done["targets"] == planned["targets"]
+    assert done["total"]["bytes"] == made.stat().st_size
+    assert done["total"]["relative_error"] < 1e-6
+    before, after = load_file(base), load_file(tuned)
+    stored = load_file(made)
+    assert len([key for key in stored if key.endswith(".diff")]) == 3
+    for i in range(3):
+        name = f"layers.{i}.q_proj.weight"
+        assert torch.equal(stored[f"lycoris_layers_{i}_q_proj.diff"], after[name] - before[name])
+    assert run("quantize", made, "--bits", 3, "-o", tmp_path / "small").code == 0
+    wrong = run("extract", base, tuned, "--to", "lycoris", "--rank", 2, "-o", tmp_path / "no.safetensors")
+    assert wrong.code == 2
+    assert "lycoris has no ranks; leave --rank out" in wrong.err

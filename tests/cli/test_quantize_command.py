@@ -30,6 +30,21 @@ def test_an_adapter_of_any_dialect_becomes_one_file_beside_it(
         assert loratools.load(tmp_path / name).origin.container == "packed"  # type: ignore[union-attr]
 
 
+def test_what_lies_on_a_grid_is_packed_as_it_is(run: Run, peft: Make, tmp_path: Path) -> None:
+    run("quantize", peft("in"), "--bits", 3, "-o", tmp_path / "small")
+    done = run("dequantize", tmp_path / "small.safetensors", "--dtype", "f32", "-o", tmp_path / "again")
+    assert done.code == 0, done.err
+    done = run("quantize", tmp_path / "again", "--method", "exact", "--json")
+    assert done.code == 0, done.err
+    assert done.json["output"] == str(tmp_path / "again.exact.safetensors")
+    assert {t["coding"] for t in done.json["targets"].values()} == {"grid, exact"}
+    assert done.json["total"]["relative_error"] < 1e-7
+    refused = run("quantize", tmp_path / "again", "--method", "exact", "--bits", 3)
+    assert refused.code == 2
+    assert "--method exact keeps the numbers as they are; it takes no --bits" in refused.err
+    assert run("quantize", tmp_path / "in", "--method", "exact").code == 4
+
+
 def test_json_is_the_report(run: Run, peft: Make, tmp_path: Path) -> None:
     done = run("quantize", peft("in"), "--bits", 4, "--method", "rtn", "-o", tmp_path / "out", "--json")
     assert set(done.json) == {"targets", "unchanged", "total", "warnings", "output"}

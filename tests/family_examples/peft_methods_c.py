@@ -95,7 +95,24 @@ def unilora() -> dict[str, Example]:
         "unilora_scales_B": scales_b,
         "unilora_theta_d": theta,
     }
-    return {"unilora": Example(UniLoRA, tensors, b @ a)}
+    chosen = np.repeat(np.arange(6), 7)  # of 45 entries, 10 of which belong to other targets
+    generator = np.random.default_rng(8)
+    chosen = np.concatenate([chosen, generator.choice(6, size=3, replace=False)])
+    generator.shuffle(chosen)
+    entries = [float(theta[i]) / math.sqrt((chosen == i).sum()) for i in chosen]
+    drawn_a = np.array([[entries[10 + 7 * i + j] for j in range(7)] for i in range(2)])
+    drawn_b = np.array([[entries[24 + 2 * i + j] for j in range(2)] for i in range(5)])
+    return {
+        "unilora": Example(UniLoRA, tensors, b @ a),
+        "unilora_drawn_again": Example(
+            UniLoRA,
+            {"unilora_place": torch.tensor([10, 2]), "unilora_theta_d": theta},
+            -2 * drawn_b @ drawn_a,
+            -2.0,
+            layout=Layout(shape=(5, 7)),
+            settings={"seed": 8, "length": 6, "total": 45},
+        ),
+    }
 
 
 def tinylora() -> dict[str, Example]:

@@ -12,9 +12,10 @@ from loratools.adapter import Adapter
 from loratools.base_weights import BaseWeights, load_base
 from loratools.errors import AdapterError, NeedsBaseError, UnmappedModuleError, UnsupportedInTargetError
 from loratools.files import load
+from loratools.formats import writable_formats
 from loratools.formats.matrix import DIALECTS, GRADES, IMAGES, MATRIX, TEXTS, grade, kinds_of
 from loratools.formats.modules import Module
-from loratools.ops.convert import Convert, convert, convert_file, writable_formats
+from loratools.ops.convert import Convert, convert, convert_file
 from loratools.ops.lowering import Lowering
 
 Samples = Callable[[str], Path]

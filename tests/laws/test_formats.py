@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bottleneck_files
 import gguf
 import petl_files
 import pytest
 import torch
+import with_base_files
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -78,8 +80,26 @@ SAMPLES: dict[str, list[str]] = {
     "petl-vit": ["lora", "lora-bihead", "adaptformer"],
     "bitdelta": ["bitdelta"],
     "loratools": ["native"],
+    "bottleneck": ["adaptertune", "mosa", "mosa houlsby"],
+    "qhft": ["qhft"],
+    **{name: [name] for name in with_base_files.FILES},
+    "lora-xs": ["lora-xs", "lora-xs-old"],
+    "mosa": ["mosl", "mosa"],
+    "s2ft": ["s2ft"],
 }  # fmt: skip
-READ_ONLY = {"omi", "adapterhub", "litgpt", "torchtune", "petl-vit", "bitdelta"}
+READ_ONLY = {
+    "adapterhub",
+    "bitdelta",
+    "bottleneck",
+    "litgpt",
+    "lora-xs",
+    "mosa",
+    "omi",
+    "petl-vit",
+    "qhft",
+    "s2ft",
+    "torchtune",
+}
 CASES = [(dialect, name) for dialect, names in SAMPLES.items() for name in names]
 each = pytest.mark.parametrize(("dialect", "name"), CASES, ids=[name for _, name in CASES])
 WRITABLE = [case for case in CASES if case[0] not in READ_ONLY]
@@ -159,10 +179,66 @@ def native(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def bottlenecks(folder: Path, name: str) -> Path:
+    layout = bottleneck_files.LAYOUTS[name]
+    return bottleneck_files.write(folder, layout, bottleneck_files.made(layout))
+
+
+def qhft(folder: Path, name: str) -> Path:
+    """A module of QWHA, in the layout of its authors."""
+    stem = "base_model.model.layers.0.q_proj.qhft"
+    tensors = {
+        f"{stem}_spectrum": torch.randn(5),
+        f"{stem}_indices_default": torch.randint(0, 8, (2, 5)).to(torch.int32),
+        f"{stem}_scaling_default": torch.tensor(0.25),
+        f"{stem}_n_frequency_default": torch.tensor(5),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "QHFT", "fan_in_fan_out": False}))
+    return folder
+
+
+def lora_xs(folder: Path, name: str) -> Path:
+    """A folder of PEFT's with a latent mapping, spelt as current PEFT saves it, or as older PEFT did."""
+    mapping = "_lora_latent_mapping.weight" if name == "lora-xs-old" else ".default_lora_latent_mapping.weight"
+    tensors = {}
+    for i in range(2):
+        module = f"base_model.model.layers.{i}.q_proj"
+        tensors |= {f"{module}.lora_A.weight": torch.randn(3, 7), f"{module}.lora_B.weight": torch.randn(5, 3)}
+        tensors[module + mapping] = torch.randn(3, 3)
+    (folder / name).mkdir()
+    save_file(tensors, folder / name / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (folder / name / "adapter_config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+def experts(folder: Path, name: str) -> Path:
+    """Sparse experts and their mean, of LoRA on queries and outputs or of bottlenecks, or S2FT's trained rows."""
+    layer = "enc.transformer.encoder.layer.0"
+    stems = {
+        "mosl": [
+            (f"{layer}.attn.lora_{side}_{part}", s) for part in "qo" for side, s in (("A", (2, 6)), ("B", (6, 2)))
+        ],
+        "mosa": [(f"{layer}.adapter_down", (2, 6)), (f"{layer}.adapter_up", (6, 2))],
+        "s2ft": [],
+    }[name]
+    tensors = {f"{stem}{rest}.weight": torch.randn(shape) for stem, shape in stems for rest in (".0", ".1", "_merge")}
+    tensors |= (
+        {"model.layers.0.mlp.down_proj.s2": torch.randn(6, 3)} if name == "s2ft" else {"head.bias": torch.ones(2)}
+    )
+    torch.save(tensors, folder / f"{name}.bin")
+    return folder / f"{name}.bin"
+
+
 @pytest.fixture
 def source(samples: Samples, tmp_path: Path) -> Callable[[str], Path]:
-    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native}
+    made = {"loralib": bare, "matryoshka": bare, "bitdelta": bitdelta, "native": native, "qhft": qhft}
     made |= dict.fromkeys(SAMPLES["petl-vit"], petl)
+    made |= dict.fromkeys(SAMPLES["bottleneck"], bottlenecks)
+    made |= dict.fromkeys(with_base_files.FILES, with_base_files.write)
+    made |= dict.fromkeys(SAMPLES["petl-vit"], petl) | dict.fromkeys(SAMPLES["lora-xs"], lora_xs)
+    made |= dict.fromkeys([*SAMPLES["mosa"], *SAMPLES["s2ft"]], experts)
     return lambda name: samples(name) if "/" in name else made.get(name, image_model)(tmp_path, name)
 
 
@@ -275,7 +351,25 @@ def test_the_scale_survives_being_stated(source: Callable[[str], Path], dialect:
                 assert again.scale(target, rank, alpha) == pytest.approx(scale, rel=1e-6)
 
 
-@pytest.mark.parametrize(("dialect", "name"), [case for case in CASES if case[0] in READ_ONLY])
+NO_UPDATES = ("adaptformer", *SAMPLES["bottleneck"])  # all that they hold is carried along
+
+
+@pytest.mark.parametrize("name", [*NO_UPDATES, "others/adapters_pfeiffer", "others/adapters_prefix"])
+def test_what_is_only_carried_along_is_written_as_it_was(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    adapter = load(source(name))
+    wanted = {key: extra.read() for key, extra in adapter.extras.items()}
+    config = adapter.config
+    saved = save(adapter, tmp_path / "out")
+    assert_same_tensors(contents(saved.weights)[0], wanted)
+    assert load(saved.path).config == config
+    assert load(saved.path).format.name == adapter.format.name
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name"), [case for case in CASES if case[0] in READ_ONLY and case[1] not in NO_UPDATES]
+)
 def test_what_is_only_read_says_how_to_write_it(
     source: Callable[[str], Path], tmp_path: Path, dialect: str, name: str
 ) -> None:

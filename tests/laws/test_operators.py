@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from loratools.errors import AdapterError
+from loratools.linalg.hadamard import Hadamard, hadamard
+from loratools.linalg.wavelets import Wavelet
 from loratools.operators import (
     MAX_DENSE_ELEMENTS,
     BlockDiagonal,
@@ -17,7 +19,11 @@ from loratools.operators import (
     Kronecker,
     LowRank,
     Operator,
+    Sparse,
     Sum,
+    Transform,
+    Transformed,
+    scattered,
     sum_of,
 )
 
@@ -59,6 +65,13 @@ def diagonal(m: int, n: int, count: int) -> Example:
     return Diagonal(values, (m, n)), truth
 
 
+def sparse(m: int, n: int, places: list[int], seed: int = 0) -> Example:
+    values = tensor(seed, len(places))
+    truth = np.zeros(m * n)
+    truth[places] = array(values)
+    return Sparse(torch.tensor(places, dtype=torch.int64), values, (m, n)), truth.reshape(m, n)
+
+
 def total(*parts: Example) -> Example:
     return Sum(tuple(op for op, _ in parts)), np.add.reduce([t for _, t in parts])
 
@@ -67,13 +80,35 @@ def kronecker(left: Example, right: Example, scale: float) -> Example:
     return Kronecker(left[0], right[0], scale), scale * np.kron(left[1], right[1])
 
 
+def transformed(inner: Example, rows: Transform | None, columns: Transform | None) -> Example:
+    """By the matrices of the transforms; those of Hadamard are known apart from their algorithm."""
+    sides = []
+    for transform, size in zip((rows, columns), inner[0].shape, strict=True):
+        if isinstance(transform, Hadamard):
+            sides.append(array(hadamard(size)) / size**0.5)
+        elif transform is None:
+            sides.append(np.eye(size))
+        else:
+            sides.append(array(transform.analyse(torch.eye(transform.size, dtype=torch.float64))))
+    return Transformed(inner[0], rows, columns), sides[0].T @ inner[1] @ sides[1]
+
+
 EXAMPLES: dict[str, Example] = {
+    "transformed": transformed(sparse(5, 7, [0, 3, 9, 10, 34]), Wavelet("db2", 5), Wavelet("db1", 7)),
+    "transformed_deep": transformed(dense(5, 3), Wavelet("db2", 10, 2), Wavelet("db1", 6, 2)),
+    "transformed_columns": transformed(sparse(5, 12, [1, 7, 40]), None, Hadamard(12)),
+    "transformed_rows": transformed(low(8, 2, 3, -0.5), Hadamard(8), None),
+    "transformed_and_low": total(transformed(sparse(6, 4, [1, 5]), None, Hadamard(4)), low(6, 2, 4, 0.5)),
     "kronecker": kronecker(dense(2, 3), dense(4, 2, 5), -1.5),
     "kronecker_of_low": kronecker(dense(1, 7), low(5, 2, 1, 0.5), 2.0),
     "kronecker_tall": kronecker(low(3, 1, 2, 1.0), low(2, 1, 4, 1.0, 3), 1.0),
     "diagonal": diagonal(5, 7, 5),
     "diagonal_short": diagonal(6, 4, 2),
     "diagonal_and_low": total(diagonal(6, 4, 3), low(6, 2, 4, 0.5)),
+    "sparse": sparse(5, 7, [0, 3, 9, 10, 34]),
+    "sparse_unordered": sparse(6, 4, [23, 2, 9]),
+    "sparse_empty": sparse(3, 4, []),
+    "sparse_and_low": total(sparse(6, 4, [1, 5, 22], 4), low(6, 2, 4, 0.5)),
     "dense": dense(5, 7),
     "dense_row": dense(1, 4),
     "low_rank": low(5, 3, 7, 1.5),
@@ -187,6 +222,13 @@ class TestSumOf:
     def test_dense_terms_become_one(self) -> None:
         assert isinstance(sum_of([dense(5, 7)[0], dense(5, 7, 2)[0]]), Dense)
 
+    def test_sparse_terms_become_one(self) -> None:
+        (a, ta), (b, tb) = sparse(5, 7, [0, 3, 9]), sparse(5, 7, [9, 30, 3, 4], 2)
+        merged = sum_of([a, b])
+        assert isinstance(merged, Sparse)
+        assert merged.places.tolist() == [0, 3, 4, 9, 30]
+        assert_close(merged.dense(), ta + tb)
+
     def test_equal_blocks_are_merged_block_by_block(self) -> None:
         a, ta = EXAMPLES["blocks"]
         merged = sum_of([a, a * -0.5])
@@ -233,6 +275,19 @@ class TestSumOf:
             Sum((dense(5, 7)[0], dense(7, 5)[0]))
 
 
+def test_values_at_one_place_are_added() -> None:
+    op = scattered(torch.tensor([7, 0, 7, 11]), torch.tensor([1.0, 2.0, 4.0, -1.0], dtype=torch.float64), (3, 4))
+    truth = np.zeros(12)
+    truth[[0, 7, 11]] = 2.0, 5.0, -1.0
+    assert op.places.tolist() == [0, 7, 11]
+    assert_close(op.dense(), truth.reshape(3, 4))
+
+
+def test_places_and_values_must_match() -> None:
+    with pytest.raises(ValueError, match="do not match"):
+        Sparse(torch.tensor([1, 2]), torch.zeros(3), (2, 2))
+
+
 def test_factors_must_chain() -> None:
     for left, right in (
         (tensor(0, 4, 3), tensor(0, 2, 5)),
@@ -241,6 +296,13 @@ def test_factors_must_chain() -> None:
     ):
         with pytest.raises(ValueError, match="do not chain"):
             LowRank(left, right)
+
+
+def test_coefficients_must_fit_their_transform() -> None:
+    with pytest.raises(ValueError, match="8 coefficients of a"):
+        Transformed(dense(4, 8)[0], Hadamard(8), None)
+    with pytest.raises(ValueError, match="4 coefficients of a"):
+        Transformed(dense(4, 8)[0], None, Hadamard(4))
 
 
 SIDE = 1 << 15  # SIDE * SIDE is four times the limit
@@ -255,8 +317,9 @@ THIN = torch.zeros(SIDE, 1)
         lambda: BlockDiagonal((LowRank(THIN, THIN.T[:, :9000]), LowRank(THIN[:9000], THIN.T))),
         lambda: Sum((LowRank(THIN, THIN.T), LowRank(THIN, THIN.T))),
         lambda: Dense(torch.zeros(1, 1).expand(SIDE, SIDE)),
+        lambda: Sparse(torch.tensor([3]), torch.ones(1), (SIDE, SIDE)),
     ],
-    ids=["low_rank", "transposed", "blocks", "sum", "dense"],
+    ids=["low_rank", "transposed", "blocks", "sum", "dense", "sparse"],
 )
 def test_a_huge_dense_matrix_is_refused(make: Callable[[], Operator]) -> None:
     op = make()

@@ -92,6 +92,14 @@ def embedding(folder: Path) -> Path:
     return peft(folder, more=more)
 
 
+def paca(folder: Path) -> Path:
+    folder.mkdir()
+    columns = {"base_model.model.q.paca_w": rand(6, 2), "base_model.model.q.paca_indices": torch.tensor([3, 0])}
+    save_file(columns, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PACA", "r": 2, "paca_alpha": 2}))
+    return folder
+
+
 def lora_bias(folder: Path) -> Path:
     more = {f"base_model.model.{t}.lora_B.bias": rand(16) for t in ATTENTION}
     return peft(folder, more=more, lora_bias=True)
@@ -108,6 +116,7 @@ BREAKS: dict[str, Callable[[Path, Samples], Path]] = {
     "config": lambda p, s: peft(p / "x", with_config=False) / "adapter_model.safetensors",
     "only-lora": lambda p, s: s("peft/loha"),
     "known-family": lambda p, s: s("peft/ia3"),
+    "known-method": lambda p, s: paca(p / "x"),
     "no-dora": lambda p, s: peft(p / "x", more=magnitudes(), use_dora=True),
     "no-lora-bias": lambda p, s: lora_bias(p / "x"),
     "no-trained-biases": lambda p, s: peft(p / "x", bias="lora_only"),

@@ -18,9 +18,9 @@ from torch import Tensor
 from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UnmappedModuleError, UnsupportedInTargetError, UsageError
 from loratools.files import load
-from loratools.formats import FORMATS
+from loratools.formats import FORMATS, writable_formats
 from loratools.formats.modules import Module
-from loratools.ops.convert import Convert, convert, convert_file, writable_formats
+from loratools.ops.convert import Convert, convert, convert_file
 from loratools.ops.lowering import Lowering
 
 Samples = Callable[[str], Path]

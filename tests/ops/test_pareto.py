@@ -5,13 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ops.test_quantize import deltas, peft, relative
+import torch
+from ops.test_quantize import deltas, peft, relative, seen_by_inputs
 
 import loratools
+from loratools.adapter import Adapter
 from loratools.errors import UsageError
-from loratools.ops.pareto import marked, pareto, relative_error
+from loratools.ops.measuring import marked
+from loratools.ops.pareto import pareto, relative_error
+from loratools.ops.quantize import Quantize, quantize
+from loratools.ops.statistics import Statistics, fingerprint
 from loratools.reports.pareto import ParetoReport, Point
 from loratools_cli.app import main
+
+
+def stats_of(adapter: Adapter) -> tuple[Statistics, dict[str, torch.Tensor]]:
+    """Statistics of an adapter, and the (tokens, n) inputs of each target that they are of."""
+    moments, means, inputs = {}, {}, {}
+    for i, (target, update) in enumerate(adapter.items()):
+        down = update.parameters()["down"].double()
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(300, down.shape[1], generator=generator, dtype=torch.float64)
+        x = x * torch.logspace(0.7, -0.7, down.shape[1], dtype=torch.float64)
+        inputs[target] = x
+        moments[target], means[target] = (x @ down.T).T @ (x @ down.T) / len(x), x.square().mean(0)
+    return Statistics(moments, means, 300, {t: fingerprint(u) for t, u in adapter.items()}), inputs
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +90,18 @@ def test_a_figure_and_a_table(report: ParetoReport, tmp_path: Path) -> None:
 def test_an_unknown_method_is_named(folder: Path) -> None:
     with pytest.raises(UsageError, match="no method 'zip'; there are grid, svd"):
         pareto(loratools.load(folder), ("zip",))
+
+
+def test_statistics_weigh_every_point_and_add_some(folder: Path) -> None:
+    adapter = loratools.load(folder)
+    stats, inputs = stats_of(adapter)
+    report = pareto(adapter, ("grid", "svd", "rtn"), ratios=(2, 4), weights=stats)
+    assert {p.method for p in report.points} == {"grid", "grid, weighted", "svd", "svd, weighted", "rtn"}
+    assert all(p.weighted_error is not None for p in report.points)
+    one = next(p for p in report.points if p.method == "grid, weighted" and p.setting == "1/4")
+    assert one.command == "loratools quantize IN --ratio 4 --weights stats.safetensors"
+    made, told = quantize(adapter, Quantize(budget=int(report.bytes / 4), weights=stats))
+    assert told.total["bytes_after"] == one.bytes
+    assert one.weighted_error == pytest.approx(seen_by_inputs(adapter, made, inputs), rel=1e-6)
+    best = {(p.method, p.setting): p.weighted_error or 0.0 for p in report.points}
+    assert best["svd, weighted", "1/2"] < best["svd", "1/2"]

@@ -17,7 +17,8 @@ import loratools
 from loratools.errors import AdapterError, OutputError, UsageError
 from loratools.operators import LowRank
 from loratools.ops.coders import Banded, Plain, balanced, delta_come, loraquant
-from loratools.ops.gridding import components_of, dense_on_grid, on_grid
+from loratools.ops.components import ComponentStore, grid_part
+from loratools.ops.gridding import MEASURED, components_of, dense_on_grid, on_grid, weighted_components_of
 from loratools.ops.quantize import Quantize, dtype_before, quantize, quantize_file
 from loratools.ops.steps import gaussian_bits
 from loratools.quant.gauges import hadamard, learned, rotation
@@ -66,6 +67,26 @@ def peft(folder: Path, *, rank: int = 8, alpha: float = 16, size: int = 1, dtype
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.mark.parametrize("dialect", ["peft", "kohya", "mlx"])
+def test_what_lies_on_a_grid_is_packed_without_loss(tmp_path: Path, dialect: str) -> None:
+    first, _ = quantize_file(
+        loratools.load(peft(tmp_path / "in", size=3)), tmp_path / "a.safetensors", Quantize(bits=3)
+    )
+    once = loratools.convert(loratools.load(first.path), dialect)[0]
+    again, report = quantize_file(once, tmp_path / "b.safetensors", Quantize("exact"))
+    twice = loratools.load(again.path)
+    assert report.total["relative_error"] < 1e-7
+    assert again.nbytes < 1.2 * first.nbytes  # names and config of another dialect are longer
+    for target, update in once.items():
+        for slot, tensor in update.parameters().items():
+            torch.testing.assert_close(twice[target].parameters()[slot], tensor, rtol=2e-6, atol=0)
+
+
+def test_what_lies_on_no_grid_is_not_packed_exactly(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q_proj: a factor lies on no grid \(row 0 .* saved in float32"):
+        quantize(loratools.load(peft(tmp_path / "in")), Quantize("exact"))
 
 
 def deltas(adapter: Any) -> dict[str, torch.Tensor]:
@@ -300,6 +321,47 @@ def test_the_grid_does_not_depend_on_the_gauge() -> None:
     assert torch.allclose(one, two, atol=1e-6)
 
 
+@pytest.mark.parametrize("step", [1e-7, 1e-3, 0.05, 10.0])
+def test_a_trial_takes_the_bytes_that_the_codes_will_take(step: float) -> None:
+    c = components_of(LowRank(*product()))
+    for one, two in zip(on_grid(c, step, trial=True), on_grid(c, step), strict=True):
+        assert torch.equal(one.parts.codes, two.parts.codes)  # type: ignore[union-attr]
+        assert one.parts.scales.dtype == two.parts.scales.dtype  # type: ignore[union-attr]
+        assert one.shape == two.shape
+
+
+def test_inputs_as_they_were_met_are_blended_with_even_ones() -> None:
+    left, right = product()
+    x = noise(400, 50, seed=3).double() * torch.logspace(1, -3, 50, dtype=torch.float64)
+    second = x.T @ x / len(x)
+    channels = second.diagonal()
+    c = weighted_components_of(LowRank(left, right), right @ second @ right.T, channels)
+    blend = MEASURED * second / channels.mean() + (1 - MEASURED) * torch.eye(50, dtype=torch.float64)
+    truth = torch.linalg.svdvals(left @ right @ torch.linalg.cholesky(blend))[: len(c.s)]
+    assert torch.allclose(c.s, truth, rtol=1e-8)
+    assert torch.allclose((c.x / c.s) @ c.y, left @ right, atol=1e-9)
+    assert c.channels is not None
+    assert torch.allclose(c.channels, blend.diagonal())
+    assert float(c.y.abs().max()) < 100 * float(components_of(LowRank(left, right)).y.abs().max())
+
+
+def test_components_are_the_same_whether_they_were_kept_or_not(tmp_path: Path) -> None:
+    adapter = loratools.load(peft(tmp_path / "in"))
+    kept, forgetful = ComponentStore(adapter, None), ComponentStore(adapter, None, limit=0)
+    assert list(kept.spreads()) == list(forgetful.spreads())
+    for target, update in adapter.items():
+        part = grid_part(adapter, target, update)
+        assert part is not None
+        first = kept.of(target, update, part)
+        assert kept.of(target, update, part) is first
+        again = forgetful.of(target, update, part)
+        assert again is not forgetful.of(target, update, part)
+        assert torch.equal(first.x, again.x)
+        assert torch.equal(first.y, again.y)
+        delta = (first.x.double() / first.s) @ first.y.double() * kept.scale(target, update)
+        assert torch.allclose(delta, update.delta().double(), atol=1e-5)
+
+
 def test_a_dense_delta_goes_on_the_grid_row_by_row() -> None:
     x = noise(20, 300)
     codes = dense_on_grid(x, 0.5)
@@ -399,3 +461,22 @@ def test_weighing_by_inputs_lowers_the_error_of_outputs(tmp_path: Path) -> None:
     quantize(other, Quantize(budget=9_000, weights=met))  # the same factors: alpha does not matter
     with pytest.raises(UsageError, match="statistics are for --method grid"):
         Quantize("rtn", 4, weights=met)
+    made, told = quantize(source, Quantize(budget=9_000, weights=met))
+    assert told.total["weighted_error"] == pytest.approx(seen_by_inputs(source, made, inputs), rel=1e-6)
+    _, written = quantize_file(source, tmp_path / "out", Quantize(budget=9_000, weights=met), force=True)
+    assert written.total == told.total
+    assert quantize(source, Quantize(budget=9_000))[1].total["weighted_error"] is None
+
+
+def seen_by_inputs(before: Any, after: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """The weighted error by its definition: all of C within the rows of `down`, its diagonal outside of them."""
+    squares = []
+    for target, x in inputs.items():
+        down = before[target].parameters()["down"].double()
+        within = torch.linalg.pinv(down) @ down
+        outside = torch.eye(len(within), dtype=torch.float64) - within
+        c = x.T @ x / len(x)
+        met = within @ c @ within + outside @ torch.diag(c.diagonal()) @ outside
+        one, other = before[target].delta().double(), after[target].delta().double()
+        squares.append([float((d @ met @ d.T).trace()) for d in (one - other, one)])
+    return math.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 import loratools
-from loratools.errors import AdapterError, InputError, NeedsBaseError
+from loratools.errors import AdapterError, InputError, NeedsBaseError, UnsupportedInTargetError
+from loratools.families.random_places import drawn
 from loratools.formats.method_settings import wavelet_settings
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 
 # PEFT announces what it adjusts: block sizes, fan_in_fan_out, projections that it draws again.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -339,6 +343,44 @@ def test_shira_of_windows(tmp_path: Path) -> None:
     assert_equal(merged(case, folder), wanted)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_peft_loads_a_shira_that_was_fitted(tmp_path: Path, rank: int) -> None:
+    """The largest r (m + n) entries of a LoRA, written by way of loratools' own dialect."""
+    case = Case(peft.LoraConfig, {"target_modules": LINEAR, "r": 5, "lora_alpha": 7, "init_lora_weights": False})
+    folder = trained(case, tmp_path)
+    wanted = {}
+    for key, delta in merged(case, folder).items():
+        flat = delta.flatten()
+        kept = flat.abs().argsort(descending=True)[: rank * sum(delta.shape)]
+        wanted[key] = torch.zeros_like(flat).scatter(0, kept, flat[kept]).reshape(delta.shape)
+    how = Reparameterize({"rank": str(rank)}, accept_loss=True)
+    made, report = reparameterize(loratools.load(folder), "shira", how)
+    native = loratools.save(made, tmp_path / "native.safetensors").path
+    assert report.total["numbers"] == 3 * rank * (24 + 16 + 16 + 32)  # rows and columns too
+    saved = loratools.convert_file(loratools.load(native), tmp_path / "shira", "peft")[0]
+    config = json.loads((saved.path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("SHIRA", rank)
+    shira = Case(peft.ShiraConfig, {})
+    assert_equal(merged(shira, saved.path), wanted)
+    assert_equal(ours(saved.path), wanted)
+    again = loratools.convert_file(loratools.load(saved.path), tmp_path / "again", "peft")[0]
+    assert_equal(merged(shira, again.path), wanted)
+
+
+def test_a_shira_that_peft_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    adapter = loratools.load(trained(Case(peft.LoraConfig, {"target_modules": LINEAR, "r": 5}), tmp_path))
+    for options, problem in (
+        ({"count": "81"}, r"(wide|tall): holds 81 entries of "),
+        ({"count": "240"}, "one for all"),
+    ):
+        made, _ = reparameterize(adapter, "shira", Reparameterize(options, accept_loss=True))
+        with pytest.raises(UnsupportedInTargetError, match=f"{problem}.*--to shira --rank N"):
+            loratools.convert(made, "peft")
+    made, _ = reparameterize(adapter, "sparse", Reparameterize({"count": "80"}, accept_loss=True))
+    with pytest.raises(UnsupportedInTargetError, match="--to shira first"):
+        loratools.convert(made, "peft")
+
+
 def test_the_wavelets_are_those_whose_filters_are_sound_in_peft() -> None:
     """A new PEFT that mends its coiflets, or has more, is found here."""
     from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
@@ -360,3 +402,73 @@ def test_the_wavelets_are_those_whose_filters_are_sound_in_peft() -> None:
             continue
         accepted.append(name)
     assert accepted == [name for name in WAVELET_REDUCTIONS if sound(name)]
+
+
+PLACES = {  # of a (16, 24) weight; the same for both methods
+    777: "490ab015d216a840",
+    5: "e63cb75e5d8d8135",
+}
+
+
+@pytest.mark.parametrize("seed", PLACES)
+@pytest.mark.parametrize("method", ["fourierft", "waveft"])
+def test_places_are_drawn_as_peft_draws_them(method: str, seed: int) -> None:
+    """Golden: should torch or PEFT draw otherwise one day, old files would decode to something else."""
+    config = {"fourierft": peft.FourierFTConfig, "waveft": peft.WaveFTConfig}[method]
+    model = peft.get_peft_model(Net(), config(target_modules=["wide"], n_frequency=50, random_loc_seed=seed))
+    layer = model.base_model.model.wide
+    indices = (layer.indices if method == "fourierft" else layer.waveft_indices)["default"]
+    flat = indices[0] * 24 + indices[1]
+    assert torch.equal(flat, drawn(16 * 24, 50, seed))
+    assert hashlib.sha256(flat.numpy().astype("<i8").tobytes()).hexdigest()[:16] == PLACES[seed]
+
+
+FITTED = {
+    "fourierft": {"count": "60"},
+    "fourierft, Conv1D": {"count": "60"},
+    "waveft": {"count": "60"},
+    "waveft, sym5": {"count": "90", "wavelet": "sym5"},
+    "waveft, Conv1D": {"count": "60", "wavelet": "coif1"},
+    "waveft, entries": {"count": "60", "wavelet": "none"},
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_peft_merges_coefficients_that_were_fitted(tmp_path: Path, name: str) -> None:
+    """A LoRA written in the method, by way of loratools' own dialect, and by PEFT's layout merged by PEFT."""
+    family = name.partition(",")[0]
+    targets = {"target_modules": ["fused"], "fan_in_fan_out": True} if "Conv1D" in name else {"target_modules": LINEAR}
+    lora = Case(peft.LoraConfig, {**targets, "r": 2, "lora_alpha": 3, "init_lora_weights": False})
+    how = Reparameterize(FITTED[name], accept_loss=True, seed=11)
+    made, _ = reparameterize(loratools.load(trained(lora, tmp_path)), family, how)
+    native = loratools.save(made, tmp_path / "native.safetensors").path
+    saved = loratools.convert_file(loratools.load(native), tmp_path / "out", "peft")[0]
+    config = json.loads((saved.path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["random_loc_seed"], config["scaling"]) == (family.upper(), 11, 1.0)
+    base = loratools.load_base(tmp_path / "model.safetensors")
+    wanted = dict(loratools.delta(loratools.load(native)))
+    assert wanted.keys() == {f"{target}.weight" for target in targets["target_modules"]}
+    assert_equal(merged(Case(peft.LoraConfig, {}), saved.path), wanted)
+    assert_equal(dict(loratools.delta(loratools.load(saved.path, base=base), base=base)), wanted)
+    again = loratools.convert_file(loratools.load(saved.path, base=base), tmp_path / "again", "peft")[0]
+    assert json.loads((again.path / "adapter_config.json").read_text()) == config
+
+
+def test_counts_of_their_own_are_written(tmp_path: Path) -> None:
+    adapter = loratools.load(
+        trained(Case(peft.LoraConfig, {"target_modules": LINEAR, "init_lora_weights": False}), tmp_path)
+    )
+    made, _ = reparameterize(adapter, "fourierft", Reparameterize(budget=600, accept_loss=True))
+    counts = {target: len(update.parameters()["fourierft_spectrum"]) for target, update in made.items()}
+    assert len(set(counts.values())) == 2
+    saved = loratools.convert_file(made, tmp_path / "out", "peft")[0]
+    assert_equal(merged(Case(peft.LoraConfig, {}), saved.path), dict(loratools.delta(made)))
+
+
+def test_wavelets_that_peft_has_wrong_are_refused(tmp_path: Path) -> None:
+    adapter = loratools.load(
+        trained(Case(peft.LoraConfig, {"target_modules": LINEAR, "init_lora_weights": False}), tmp_path)
+    )
+    made, _ = reparameterize(adapter, "waveft", Reparameterize({"wavelet": "coif5"}, accept_loss=True))
+    with pytest.raises(UnsupportedInTargetError, match=r"no sound filters of the wavelet 'coif5'.*wavelet=db1"):
+        loratools.convert(made, "peft")

@@ -28,6 +28,15 @@ def test_any_shape_is_packed_flat(width: int, shape: tuple[int, ...]) -> None:
     assert torch.equal(unpack(pack(codes, width), width, codes.numel()), codes.flatten())
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_codes_may_begin_at_any_byte(width: int) -> None:
+    codes = torch.randint(0, 2**width, (65,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack(codes[1:], width)
+    assert torch.equal(packed, pack(codes[1:].clone(), width))
+    behind = torch.cat([packed[:1], packed])[1:]
+    assert torch.equal(unpack(behind, width, 64), codes[1:])
+
+
 def test_a_code_that_is_too_large_is_refused() -> None:
     with pytest.raises(ValueError, match="a code of 4 does not fit 2 bits"):
         pack(torch.tensor([4], dtype=torch.uint8), 2)

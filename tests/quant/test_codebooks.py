@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
+from loratools.quant.codebooks import cells as cells_of
 from loratools.quant.codebooks import levels, nearest, values_of
 
 GAUSS = NormalDist()
@@ -91,3 +92,20 @@ def test_normal_float_is_that_of_bitsandbytes() -> None:
 def test_a_codebook_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="no codebook nf of 1 bits"):
         levels("nf", 1)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+def test_a_number_on_a_boundary_goes_up_or_stays(upper: bool) -> None:
+    bounds = [-1.5, 0.0, 0.25]
+    numbers = [-9.0, -1.5, -1.0, -0.0, 0.0, 0.1, 0.25, 0.3]
+    naive = [sum(x >= b if upper else x > b for b in bounds) for x in numbers]
+    assert cells_of(torch.tensor(numbers), torch.tensor(bounds), upper=upper).tolist() == naive
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize(("name", "bits"), [("lloyd", 1), ("nf", 2), ("lloyd", 3), ("nf", 4), ("uniform", 3)])
+def test_levels_stand_at_their_codes(count: int, name: Literal["lloyd", "nf", "uniform"], bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (count + 1,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([levels(name, bits)[c] for c in codes.tolist()], dtype=torch.float32)
+    assert torch.equal(values_of(codes, name, bits), expected)
+    assert torch.equal(values_of(codes[1:], name, bits), expected[1:])  # whose bytes lie at an odd place

@@ -1,4 +1,4 @@
-"""Statistics of activations, against a naive loop over single texts."""
+"""Statistics of activations, against a naive loop over single texts through the adapter as PEFT runs it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,24 @@ TEXTS = ["one two three", "four", "five six seven eight nine ten", "a", "eleven 
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    return load(save_tiny_lora(tmp_path_factory.mktemp("lora") / "adapter"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_lora(tmp_path_factory.mktemp("lora") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path) -> Adapter:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Any:
+    return by_peft(folder)
+
+
+def by_peft(folder: Path) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(tiny_llama(), folder).base_model.model
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +48,7 @@ def naive(model: Any, adapter: Adapter, texts: list[str]) -> dict[str, tuple[tor
     """Moment and channels, one text at a time, so that there is nothing to pad."""
     entered: dict[str, list[torch.Tensor]] = {target: [] for target in adapter}
     handles = [
-        model.get_submodule(t).register_forward_pre_hook(lambda m, args, t=t: entered[t].append(args[0][0].double()))
+        model.get_submodule(t).register_forward_pre_hook(lambda m, args, t=t: entered[t].append(args[0][0]))
         for t in adapter
     ]
     with torch.no_grad():
@@ -43,6 +59,9 @@ def naive(model: Any, adapter: Adapter, texts: list[str]) -> dict[str, tuple[tor
     found = {}
     for target in adapter:
         x = torch.cat(entered[target])  # (tokens, n)
+        if not x.is_floating_point():
+            x = torch.nn.functional.one_hot(x, 256)
+        x = x.double()
         c = x.T @ x / len(x)
         down = adapter[target].parameters()["down"].double()
         found[target] = (down @ c @ down.T, c.diagonal())
@@ -56,27 +75,75 @@ def assert_same(found: Statistics, expected: dict[str, tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
-def test_moments_are_those_of_a_naive_loop_whatever_the_batch(model: Any, adapter: Adapter, batch: int) -> None:
+def test_moments_are_those_of_a_naive_loop_whatever_the_batch(
+    model: Any, adapter: Adapter, tuned: Any, batch: int
+) -> None:
     found = calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, options=Calibrate(batch=batch))
-    assert_same(found, naive(model, adapter, TEXTS))
+    assert_same(found, naive(tuned, adapter, TEXTS))
     assert found.tokens == sum(map(len, TEXTS))
 
 
-def test_limits_cut_texts_and_tokens(model: Any, adapter: Adapter) -> None:
+def test_a_bare_model_runs_as_it_is(model: Any, adapter: Adapter, tuned: Any) -> None:
+    found = calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, options=Calibrate(bare=True))
+    assert_same(found, naive(model, adapter, TEXTS))
+    last = "model.layers.1.mlp.down_proj"
+    applied = calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer)
+    assert not torch.allclose(found.moment(last), applied.moment(last), rtol=0.05)
+    # one that has the adapter inside already, as PEFT puts it there
+    assert_same(calibrate(tuned, adapter, TEXTS, tokenizer=byte_tokenizer, options=Calibrate(bare=True)),
+                naive(tuned, adapter, TEXTS))  # fmt: skip
+
+
+def test_limits_cut_texts_and_tokens(model: Any, adapter: Adapter, tuned: Any) -> None:
     how = Calibrate(max_texts=3, max_tokens=5)
     found = calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, options=how)
-    assert_same(found, naive(model, adapter, [text[:5] for text in TEXTS[:3]]))
+    assert_same(found, naive(tuned, adapter, [text[:5] for text in TEXTS[:3]]))
     assert found.tokens == 14
 
 
 def test_the_model_is_left_as_it_was(adapter: Adapter) -> None:
     model = tiny_llama().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     steps: list[int] = []
     how = Calibrate(batch=2)
     calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, options=how, step=lambda: steps.append(1))
     assert len(steps) == 3
     assert model.training
     assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(adapter: Adapter, dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def stop() -> None:
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert sorted(changed) == sorted(f"{target}.weight" for target in adapter)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, step=stop)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf  # after most of the others were changed
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"):
+        calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_and_the_head_are_applied_where_they_change_inputs(tmp_path: Path, tied: bool) -> None:
+    folder = save_tiny_lora(tmp_path / "lora", modules=("lm_head", "embed_tokens", "q_proj"))
+    model, tuned = tiny_llama(), by_peft(folder)
+    if tied:  # PEFT changes each end by itself, and what enters the layers does not depend on the head
+        model.lm_head.weight = model.model.embed_tokens.weight
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = load(folder)
+    assert_same(calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer), naive(tuned, adapter, TEXTS))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_head_and_the_embedding_are_weighed_too(model: Any, tmp_path: Path) -> None:
@@ -92,8 +159,28 @@ def test_the_head_and_the_embedding_are_weighed_too(model: Any, tmp_path: Path) 
 
 
 def test_a_dora_is_calibrated_by_its_down_factor(model: Any, tmp_path: Path) -> None:
-    adapter = load(save_tiny_lora(tmp_path / "dora", use_dora=True))
-    assert_same(calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer), naive(model, adapter, TEXTS))
+    folder = save_tiny_lora(tmp_path / "dora", use_dora=True)
+    adapter = load(folder)
+    assert_same(calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer), naive(by_peft(folder), adapter, TEXTS))
+
+
+def test_what_is_no_update_of_weights_runs_bare_alone(model: Any, tmp_path: Path) -> None:
+    adapter = load(save_tiny_lora(tmp_path / "alora", alora_invocation_tokens=[5, 6]))
+    with pytest.raises(AdapterError, match=r"an activated LoRA .* run as it is: --bare"):
+        calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer)
+    assert calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer, options=Calibrate(bare=True)).tokens > 0
+    wrapped = by_peft(save_tiny_lora(tmp_path / "lora"))
+    with pytest.raises(AdapterError, match=r"^model\.layers\.0\.\S+: the model has no parameter for it; .*--bare"):
+        calibrate(wrapped, load(tmp_path / "lora"), TEXTS, tokenizer=byte_tokenizer)
+
+
+def test_weights_of_whole_numbers_are_not_added_to(adapter: Adapter) -> None:
+    model = tiny_llama()
+    linear = model.model.layers[0].self_attn.q_proj
+    del linear.weight
+    linear.weight = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"q_proj\.weight: the model holds it as torch\.uint8; load it in 16 or 32"):
+        calibrate(model, adapter, TEXTS, tokenizer=byte_tokenizer)
 
 
 def test_a_module_that_the_model_lacks_is_named(adapter: Adapter) -> None:
@@ -109,8 +196,11 @@ def test_a_module_of_another_width_is_named(model: Any, adapter: Adapter) -> Non
     narrow = type(update).from_parameters(
         {"down": torch.ones(4, 9), "up": torch.ones(16, 4)}, scale=1.0, layout=update.layout
     )
+    other = adapter.with_updates({target: narrow})
+    with pytest.raises(AdapterError, match=rf"{target}\.weight is \(16, 24\) where the adapter has \(16, 9\)"):
+        calibrate(model, other, TEXTS, tokenizer=byte_tokenizer)
     with pytest.raises(AdapterError, match=rf"^{target}: its module takes \(5, \d+, 24\)"):
-        calibrate(model, adapter.with_updates({target: narrow}), TEXTS, tokenizer=byte_tokenizer)
+        calibrate(model, other, TEXTS, tokenizer=byte_tokenizer, options=Calibrate(bare=True))
 
 
 @pytest.mark.parametrize(

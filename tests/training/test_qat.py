@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratools import Quantize, load, quantize
+from loratools import Quantize, load, quantize, quantize_file
 from loratools.errors import AdapterError, UsageError
+from loratools.ops.gridding import rounded
+from loratools.peft import load_adapter
 from loratools.quant.petl import fake_quantise
-from loratools.training.qat import quantization_aware, quantization_aware_steps, rounding
+from loratools.training.qat import Grid, quantization_aware, quantization_aware_steps, rounding
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -164,6 +166,78 @@ def test_packing_what_was_trained_on_signs_loses_nothing(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "out")
     _, report = quantize(load(tmp_path / "out"), Quantize("sign", 1, scales="component"))
     assert report.total["relative_error"] < 5e-4  # scales are kept in float16
+
+
+def on_grid(folder: Path) -> Any:
+    """A model with what `quantize` makes of an adapter, its units of many sizes."""
+    tiny().save_pretrained(folder / "in")
+    saved, _ = quantize_file(load(folder / "in"), folder / "small.safetensors", Quantize(bits=3))
+    return load_adapter(tiny().unload(), saved.path, is_trainable=True)
+
+
+def units(weight: Tensor, *, up: bool) -> Tensor:
+    """The smallest number of each component, for at few bits all have a number of one unit; to multiply a weight."""
+    rows = (weight.T if up else weight).abs()
+    least = torch.stack([row[row > 0].min() for row in rows])
+    return least if up else least.unsqueeze(1)
+
+
+def test_on_a_grid_weights_are_units_and_gradients_those_of_the_rounded_model(tmp_path: Path) -> None:
+    model = on_grid(tmp_path)
+    before = factors(model)
+    (batch,) = batches(1)
+    shift = {name: 0.9 * torch.rand_like(weight) - 0.45 for name, weight in before.items()}
+    with quantization_aware(model, Grid()) as latent:
+        for name, weight in before.items():
+            unit = units(weight, up="lora_B" in name)
+            torch.testing.assert_close(latent[name].detach(), (weight / unit).round(), rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                latent[name].mul_(2).add_(shift[name])
+        model(**batch).loss.backward()
+        gradients = {name: weight.grad.clone() for name, weight in latent.items() if weight.grad is not None}
+    other = on_grid(tmp_path / "other")
+    wanted = {}
+    for name, parameter in other.named_parameters():
+        if name in before:
+            wanted[name] = unit = units(before[name], up="lora_B" in name)
+            with torch.no_grad():
+                parameter.copy_(rounded(2 * (before[name] / unit).round() + shift[name]) * unit)
+    other(**batch).loss.backward()
+    assert set(gradients) == set(before)
+    for name in before:
+        parameter = other.get_parameter(name)
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradients[name], parameter.grad * wanted[name], rtol=1e-4, atol=1e-7)
+
+
+def test_training_on_a_grid_recovers_what_it_lost_and_packs_exactly(tmp_path: Path) -> None:
+    rows = batches()
+    model = tiny()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(60):
+        model(**rows[step % len(rows)]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = mean_loss(model, rows)
+    model.save_pretrained(tmp_path / "in")
+    start, _ = quantize_file(load(tmp_path / "in"), tmp_path / "start.safetensors", Quantize(bits=1.5))
+    small = load_adapter(tiny().unload(), start.path, is_trainable=True)
+    coarse = mean_loss(small, rows)
+    quantization_aware_steps(small, rows, Grid(), steps=160, learning_rate=0.1)
+    after = mean_loss(small, rows)
+    assert coarse > trained + 0.05
+    assert after < trained + 0.5 * (coarse - trained), (trained, coarse, after)
+    small.save_pretrained(tmp_path / "out")
+    packed, report = quantize_file(load(tmp_path / "out"), tmp_path / "end.safetensors", Quantize("exact"))
+    assert report.total["relative_error"] < 1e-6
+    assert packed.nbytes < 2 * start.nbytes  # zeros move, and then cost more
+    read = mean_loss(load_adapter(tiny().unload(), packed.path), rows)
+    assert abs(read - after) < 1e-4
+
+
+def test_what_lies_on_no_grid_is_not_trained_on_one() -> None:
+    with pytest.raises(AdapterError, match=r"lora_A\.default\.weight: lies on no grid .*loratools quantize"):
+        quantization_aware_steps(tiny(), batches(), Grid(), steps=1)
 
 
 def test_a_loss_of_ones_own_takes_the_batches_as_they_come() -> None:
