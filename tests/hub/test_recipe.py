@@ -89,7 +89,7 @@ def test_verbs_do_what_they_do_alone(tmp_path: Path, steps: list[str], rank: int
 def test_a_step_that_contradicts_itself_says_so(tmp_path: Path) -> None:
     adapter = load(write_peft(tmp_path / "a", 0))
     for text in ("squeeze rank=2 energy=0.5", "squeeze", "quantize", "quantize bits=2 ratio=4"):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match="give one of"):
             parse_steps([text]).run(adapter)
     with pytest.raises(UsageError, match="nowhere"):
         parse_steps(["convert to=nowhere"]).run(adapter)
