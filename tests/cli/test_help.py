@@ -23,10 +23,9 @@ Run = Callable[..., Any]
 Make = Callable[..., Path]
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-ALL = {name: command for name, command in COMMANDS.items() if not hasattr(command, "commands")} | {
-    f"{group} {name}": command
-    for group in COMMANDS
-    for name, command in getattr(COMMANDS[group], "commands", {}).items()
+GROUPS = {name: command.commands for name, command in COMMANDS.items() if hasattr(command, "commands")}
+ALL = {name: command for name, command in COMMANDS.items() if name not in GROUPS} | {
+    f"{group} {name}": command for group, inside in GROUPS.items() for name, command in inside.items()
 }
 
 
