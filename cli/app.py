@@ -21,6 +21,7 @@ from loratools_cli.exit_codes import ExitCode, exit_code_lines
 from loratools_cli.explore import explore
 from loratools_cli.extract import extract
 from loratools_cli.fuse import fuse
+from loratools_cli.hub import hub
 from loratools_cli.info import info
 from loratools_cli.inspect import inspect
 from loratools_cli.interrupts import Interrupts
@@ -73,6 +74,7 @@ for command in (
     cache,
 ):
     app.command()(command)
+app.add_typer(hub, name="hub")
 
 
 def _show_version(wanted: bool) -> None:

@@ -46,11 +46,11 @@ def bakeoff(
       loratools bakeoff my_peft_folder llama --budget 64KB,1MB
     """
     import loratools
+    from loratools.rank_choice import RankChoice
     from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
-    from loratools_cli.rank_choice import RankChoice
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     check_exports(figure=figure, table=table, force=force)

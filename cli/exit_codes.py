@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     OK = 0, "done; for diff: the adapters are the same"
     DIFFERENT = 1, "diff only: the adapters differ"
     USAGE = 2, "the arguments are wrong or contradict each other"
-    INPUT = 3, "an input cannot be read: missing, damaged, of no known dialect"
+    INPUT = 3, "an input cannot be read, or some adapters of a hub cannot be done"
     ADAPTER = 4, "what was read cannot be used: shapes, NaN, no base, no memory"
     OUTPUT = 5, "the output exists already or cannot be written"
     UNCHANGED = 6, "nothing would change, so nothing was written"

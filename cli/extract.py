@@ -62,11 +62,11 @@ def extract(
     from loratools.files import save
     from loratools.ops.bitdelta import extract_bitdelta
     from loratools.ops.whole import extract_whole
+    from loratools.rank_choice import RankChoice
     from loratools.ranks import Limits
     from loratools.storage.atomic import refuse_existing
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
-    from loratools_cli.rank_choice import RankChoice
 
     choice = RankChoice(rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune)
     if to == "peft":

@@ -66,9 +66,9 @@ def quantize(
     from loratools.errors import UsageError
     from loratools.ops.quantize import Quantize
     from loratools.ops.statistics import load_statistics
+    from loratools.rank_choice import RankChoice
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
-    from loratools_cli.rank_choice import RankChoice
 
     given = [name for name, value in (("--bits", bits), ("--budget", budget), ("--ratio", ratio)) if value is not None]
     if method == "exact" and given:

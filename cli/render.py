@@ -27,6 +27,7 @@ from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
 from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
+from loratools.reports.hub import HubListReport, HubRunReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
@@ -44,6 +45,7 @@ from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_families import render_bakeoff, render_families, render_reparameterize
+from loratools_cli.render_hub import render_hub_list, render_hub_run
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
@@ -361,6 +363,16 @@ def _(report: BakeoffReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: ReparameterizeReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_reparameterize(report, everything=everything)
+
+
+@blocks.register
+def _(report: HubListReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_hub_list(report, everything=everything)
+
+
+@blocks.register
+def _(report: HubRunReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_hub_run(report, everything=everything)
 
 
 @blocks.register

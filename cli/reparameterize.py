@@ -55,11 +55,11 @@ def reparameterize(
     from loratools.ops.reparameterize import Reparameterize, formerly, reparameterize_file
     from loratools.ops.reparameterize import reparameterize as in_memory
     from loratools.ops.statistics import load_statistics
+    from loratools.rank_choice import RankChoice
     from loratools_cli.destination import destination
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
-    from loratools_cli.rank_choice import RankChoice
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     held = open_base(base)

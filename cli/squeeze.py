@@ -63,13 +63,13 @@ def squeeze(
     """
     import loratools
     from loratools.errors import UsageError
+    from loratools.rank_choice import RankChoice
     from loratools.ranks import Limits
     from loratools_cli import quantize
     from loratools_cli.destination import destination
     from loratools_cli.opening import open_adapter, open_base
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
-    from loratools_cli.rank_choice import RankChoice
 
     choice = RankChoice(rank, energy, budget, ratio, threshold, elbow, sv_ratio, sv_fro, sv_cumulative, adaptertune)
     tag = choice.tag  # before anything is read: a wrong choice is known now

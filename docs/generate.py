@@ -33,8 +33,8 @@ def commands() -> str:
 
     root: Any = typer.main.get_command(app)
     parts = ["# Commands", _help(root, "loratools")]
-    for name in root.commands:
-        parts += [f"## loratools {name}", _help(root.commands[name], f"loratools {name}")]
+    for name, command in _all_commands(root):
+        parts += [f"## loratools {name}", _help(command, f"loratools {name}")]
     parts += ["## Exit codes", _table(("code", "meaning"), [(str(c.value), c.meaning) for c in ExitCode])]
     parts += ["# JSON", "What `--json` prints: one object, whose fields are those of the command's report."]
     for command, module in REPORTS.items():
@@ -52,6 +52,7 @@ REPORTS = {
     "loratools calibrate": "calibrate",
     "loratools reparameterize": "reparameterize",
     "loratools bakeoff": "bakeoff",
+    "loratools hub": "hub",
     "loratools neurons": "neurons",
     "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",
@@ -166,6 +167,14 @@ PAGES: dict[str, Callable[[], str]] = {
     "formats.md": formats,
     "servers.md": servers,
 }
+
+
+def _all_commands(root: Any) -> Iterator[tuple[str, Any]]:
+    """Every command by its name, those of groups after the group."""
+    for name, command in root.commands.items():
+        yield name, command
+        for inner, its in getattr(command, "commands", {}).items():
+            yield f"{name} {inner}", its
 
 
 def _help(command: Any, name: str) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # The names that libraries give an adapter's weights, which go before any other file in the folder.
-_WEIGHTS = (
+WEIGHTS_NAMES = (
     WEIGHTS_NAME,
     f"{WEIGHTS_NAME}.index.json",
     "adapter_model.bin",
@@ -44,7 +44,7 @@ _WEIGHTS = (
     "pytorch_adapter.bin",
     "lit_model.pth.lora",  # LitGPT
 )
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 # By which rank and alpha fields of the metadata may grow: "4" to "Dynamic", or to six digits.
 _METADATA_SLACK = 32
 
@@ -154,15 +154,15 @@ def _entry(source: TensorSource, bound: Format, target: str, keys: Mapping[str, 
 def locate(path: Path) -> tuple[Path, Path | None]:
     """The weights file of an adapter and the config that goes with it, if any; InputError where there is no choice."""
     if path.is_dir():
-        named = [path / name for name in _WEIGHTS if (path / name).is_file()]
-        found = named[:1] or sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+        named = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
+        found = named[:1] or sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
         if len(found) > 1:
             listed = ", ".join(p.name for p in found[:6])
             raise InputError(f"{printable(path)}: several weights files; name one of {listed}")
         if not found:
             folders = sorted(p.name for p in path.iterdir() if (p / CONFIG_NAME).is_file())
             hint = f"; adapters lie in {', '.join(folders[:6])}" if folders else ""
-            raise InputError(f"{printable(path)}: no adapter weights ({', '.join(_WEIGHTS)}) in this folder{hint}")
+            raise InputError(f"{printable(path)}: no adapter weights ({', '.join(WEIGHTS_NAMES)}) in this folder{hint}")
         weights = found[0]
     else:
         weights = path
@@ -184,7 +184,7 @@ def destination_weights(adapter: Adapter, path: Path) -> Path:
     name = adapter.format.weights_name
     if path.name == name:
         return path
-    if path.suffix in _SUFFIXES:
+    if path.suffix in SUFFIXES:
         raise OutputError(
             f"{printable(path)}: this adapter is a folder (weights and {CONFIG_NAME}); name a folder, such as "
             f"{printable(path.with_suffix(''))}"

@@ -15,9 +15,14 @@ R = TypeVar("R")
 
 
 def worker_count(device: str) -> int:
-    """Threads that keep the machine busy: one for each CPU that this process may use, two to feed an accelerator."""
+    """Threads that keep the machine busy: one for each CPU that this process may use, two to feed an accelerator.
+
+    LORATOOLS_THREADS in the environment says how many instead, for processes that share a machine.
+    """
     if device != "cpu":
         return 2
+    if (stated := os.environ.get("LORATOOLS_THREADS", "")).isdecimal() and int(stated):
+        return int(stated)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable, 16))
 

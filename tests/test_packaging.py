@@ -35,7 +35,7 @@ LAYERS = (
     ("families",),
     ("formats",),
     ("adapter",),
-    ("files",),
+    ("files", "rank_choice"),
     ("reports",),  # records of plain data: the verbs return them
     ("ops",),
     ("hub", "training"),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
+from loratools.rank_choice import RankChoice
 from loratools.ranks import Energy, Fixed, LocalPolicy, PerTarget
-from loratools_cli.rank_choice import RankChoice
 
 # Shares of energy that the keys step through: finer where the ranks change most.
 SHARES: Final = (

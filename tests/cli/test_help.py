@@ -23,6 +23,10 @@ Run = Callable[..., Any]
 Make = Callable[..., Path]
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUPS = {name: command.commands for name, command in COMMANDS.items() if hasattr(command, "commands")}
+ALL = {name: command for name, command in COMMANDS.items() if name not in GROUPS} | {
+    f"{group} {name}": command for group, inside in GROUPS.items() for name, command in inside.items()
+}
 
 
 def test_the_commands_are_the_files() -> None:
@@ -54,17 +58,18 @@ def test_the_commands_are_the_files() -> None:
         "formats",
         "families",
         "cache",
+        "hub",
     ]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
-    done = run(name, "--help")
+    done = run(*name.split(), "--help")
     assert (done.code, done.err) == (0, "")
     assert "Example" in done.out
     assert f"loratools {name} " in done.out.split("Example", 1)[1]
     assert all(len(line) <= 80 for line in done.out.splitlines())
-    assert all(parameter.help for parameter in COMMANDS[name].params if parameter.name != "help")
+    assert all(parameter.help for parameter in ALL[name].params if parameter.name != "help")
 
 
 def test_help_lists_every_exit_code_and_whole_descriptions(run: Run) -> None:

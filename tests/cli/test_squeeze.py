@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import loratools
 from loratools import ranks
-from loratools_cli.rank_choice import RankChoice
+from loratools.rank_choice import RankChoice
 
 Run = Callable[..., Any]
 Make = Callable[..., Path]

@@ -62,7 +62,8 @@ class RankChoice:
         """The rule as a value; `size` is the input's, which a ratio divides. UsageError for what lies out of range."""
         from loratools import ranks
 
-        if relative_to and self.given not in ("budget", "ratio"):
+        rule = self.given
+        if relative_to and rule not in ("budget", "ratio"):
             raise UsageError("--relative-to weighs the errors of a budget; give --budget or --ratio with it")
         if self.budget is not None or self.ratio is not None:
             return ranks.Budget(self.bytes(size), relative_to)
@@ -79,7 +80,7 @@ class RankChoice:
             "sv_fro": ranks.Frobenius,
             "sv_cumulative": ranks.Cumulative,
         }
-        return rules[self.given](getattr(self, self.given))
+        return rules[rule](getattr(self, rule))
 
     def bytes(self, size: int) -> int:
         """The size that a budget or a ratio asks for; UsageError for one that makes no sense."""

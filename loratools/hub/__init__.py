@@ -1,0 +1,1 @@
+"""Many adapters at once: found, put through a recipe, listed, resumed."""

@@ -1,0 +1,131 @@
+"""Where the work is done: processes of this machine, or the workers of a Dask cluster, behind one interface."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from loratools.errors import MissingExtraError, UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 2  # jobs in hand for each worker
+_CRASHES = 2  # of workers, after which the job in hand is given up
+_DIED = "the worker died while at it, twice; perhaps for lack of memory"
+
+
+def local_executor(workers: int) -> Executor:
+    """A pool of processes that share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // workers)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    return ProcessPoolExecutor(workers, context, _begin, (threads,))
+
+
+def dask_executor(scheduler: str) -> Executor:
+    """The workers of a cluster; MissingExtraError without Dask, UsageError where there is none at the address."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise MissingExtraError("--engine dask needs Dask distributed: pip install 'loratools[hub]'") from None
+    try:
+        client = Client(scheduler, set_as_default=False, timeout="15s")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler at {scheduler}: {str(error).splitlines()[0]}") from None
+    return _Cluster(client)
+
+
+class _Cluster(Executor):
+    """A client's own executor, with the client closed after it."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._inner: Executor = client.get_executor(pure=False, retries=_CRASHES)
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        return self._inner.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._inner.shutdown(wait=wait)
+        self._client.close()
+
+
+def _begin(threads: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    os.environ["LORATOOLS_THREADS"] = str(threads)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def outcomes(
+    make: Callable[[], Executor],
+    work: Callable[[T], R],
+    jobs: Iterable[T],
+    *,
+    workers: int,
+    given_up: Callable[[T, str], R],
+) -> Iterator[R]:
+    """work(job) of every job as it is done, a few in hand at a time; `given_up` makes what comes of a hopeless one.
+
+    Where a worker of this machine dies the pool is made anew: the jobs that were in hand are done again one at a time,
+    so that the one that kills its worker is known, and no other is lost. A cluster sees to that itself.
+    """
+    waiting = iter(jobs)
+    executor = make()
+    try:
+        in_hand: dict[Future[R], T] = {}
+        while True:
+            while len(in_hand) < _AHEAD * workers and (job := next(waiting, None)) is not None:
+                in_hand[executor.submit(work, job)] = job
+            if not in_hand:
+                break
+            done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
+            broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
+            for future in done:
+                if future not in broken:
+                    yield _outcome(future, in_hand.pop(future), given_up)
+            if broken:
+                suspects = list(in_hand.values())
+                in_hand.clear()
+                _stop(executor)
+                for job in suspects:
+                    yield _alone(make, work, job, given_up)
+                executor = make()
+    finally:
+        _stop(executor)
+
+
+def _outcome(future: Future[R], job: T, given_up: Callable[[T, str], R]) -> R:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    died = type(error).__name__ == "KilledWorker"  # of Dask, which is not imported where it is not used
+    return given_up(job, _DIED if died else " ".join(str(error).split()) or type(error).__name__)
+
+
+def _alone(make: Callable[[], Executor], work: Callable[[T], R], job: T, given_up: Callable[[T, str], R]) -> R:
+    for _ in range(_CRASHES):
+        executor = make()
+        try:
+            future = executor.submit(work, job)
+            if not isinstance(future.exception(), BrokenProcessPool):
+                return _outcome(future, job, given_up)
+        finally:
+            _stop(executor)
+    return given_up(job, _DIED)
+
+
+def _stop(executor: Executor) -> None:
+    with suppress(Exception):  # what is stopped anyhow may be broken in any way
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,196 @@
+"""One adapter through a recipe, in a process of its own: the output appears whole, then its receipt."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratools._version import __version__
+from loratools.adapter import Adapter
+from loratools.errors import AdapterError, LoratoolsError, UsageError
+from loratools.files import destination_weights, is_folder_adapter, load, locate, packed_place, save
+from loratools.hub.receipts import Receipt, Stamp, is_unchanged, place_of, read_receipt, stamp_of
+from loratools.hub.recipe import Recipe, Worked
+from loratools.ops.pareto import relative_error
+from loratools.ops.quantize import quantize_file
+from loratools.storage.atomic import explained
+
+_BESIDE = ("adapter_config.json",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work; `stem` is what its output is called within `out`."""
+
+    name: str
+    stem: str
+    path: Path
+    hub: Path
+    out: Path
+    recipe: Recipe
+
+
+def process(job: Job) -> Receipt:
+    """Do the work and write the receipt; a failure is a receipt with its reason, never an exception of the work.
+
+    OutputError alone is raised where not even the receipt can be written.
+    """
+    began = time.monotonic()
+    sources: dict[str, Stamp] = {}
+    try:
+        _clear(job)
+        sources = {str(p.relative_to(job.hub)): stamp_of(p) for p in _sources(job.path)}
+        with load(job.path) as adapter:
+            worked = job.recipe.run(adapter)
+            before = adapter.file_nbytes
+            outputs = _written(job, worked)
+            error = _error(adapter, worked, outputs[0])
+        stamps = {p.relative_to(job.out).as_posix(): stamp_of(p) for p in outputs}
+        size = sum(stamp.size for stamp in stamps.values())
+        receipt = Receipt(
+            job.name,
+            "done",
+            job.recipe.digest,
+            __version__,
+            sources,
+            stamps,
+            before,
+            size,
+            error,
+            dict(worked.errors),
+            _facts(worked.adapter),
+            worked.warnings,
+            round(time.monotonic() - began, 3),
+        )
+    except (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError) as error:
+        receipt = failed(job, reason_of(error), sources, time.monotonic() - began)
+    receipt.save(job.out, job.stem)
+    return receipt
+
+
+def failed(job: Job, reason: str, sources: dict[str, Stamp] | None = None, seconds: float = 0.0) -> Receipt:
+    """The receipt of an adapter that could not be done."""
+    digest = job.recipe.digest
+    return Receipt(job.name, "failed", digest, __version__, sources or {}, seconds=round(seconds, 3), reason=reason)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, LoratoolsError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def is_fresh(job: Job) -> bool:
+    """Whether an earlier run did this very work, and both its sources and its outputs are what they were then."""
+    receipt = read_receipt(place_of(job.out, job.stem))
+    if receipt is None or (receipt.status, receipt.recipe, receipt.version) != ("done", job.recipe.digest, __version__):
+        return False
+    try:
+        now = {str(p.relative_to(job.hub)) for p in _sources(job.path)}
+    except (LoratoolsError, OSError):
+        return False
+    return (
+        receipt.name == job.name
+        and now == set(receipt.sources)
+        and all(is_unchanged(job.hub / name, stamp) for name, stamp in receipt.sources.items())
+        and all(is_unchanged(job.out / name, stamp) for name, stamp in receipt.outputs.items())
+    )
+
+
+def _sources(path: Path) -> Iterator[Path]:
+    """The files that an adapter is read from."""
+    weights, _ = locate(path)
+    yield weights
+    if weights.name.endswith(".index.json"):
+        yield from sorted(p for p in weights.parent.glob("*.safetensors") if p.is_file())
+    for name in _BESIDE:
+        if (weights.parent / name).is_file():
+            yield weights.parent / name
+
+
+def _written(job: Job, worked: Worked) -> list[Path]:
+    """The files of the output."""
+    place = job.out / job.stem
+    if worked.packing is not None:
+        saved, _ = quantize_file(worked.adapter, packed_place(_named(place), force=True), worked.packing, force=True)
+        return [saved.path]
+    if not is_folder_adapter(worked.adapter):
+        return [save(worked.adapter, destination_weights(worked.adapter, _named(place)), force=True).weights]
+    saved = save(worked.adapter, place, force=True)
+    return [saved.weights, *([saved.config] if saved.config else [])]
+
+
+def _error(before: Adapter, worked: Worked, weights: Path) -> float | None:
+    """Of all steps together as written; None where targets have other names now, or their deltas need the base."""
+    if not worked.errors and worked.packing is None:
+        return None
+    with load(weights) as after:
+        if list(before) != list(after):
+            return None
+        try:
+            return relative_error(before, after)
+        except AdapterError:
+            return None
+
+
+def _named(place: Path) -> Path:
+    """A path whose suffix no dialect takes for its own: dots in names are no suffixes."""
+    return place.with_name(f"{place.name}.safetensors")
+
+
+def _facts(adapter: Adapter) -> dict[str, object]:
+    ranks = [entry.rank for entry in adapter.entries.values()]
+    families = sorted({entry.family.family for entry in adapter.entries.values()})
+    return {
+        "dialect": adapter.format.name,
+        "families": families,
+        "targets": len(ranks),
+        "rank": max(ranks, default=0),
+        "base_model": (adapter.config or {}).get("base_model_name_or_path"),
+    }
+
+
+def _clear(job: Job) -> None:
+    """Remove what an interrupted run left of this very output, and an output that is of the other kind."""
+    place = job.out / job.stem
+    with explained(place):
+        for name in (place.name, f"{place.name}.safetensors", f"{place.name}.gguf"):
+            for left in place.parent.glob(f".{_escaped(name[:60])}.????????.*"):
+                if left.suffix in (".tmp", ".old"):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        receipt = place_of(job.out, job.stem)
+        for left in receipt.parent.glob(f".{_escaped(receipt.name[:60])}.????????.tmp"):
+            left.unlink()
+    with suppress(FileNotFoundError):
+        receipt.unlink()  # from here on the output is in no state that a receipt vouches for
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def check_names(jobs: list[Job]) -> dict[str, str]:
+    """Names of jobs whose outputs would lie where those of others do, with the name of the other; the first wins."""
+    taken: dict[str, str] = {}
+    clashes: dict[str, str] = {}
+    for job in jobs:
+        key = job.stem.casefold()  # of one file on some file systems
+        if key in taken:
+            clashes[job.name] = taken[key]
+        else:
+            taken[key] = job.name
+    return clashes
+
+
+def refuse_results(out: Path, *, resume: bool, force: bool) -> None:
+    """UsageError where an earlier run has left receipts and nobody said what to do with them."""
+    if not (resume or force) and (out / ".loratools").exists():
+        raise UsageError(
+            f"{out}: holds results of an earlier run; pass --resume to go on with it, or --force to redo it"
+        )

@@ -1,0 +1,237 @@
+"""Whole hubs: nothing is lost, nothing is half-written, and the same comes out however often it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hub.conftest import contents, write_kohya, write_peft
+
+from loratools.errors import InputError, UsageError
+from loratools.files import load
+from loratools.hub.engines import outcomes
+from loratools.hub.listing import listed, status
+from loratools.hub.receipts import place_of, read_receipt
+from loratools.hub.recipe import parse_steps
+from loratools.hub.run import Run, run
+
+Make = Callable[[int], Path]
+RECIPE = parse_steps(["squeeze rank=2"])
+
+
+def here() -> Executor:
+    """The work in a thread of this process, where no process of its own is what a test is about."""
+    return ThreadPoolExecutor(1)
+
+
+HERE = Run(executor=here)
+
+
+def test_every_adapter_has_its_output_and_its_receipt(make_hub: Make, tmp_path: Path) -> None:
+    hub, out = make_hub(3), tmp_path / "out"
+    report = run(RECIPE, hub, out, Run(workers=2))
+    assert [(row.name, row.status) for row in report.adapters] == [
+        ("a0", "done"), ("a1", "done"), ("a2", "done"), ("deep/er/k.safetensors", "done"),
+    ]  # fmt: skip
+    for row in report.adapters:
+        stem = row.name.removesuffix(".safetensors")
+        receipt = read_receipt(place_of(out, stem))
+        assert receipt is not None
+        assert (receipt.status, receipt.recipe) == ("done", RECIPE.digest)
+        assert sum((out / name).stat().st_size for name in receipt.outputs) == receipt.bytes_after == row.bytes_after
+        made = load(out / (stem if row.name[0] == "a" else row.name))
+        assert {entry.rank for entry in made.entries.values()} == {2}
+    assert report.counts == {"done": 4}
+    assert [row.name for row in status(out).adapters] == [row.name for row in report.adapters]
+    assert json.dumps(report.to_dict())
+
+
+def test_the_error_is_that_of_what_was_written(make_hub: Make, tmp_path: Path) -> None:
+    import numpy as np
+
+    hub, out = make_hub(1), tmp_path / "out"
+    report = run(parse_steps(["squeeze rank=2", "quantize bits=3"]), hub, out, HERE)
+    for row, name in zip(report.adapters, ("a0", "deep/er/k"), strict=True):
+        before, after = load(hub / row.name), load(out / f"{name}.safetensors")
+        pairs = [[a[t].delta().double().numpy() for a in (before, after)] for t in before]
+        lost = sum(np.linalg.norm(x - y) ** 2 for x, y in pairs) / sum(np.linalg.norm(x) ** 2 for x, _ in pairs)
+        assert row.relative_error == pytest.approx(np.sqrt(lost), rel=1e-4)
+
+
+def test_resuming_redoes_what_is_missing_changed_or_stale(make_hub: Make, tmp_path: Path) -> None:
+    hub, out = make_hub(4), tmp_path / "out"
+    run(RECIPE, hub, out, HERE)
+    with pytest.raises(UsageError, match="--resume"):
+        run(RECIPE, hub, out, HERE)
+    (out / "a0" / "adapter_model.safetensors").unlink()  # missing
+    write_kohya(tmp_path / "other.safetensors", 5)
+    (tmp_path / "other.safetensors").replace(hub / "deep" / "er" / "k.safetensors")  # changed
+    damaged = out / "a1" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")  # not what the receipt says
+    os.utime(hub / "a2" / "adapter_config.json")  # touched, but the same
+    again = run(RECIPE, hub, out, Run(resume=True, executor=here))
+    assert {row.name: row.status for row in again.adapters} == {
+        "a0": "done", "a1": "done", "a2": "kept", "a3": "kept", "deep/er/k.safetensors": "done",
+    }  # fmt: skip
+    fresh = tmp_path / "fresh"
+    run(RECIPE, hub, fresh, HERE)
+    assert contents(out) == contents(fresh)
+    assert run(parse_steps(["squeeze rank=1"]), hub, out, Run(resume=True, executor=here)).counts == {"done": 5}
+    assert run(RECIPE, hub, out, Run(force=True, executor=here)).counts == {"done": 5}
+
+
+def test_shards_share_the_work_and_make_the_same(make_hub: Make, tmp_path: Path) -> None:
+    hub, out, whole = make_hub(6), tmp_path / "out", tmp_path / "whole"
+    parts = [run(RECIPE, hub, out, Run(shard=(i, 3), resume=True, executor=here)) for i in (1, 2, 3)]
+    names = [row.name for part in parts for row in part.adapters]
+    assert sorted(names) == [row.name for row in run(RECIPE, hub, whole, HERE).adapters]
+    assert contents(out) == contents(whole)
+    assert not status(out).missing
+
+
+def test_poison_is_contained(make_hub: Make, tmp_path: Path) -> None:
+    hub, out = make_hub(1), tmp_path / "out"
+    (hub / "empty.safetensors").write_bytes(b"")
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [50_000, 50_000], "data_offsets": [0, 10_000_000_000]}}
+    ).encode()
+    (hub / "claims.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (hub / "pickle.pt").write_bytes(b"cos\nsystem\n(S'echo hacked > /tmp/hacked'\ntR.")
+    write_peft(hub / "twin", 7)
+    write_kohya(hub / "twin.safetensors", 8)
+    write_peft(hub / "broken", 9)
+    (hub / "broken" / "adapter_config.json").write_text("{")
+    os.symlink(hub, hub / "loop")
+    report = run(RECIPE, hub, out, HERE)
+    failed = {row.name: row.reason for row in report.adapters if row.status == "failed"}
+    assert set(failed) == {"broken", "claims.safetensors", "empty.safetensors", "loop", "pickle.pt", "twin.safetensors"}
+    assert "rename one" in failed["twin.safetensors"]
+    assert all("\n" not in reason and reason for reason in failed.values())
+    assert report.counts["done"] == 3
+    assert set(contents(out)) == {
+        f"{name}/{file}" for name in ("a0", "twin") for file in ("adapter_config.json", "adapter_model.safetensors")
+    } | {"deep/er/k.safetensors"}
+
+
+def test_a_vanished_source_and_a_recipe_that_cannot_be_are_rows(make_hub: Make, tmp_path: Path) -> None:
+    hub = make_hub(2)
+    report = run(parse_steps(["convert to=diffusers"]), hub, tmp_path / "out", HERE)
+    assert report.counts == {"done": 1, "failed": 2}
+    run(RECIPE, hub, tmp_path / "out2", HERE)
+    (hub / "a0" / "adapter_model.safetensors").unlink()
+    (hub / "a0" / "adapter_config.json").unlink()
+    assert run(RECIPE, hub, tmp_path / "out2", Run(resume=True)).counts == {"kept": 2}
+    assert (tmp_path / "out2" / "a0" / "adapter_model.safetensors").is_file()
+
+
+def test_wrong_places_are_refused(make_hub: Make, tmp_path: Path) -> None:
+    hub = make_hub(1)
+    with pytest.raises(UsageError, match="the hub itself"):
+        run(RECIPE, hub, hub, HERE)
+    with pytest.raises(InputError):
+        run(RECIPE, tmp_path / "nowhere", tmp_path / "out", HERE)
+    with pytest.raises(UsageError):
+        Run(shard=(4, 3))
+    with pytest.raises(UsageError):
+        Run(workers=0)
+    with pytest.raises(InputError, match="no run"):
+        status(tmp_path)
+    assert run(RECIPE, hub, hub / "out", HERE).counts == {"done": 2}
+    assert [row.name for row in status(hub / "out").adapters] == ["a0", "deep/er/k.safetensors"]
+
+
+def test_listing_tells_headers_and_reasons(make_hub: Make) -> None:
+    hub = make_hub(1)
+    (hub / "bad.safetensors").write_bytes(b"x")
+    rows = {row.name: row for row in listed(hub).adapters}
+    assert (rows["a0"].dialect, rows["a0"].rank, rows["a0"].targets, rows["a0"].base_model) == ("peft", 4, 2, "tiny")
+    assert rows["deep/er/k.safetensors"].dialect == "kohya"
+    assert rows["bad.safetensors"].reason
+
+
+def _dies_at(name: str) -> str:
+    if name == "poison":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"{name} done"
+
+
+def _hopeless(name: str, reason: str) -> str:
+    return f"{name} given up: {reason}"
+
+
+def test_a_worker_that_dies_takes_nothing_with_it() -> None:
+    from loratools.hub.engines import local_executor
+
+    jobs = ["a", "b", "poison", "c", "d", "e"]
+    made = sorted(outcomes(lambda: local_executor(2), _dies_at, jobs, workers=2, given_up=_hopeless))
+    assert [text.split()[0] for text in made] == sorted(jobs)
+    assert [text for text in made if "given up" in text] == [text for text in made if text.startswith("poison")]
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(make_hub: Make, tmp_path: Path) -> None:
+    """The whole process group dies by SIGKILL at random moments, several times over; the last run is left alone."""
+    hub, out, calm = make_hub(8), tmp_path / "out", tmp_path / "calm"
+    run(RECIPE, hub, calm, HERE)
+    command = [sys.executable, "-m", "loratools_cli", "hub", "run", hub, out, "--step", "squeeze rank=2", "--resume"]
+    moments = random.Random(4)
+    kills = 0
+    for _ in range(4):
+        started = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            started.wait(moments.uniform(0.5, 5.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+            kills += 1
+    assert kills
+    assert run(RECIPE, hub, out, Run(resume=True, executor=here)).counts.get("failed", 0) == 0
+    assert contents(out) == contents(calm)
+    assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(make_hub: Make, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    from loratools.hub.engines import dask_executor
+
+    hub, out, calm = make_hub(10), tmp_path / "out", tmp_path / "calm"
+    run(RECIPE, hub, calm, HERE)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
+        killed: list[int] = []
+
+        def steps(total: int, what: str) -> Callable[[], None]:
+            def step() -> None:
+                if not killed:
+                    nanny = next(iter(cluster.workers.values()))
+                    killed.append(nanny.process.pid)
+                    os.kill(nanny.process.pid, signal.SIGKILL)
+
+            return step
+
+        how = Run(workers=2, executor=lambda: dask_executor(cluster.scheduler_address))
+        report = run(RECIPE, hub, out, how, steps=steps)
+    assert killed
+    assert report.counts == {"done": 11}
+    assert contents(out) == contents(calm)
+
+
+def test_an_absent_scheduler_is_an_error_soon() -> None:
+    pytest.importorskip("distributed")
+    from loratools.hub.engines import dask_executor
+
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="no Dask scheduler"):
+        dask_executor("tcp://127.0.0.1:9")
+    assert time.monotonic() - began < 60
