@@ -167,6 +167,10 @@ class SNELL(Fittable):
         rank = nbytes // (source.stored.itemsize * sum(source.shape)) // 2 * 2
         return SNELLOptions(min(rank, 2 * min(source.shape) + 2)) if rank >= 4 else None
 
+    @classmethod
+    def size(cls, source: Source, options: SNELLOptions) -> int:
+        return options.rank * sum(source.shape) * source.stored.itemsize
+
 
 def sparsified(kernel: Tensor, threshold: float) -> Tensor:
     """M |M| where |M| is above the quantile of all |M|, with linear interpolation; 0 elsewhere."""
