@@ -21,7 +21,8 @@ from loratools.formats.base import Part
 from loratools.formats.peft import Peft
 from loratools.linalg.inner import relative_error
 from loratools.operators import Dense, LowRank, Operator
-from loratools.ops.reparameterize import Reparameterize, file_bytes, reparameterize
+from loratools.ops.measuring import size_of
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 
 each = pytest.mark.parametrize("name", FITTABLE)
 SHAPE = (24, 16)
@@ -157,7 +158,7 @@ def test_a_file_decodes_to_what_was_fitted(name: str, tmp_path: Path) -> None:
     how = Reparameterize(budget=3000, base=base, dtype="f32", accept_loss=True)
     made, report = reparameterize(adapter, name, how)
     saved = save(made, tmp_path / "out.safetensors")
-    assert saved.nbytes == file_bytes(made) == report.total["bytes_after"]
+    assert saved.nbytes == size_of(made) == report.total["bytes_after"]
     found = load(saved.path)
     assert {entry.family for entry in found.entries.values()} == {FITTABLE[name]}
     for target, update in made.items():

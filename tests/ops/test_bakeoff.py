@@ -36,7 +36,7 @@ def test_every_number_is_that_of_the_file(adapter: Adapter, tmp_path: Path) -> N
     assert report.targets == tuple(adapter)
     assert [(e.budget, e.best) for e in report.entrants] == [(6000, True), (6000, False), (4000, True), (4000, False)]
     for i, entrant in enumerate(report.entrants):
-        budget = int(entrant.command.split("--budget ")[1].removesuffix("B"))
+        budget = int(entrant.command.split("--budget ")[1].split("B ")[0])
         how = Reparameterize(budget=budget, dtype="f32", accept_loss=True)
         made = load(save(reparameterize(adapter, entrant.family, how)[0], tmp_path / f"{i}").path)
         assert made.file_nbytes == entrant.bytes <= entrant.budget
