@@ -239,7 +239,8 @@ def _reference(bench: _Bench) -> tuple[tuple[int, float], ...]:
         gains += [(value**2 / cost, value**2, cost) for value in spectrum(source.delta).tolist()]
     gains.sort(reverse=True)
     whole = math.fsum(square for _, square, _ in gains)
-    room, kept, curve = header_room(part), 0.0, []
+    plain = composed(part, dict(part.items()), names_of(part))  # in the dialect of all entrants
+    room, kept, curve = header_room(plain), 0.0, []
     for count, (_, square, cost) in enumerate(gains, 1):
         room, kept = room + cost, kept + square
         if whole and (count % max(1, len(gains) // _CURVE) == 0 or count == len(gains)):
