@@ -23,6 +23,7 @@ PAGES = {
     "transform_speed": ("transform_speed", "wavelet_energy"),
     "switch_speed": ("switch_speed",),
     "bases": ("bases",),
+    "parameterisations": ("parameterisations",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -38,6 +39,7 @@ TITLES = {
     "transform_speed": "# Transforms\n\n",
     "switch_speed": "",
     "bases": "",
+    "parameterisations": "",
 }
 
 

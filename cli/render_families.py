@@ -79,7 +79,9 @@ def render_reparameterize(report: ReparameterizeReport, *, everything: bool) -> 
 
 def render_bakeoff(report: BakeoffReport, *, everything: bool) -> Iterator[RenderableType]:
     """A row for each family in each budget, the nearest first; the commands of the best, or of all."""
-    yield Text(f"{len(report.targets)} targets, such as {report.targets[0]}")
+    is_sample = len(report.targets) < report.available
+    count = f"{len(report.targets)} of {report.available}" if is_sample else f"{len(report.targets)}"
+    yield Text(f"{count} targets, such as {report.targets[0]}")
     shown = new_grid("within", "family", "size", "energy kept %", "rel. error", "rank", "fit")
     last = 0
     for entrant in report.entrants:
@@ -90,11 +92,16 @@ def render_bakeoff(report: BakeoffReport, *, everything: bool) -> Iterator[Rende
         style = "bold" if entrant.best else ""
         shown.add_row(*texts(within, *cells, number(entrant.relative_error), rank, entrant.guarantee, style=style))
     yield shown
+    if is_sample:
+        yield Text(f"where IN is a file of these {len(report.targets)} targets alone:")
     for entrant in report.entrants:
         if entrant.best or everything:
             yield Text(f"  {entrant.command}")
+    reasons: dict[str, list[str]] = {}
     for family, reason in report.left_out.items():
-        yield Text(f"  without {family}: {reason}")
+        reasons.setdefault(reason, []).append(family)
+    for reason, families in reasons.items():
+        yield Text(f"  without {', '.join(families)}: {reason}")
 
 
 def _cells(members: Sequence[TargetFitted]) -> list[str]:

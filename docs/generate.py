@@ -86,7 +86,9 @@ def families() -> str:
     parts += [
         (
             "`loratools reparameterize --to NAME` writes any delta in one of these. *exact*: every delta, but for "
-            "rounding; *optimal*: the nearest one of the family, with these options; *local*: the best that was found."
+            "rounding; *optimal*: the nearest one of the family, with these options; *local*: the best that was found. "
+            "A delta is (m, n), outputs by inputs, and W its base weight; the sections below tell of the other letters. "
+            "How near each comes to trained deltas: [measured](measured/parameterisations.md)."
         ),
         _table(("family", "delta", "numbers stored", "fit", "needs the base", "source"), rows),
     ]
@@ -100,6 +102,7 @@ def families() -> str:
         if told.guarantee:
             options = ", ".join(f"`{name}` ({value})" for name, value in told.options.items()) or "none"
             facts += [("fit", told.guarantee), ("options", options)]
+            facts += [("feasible", f"up to {told.most_entries:,} entries of a matrix")] if told.most_entries else []
         if told.reconstruction:
             facts.append(("reconstruction", told.reconstruction))
         parts += [f"## {family.family}", _doc(family), _table(("", ""), facts)]

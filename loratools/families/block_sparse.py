@@ -43,6 +43,10 @@ class BlockSparseOptions:
         if not 0 < self.share <= 1:
             raise UsageError(f"blocksparse: share is {self.share}; it must be above 0 and at most 1")
 
+    def blocks(self, total: int) -> int:
+        """How many of so many."""
+        return max(1, round(self.share * total)) if self.count is None else min(self.count, total)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,7 @@ class BlockSparse(Fittable):
         if m % side or n % side:
             raise AdapterError(f"blocks of side {side} do not fill a weight of {(m, n)}; choose another: --set side=N")
         total = m * n // side**2
-        count = max(1, round(options.share * total)) if options.count is None else min(options.count, total)
+        count = options.blocks(total)
         weights = channel_weights(source.squares)
         energies = []
         for _, rows in row_blocks(source.delta, multiple=side):
@@ -121,6 +125,12 @@ class BlockSparse(Fittable):
             if fits := bisect_right(range(1, total + 1), nbytes, key=partial(_nbytes, total, each)):
                 return BlockSparseOptions(count=fits, side=side)
         return None
+
+    @classmethod
+    def size(cls, source: Source, options: BlockSparseOptions) -> int:
+        (m, n), side = source.shape, options.side or _sides(*source.shape)[0]
+        total = m * n // side**2
+        return _nbytes(total, side**2 * source.stored.itemsize, options.blocks(total))
 
 
 def _nbytes(total: int, each: int, count: int) -> int:

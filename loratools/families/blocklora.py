@@ -99,3 +99,8 @@ class BlockLoRA(Fittable):
         m, n = source.shape
         rank = nbytes // ((BlockLoRAOptions.blocks * m + n) * source.stored.itemsize)
         return BlockLoRAOptions(min(rank, m, n)) if rank else None
+
+    @classmethod
+    def size(cls, source: Source, options: BlockLoRAOptions) -> int:
+        (m, n), rank = source.shape, min(options.rank or source.rank, source.rank)
+        return rank * (options.blocks * m + n) * source.stored.itemsize

@@ -94,9 +94,12 @@ class Fittable(Update):
         """The richest options whose stored tensors take at most `nbytes`; None where none do, or there is no choice."""
 
     @classmethod
+    @abstractmethod
     def size(cls, source: Source, options: Any) -> int:
-        """Bytes of the stored tensors of a fit with these options; by fitting, unless a family knows better."""
-        return sum(tensor.nbytes for tensor in cls.encode(source, options).parameters().values())
+        """Bytes of the stored tensors of a fit with these options, without those that targets share; nothing is fitted.
+
+        A delta that lacks the rank it is asked for may take less, where the family leaves out what is zero.
+        """
 
     @classmethod
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, Any]:

@@ -180,6 +180,12 @@ class Hydra(Fittable):
             return HydraOptions(both, both)
         return HydraOptions(1, 0) if count >= m + n else None
 
+    @classmethod
+    def size(cls, source: Source, options: HydraOptions) -> int:
+        m, n = source.shape
+        parallel, sequential = (min(rank, m, n) for rank in _ranks(source.delta, options))
+        return (parallel * (m + n) + 2 * sequential * m) * source.stored.itemsize
+
 
 def _ranks(delta: Operator, options: HydraOptions) -> tuple[int, int]:
     rank = options.rank

@@ -105,3 +105,8 @@ class LatentLoRA(Fittable):
         (m, n), numbers = source.shape, nbytes // source.stored.itemsize
         rank = min((math.isqrt((m + n) ** 2 + 4 * numbers) - (m + n)) // 2, m, n)  # r (m + n) + r^2 <= numbers
         return LatentLoRAOptions(rank) if rank > 0 else None
+
+    @classmethod
+    def size(cls, source: Source, options: LatentLoRAOptions) -> int:
+        (m, n), rank = source.shape, min(options.rank or source.rank, source.rank)
+        return rank * (m + n + rank) * source.stored.itemsize

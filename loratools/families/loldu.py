@@ -135,6 +135,10 @@ class LoLDU(Fittable):
         return LoLDUOptions(rank) if rank else None
 
     @classmethod
+    def size(cls, source: Source, options: LoLDUOptions) -> int:
+        return min(options.rank or min(source.shape), *source.shape) * max(4, source.stored.itemsize)
+
+    @classmethod
     def expected_energy(cls, source: Source, options: LoLDUOptions) -> float | None:
         m, n = source.shape
         return min(m, n, options.rank or m) / (m * n)

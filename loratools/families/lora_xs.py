@@ -113,6 +113,10 @@ class LoRAXS(Fittable):
         return LoRAXSOptions(rank) if rank else None
 
     @classmethod
+    def size(cls, source: Source, options: LoRAXSOptions) -> int:
+        return min(options.rank, *source.shape) ** 2 * source.stored.itemsize
+
+    @classmethod
     def expected_energy(cls, source: Source, options: LoRAXSOptions) -> float:
         m, n = source.shape
         return min(1.0, options.rank**2 / (m * n))

@@ -122,16 +122,22 @@ class NM(Fittable):
     def within(cls, source: Source, nbytes: int) -> NMOptions | None:
         (m, n), item = source.shape, source.stored.itemsize
 
-        def size(keep: int, group: int) -> int:
-            return m * n // group * keep * item - (-m * n // group * _bits(keep, group) // 8)
-
         fits = [
             (keep / group, group, keep)
             for group in _GROUPS
             for keep in range(1, group)
-            if n % group == 0 and size(keep, group) <= nbytes
+            if n % group == 0 and _nbytes(m * n // group, keep, group, item) <= nbytes
         ]
         return NMOptions(max(fits)[2], max(fits)[1]) if fits else None
+
+    @classmethod
+    def size(cls, source: Source, options: NMOptions) -> int:
+        groups = math.prod(source.shape) // options.group
+        return _nbytes(groups, options.keep, options.group, source.stored.itemsize)
+
+
+def _nbytes(groups: int, keep: int, group: int, item: int) -> int:
+    return groups * keep * item - (-groups * _bits(keep, group) // 8)
 
 
 def _bits(keep: int, group: int) -> int:

@@ -103,3 +103,8 @@ class PaCA(Fittable):
         m, n = source.shape
         rank = min(nbytes // (m * source.stored.itemsize + _PLACE), n)
         return PaCAOptions(rank) if rank else None
+
+    @classmethod
+    def size(cls, source: Source, options: PaCAOptions) -> int:
+        m, n = source.shape
+        return min(options.rank, n) * (m * source.stored.itemsize + _PLACE)

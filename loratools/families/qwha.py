@@ -129,3 +129,8 @@ class QWHA(Fittable):
         (m, n), item = source.shape, source.stored.itemsize
         fits = bisect_right(range(1, m * n + 1), nbytes, key=lambda count: count * item + places_nbytes(count, m * n))
         return QWHAOptions(count=fits) if fits else None
+
+    @classmethod
+    def size(cls, source: Source, options: QWHAOptions) -> int:
+        (m, n), count = source.shape, options.coefficients(*source.shape)
+        return count * source.stored.itemsize + places_nbytes(count, m * n)

@@ -157,6 +157,10 @@ class RandLoRA(Fittable):
         return _richest([source], nbytes)
 
     @classmethod
+    def size(cls, source: Source, options: RandLoRAOptions) -> int:
+        return _count(min(source.shape), options.rank) * source.stored.itemsize
+
+    @classmethod
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, RandLoRAOptions]:
         """One rank for all."""
         options = _richest(list(sources.values()), nbytes)
@@ -185,12 +189,16 @@ class RandLoRA(Fittable):
 _DRAWS: dict[str, Draw] = {"dense": "dense", "sparse": "sparse", "very_sparse": "very_sparse"}
 
 
+def _count(short: int, rank: int) -> int:
+    return math.ceil(short / rank) * (rank + short)
+
+
 def _richest(sources: list[Source], nbytes: int) -> RandLoRAOptions | None:
     """The lowest rank whose numbers for all sources take at most `nbytes`."""
     shorts = [(min(source.shape), source.stored.itemsize) for source in sources]
     most = max(short for short, _ in shorts)
     for rank in range(max(1, math.ceil(most / _MOST_BASES)), most + 1):
-        if sum(math.ceil(short / rank) * (rank + short) * item for short, item in shorts) <= nbytes:
+        if sum(_count(short, rank) * item for short, item in shorts) <= nbytes:
             return RandLoRAOptions(rank)
     return None
 

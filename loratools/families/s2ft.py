@@ -125,9 +125,8 @@ class S2FT(Fittable):
     def encode(cls, source: Source, options: S2FTOptions) -> S2FT:
         of_rows, of_columns = energies(source.delta, channel_weights(source.squares))
         squares = {"rows": of_rows, "columns": of_columns}
-        counts = {axis: options.lines(squares[axis]) for axis in _AXES}
-        axis = options.axis if options.axis != "best" else _better(squares, counts, source.shape)
-        which = first_largest(squares[axis], counts[axis])
+        axis, count = _chosen(squares, options, source.shape)
+        which = first_largest(squares[axis], count)
         delta = source.delta if axis == "columns" else source.delta.T
         values = columns_of(delta, which)
         values = values if axis == "columns" else values.T
@@ -143,6 +142,25 @@ class S2FT(Fittable):
             return None
         axis = _better(squares, counts, source.shape)
         return S2FTOptions(rank=counts[axis], axis=axis)
+
+    @classmethod
+    def size(cls, source: Source, options: S2FTOptions) -> int:
+        """Known from shapes for a rank along one axis, else by the norms of all rows and columns."""
+        (m, n), item = source.shape, source.stored.itemsize
+        if options.axis == "best" or options.energy is not None:
+            squares = dict(zip(_AXES, energies(source.delta, channel_weights(source.squares)), strict=True))
+            axis, count = _chosen(squares, options, source.shape)
+        else:
+            axis = options.axis
+            count = options.lines(torch.ones(m if axis == "rows" else n))
+        return count * ((n if axis == "rows" else m) * item + _PLACE)
+
+
+def _chosen(squares: Mapping[str, Tensor], options: S2FTOptions, shape: tuple[int, int]) -> tuple[str, int]:
+    """The axis, and how many lines of it."""
+    counts = {axis: options.lines(squares[axis]) for axis in _AXES}
+    axis = options.axis if options.axis != "best" else _better(squares, counts, shape)
+    return axis, counts[axis]
 
 
 def _better(squares: Mapping[str, Tensor], counts: Mapping[str, int], shape: tuple[int, int]) -> str:

@@ -132,6 +132,12 @@ class S2LoRA(Fittable):
         return _richest([source], nbytes)
 
     @classmethod
+    def size(cls, source: Source, options: S2LoRAOptions) -> int:
+        """Of the coefficients, with a place for each of them where a threshold is to drop some."""
+        rank, item = min(options.rank, *source.shape), source.stored.itemsize
+        return rank * item if not options.threshold else max(rank * item, (rank - 1) * (item + 2))
+
+    @classmethod
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, S2LoRAOptions]:
         """One rank for all shapes, and no coefficient zero."""
         options = _richest(list(sources.values()), nbytes)

@@ -143,6 +143,12 @@ class SALT(Fittable):
             return None
         return SALTOptions(min((nbytes // item - 2 * top) // (2 * (k - top)), k - top) if k > top else 0, top)
 
+    @classmethod
+    def size(cls, source: Source, options: SALTOptions) -> int:
+        k = min(source.shape)
+        top = max(1, k // 10) if options.top is None else options.top
+        return (2 * top + 2 * min(options.rank, k - top) * (k - top)) * source.stored.itemsize
+
 
 def decomposed(weight: Tensor, *, signs_fixed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD of the base as the authors take it, in float32, given in float64."""

@@ -103,3 +103,7 @@ class SHiRA(Fittable):
         fits = nbytes // (source.stored.itemsize + _PLACE)
         rank = min(fits, m * n) // (m + n)
         return SHiRAOptions(rank=rank) if rank else None
+
+    @classmethod
+    def size(cls, source: Source, options: SHiRAOptions) -> int:
+        return options.entries(*source.shape) * (source.stored.itemsize + _PLACE)

@@ -167,6 +167,10 @@ class SNELL(Fittable):
         rank = nbytes // (source.stored.itemsize * sum(source.shape)) // 2 * 2
         return SNELLOptions(min(rank, 2 * min(source.shape) + 2)) if rank >= 4 else None
 
+    @classmethod
+    def size(cls, source: Source, options: SNELLOptions) -> int:
+        return options.rank * sum(source.shape) * source.stored.itemsize
+
 
 def sparsified(kernel: Tensor, threshold: float) -> Tensor:
     """M |M| where |M| is above the quantile of all |M|, with linear interpolation; 0 elsewhere."""
@@ -240,10 +244,31 @@ def _descended(points: tuple[Tensor, Tensor], wanted: Tensor, options: SNELLOpti
         return found
     adam = torch.optim.Adam(moved, lr=pace)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.steps)
-    with torch.enable_grad():
-        for _ in range(options.steps):
-            adam.zero_grad()
-            (_entries(_kernel(moved[0], moved[1], None), options.threshold) - wanted).square().sum().backward()
-            adam.step()
-            schedule.step()
-    return [*found, (moved[0].detach(), moved[1].detach())]
+    inputs, outputs = (p.detach() for p in moved)  # of the same numbers, which Adam changes in place
+    for _ in range(options.steps):
+        for p, slope in zip(moved, slopes(inputs, outputs, wanted, options.threshold), strict=True):
+            p.grad = slope
+        adam.step()
+        schedule.step()
+    return [*found, (inputs, outputs)]
+
+
+def slopes(inputs: Tensor, outputs: Tensor, wanted: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The gradients of the squared error by the points, in products of matrices: a third of the time of autograd's."""
+    distances = torch.cdist(inputs, outputs, compute_mode="donot_use_mm_for_euclid_dist")
+    kernel = _COEFFICIENT * (distances[0] - distances[1])
+    slope = 2 * (_entries(kernel, threshold) - wanted)
+    if threshold:
+        sizes = kernel.abs()
+        slope = torch.where(sizes > quantile(sizes, threshold), slope * 2 * sizes, 0.0)
+    found = []
+    for points, others, distance, sign in zip(inputs, outputs, distances, (1, -1), strict=True):
+        pulls = torch.where(distance > 0, slope / distance, 0.0) * (sign * _COEFFICIENT)
+        found.append(
+            (
+                pulls.sum(1, keepdim=True) * points - pulls @ others,
+                pulls.sum(0).unsqueeze(1) * others - pulls.T @ points,
+            )
+        )
+    of_inputs, of_outputs = zip(*found, strict=True)
+    return torch.stack(of_inputs), torch.stack(of_outputs)

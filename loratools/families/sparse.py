@@ -100,3 +100,8 @@ class SparseEntries(Fittable):
         (m, n), item = source.shape, source.stored.itemsize
         fits = bisect_right(range(1, m * n + 1), nbytes, key=lambda count: count * item + places_nbytes(count, m * n))
         return SparseOptions(count=fits) if fits else None
+
+    @classmethod
+    def size(cls, source: Source, options: SparseOptions) -> int:
+        (m, n), count = source.shape, options.entries(*source.shape)
+        return count * source.stored.itemsize + places_nbytes(count, m * n)

@@ -141,6 +141,11 @@ class TeRA(Fittable):
         return best
 
     @classmethod
+    def size(cls, source: Source, options: TeRAOptions) -> int:
+        sizes = [size for side in source.shape for size in _split(side, options.modes)]
+        return sum(min(options.rank, size) for size in sizes) * source.stored.itemsize
+
+    @classmethod
     def expected_energy(cls, source: Source, options: TeRAOptions) -> float:
         m, n = source.shape
         ranks = [min(options.rank, size) for side in (m, n) for size in _split(side, options.modes)]

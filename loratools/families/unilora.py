@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _THETA = "unilora_theta_d"
 _STATED = frozenset(f"unilora_{kind}_{side}" for kind in ("indices", "scales") for side in "AB")
 _PLACE = "unilora_place"
+_PLACE_BYTES = 16  # two numbers of a target, int64
 _RANK = 4  # of a vector that is shorter than factors of rank 1
 
 
@@ -160,6 +161,11 @@ class UniLoRA(Fittable):
         return _richest([source], nbytes)
 
     @classmethod
+    def size(cls, source: Source, options: UniLoRAOptions) -> int:
+        """Of the place alone: the vector is for all targets."""
+        return _PLACE_BYTES
+
+    @classmethod
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, UniLoRAOptions]:
         """One vector for all, and one rank."""
         options = _richest(list(sources.values()), nbytes)
@@ -176,7 +182,7 @@ class UniLoRA(Fittable):
 def _richest(sources: list[Source], nbytes: int) -> UniLoRAOptions | None:
     """Whole factors where there is room for these, else the longest vector with the usual rank."""
     sides = sum(sum(source.shape) for source in sources)
-    numbers = (nbytes - 16 * len(sources)) // sources[0].stored.itemsize
+    numbers = (nbytes - _PLACE_BYTES * len(sources)) // sources[0].stored.itemsize
     if numbers < 1:
         return None
     if numbers >= sides:

@@ -126,6 +126,10 @@ class VeRA(Fittable):
         return VeRAOptions(rank) if rank > 0 else None
 
     @classmethod
+    def size(cls, source: Source, options: VeRAOptions) -> int:
+        return (source.shape[0] + options.rank) * source.stored.itemsize
+
+    @classmethod
     def within_together(cls, sources: Mapping[str, Source], nbytes: int) -> dict[str, VeRAOptions]:
         """One rank for all, at most the shorter side of the largest matrix."""
         items = sum(source.stored.itemsize for source in sources.values())

@@ -115,6 +115,13 @@ class WaRA(Fittable):
         return WaRAOptions(min(rank, m // 2, n // 2)) if rank and m > 1 and n > 1 else None
 
     @classmethod
+    def size(cls, source: Source, options: WaRAOptions) -> int:
+        m, n = source.shape
+        most = min(2 * source.rank, m // 2, n // 2)  # both halves of the factors, side by side
+        rank = min(options.rank or most, most)
+        return rank * (m + n) // 2 * source.stored.itemsize
+
+    @classmethod
     def expected_energy(cls, source: Source, options: WaRAOptions) -> float:
         """The share of the dimensions: what the projection keeps of a generic delta before B A is of low rank."""
         return 0.25

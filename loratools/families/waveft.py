@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -114,6 +115,10 @@ class WaveFT(Fittable):
         m, n = source.shape
         count = min(nbytes // source.stored.itemsize, m * n)
         return WaveFTOptions(count) if count else None
+
+    @classmethod
+    def size(cls, source: Source, options: WaveFTOptions) -> int:
+        return min(options.count, math.prod(source.shape)) * source.stored.itemsize
 
     @classmethod
     def expected_energy(cls, source: Source, options: WaveFTOptions) -> float:

@@ -150,6 +150,16 @@ class WaveletBands(Fittable):
         most = sum(min(band.shape) for band in bands)
         return WaveletOptions(min(rank, most)) if rank > 0 else None
 
+    @classmethod
+    def size(cls, source: Source, options: WaveletOptions) -> int:
+        """Of the longest bands, where these are not alike: the delta decides which of them have how many."""
+        bands = bands_of(source.shape, options.levels)
+        left, numbers = options.rank or len(bands) * source.rank, 0
+        for band in sorted(bands, key=lambda band: -sum(band.shape)):
+            rank = min(left, source.rank, *band.shape)
+            left, numbers = left - rank, numbers + rank * sum(band.shape)
+        return numbers * source.stored.itemsize + len(bands) * torch.int32.itemsize
+
 
 def _owners(sizes: list[int]) -> Tensor:
     """Which of the lists, one after the other, each place belongs to."""

@@ -46,6 +46,10 @@ class WaveletSparseOptions:
         if not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}; it must be above 0 and at most 1")
 
+    def coefficients(self, m: int, n: int) -> int:
+        """How many of an (m, n) matrix."""
+        return max(1, round(self.share * m * n)) if self.count is None else min(self.count, m * n)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -121,7 +125,7 @@ class WaveletSparse(Fittable):
     def encode(cls, source: Source, options: WaveletSparseOptions) -> WaveletSparse:
         """From factors, each band's coefficients are made a block at a time: m n r in all, and little memory."""
         m, n = source.shape
-        count = max(1, round(options.share * m * n)) if options.count is None else min(options.count, m * n)
+        count = options.coefficients(m, n)
         places, values = [], []
         for band, op in coefficients(source.delta, options.wavelet, options.levels):
             inside, found = largest(op, min(count, math.prod(band.shape)))
@@ -141,3 +145,8 @@ class WaveletSparse(Fittable):
             return None
         fits = bisect_right(range(1, m * n + 1), nbytes, key=lambda count: count * item + places_nbytes(count, m * n))
         return WaveletSparseOptions(count=fits) if fits else None
+
+    @classmethod
+    def size(cls, source: Source, options: WaveletSparseOptions) -> int:
+        (m, n), count = source.shape, options.coefficients(*source.shape)
+        return count * source.stored.itemsize + places_nbytes(count, m * n)

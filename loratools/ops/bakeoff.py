@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, LoratoolsError, UsageError
-from loratools.families import FITTABLE, fittable
+from loratools.errors import AdapterError, LoratoolsError, NeedsBaseError, UsageError
+from loratools.families import FITTABLE, LoRA, fittable
+from loratools.files import header_room
 from loratools.linalg.svd import spectrum
 from loratools.operators import LowRank
-from loratools.ops.reparameterize import Reparameterize, file_bytes, reparameterize
-from loratools.ops.spectra import base_tensor
+from loratools.ops.initial import refuse_mutated
+from loratools.ops.measuring import Source as Measured
+from loratools.ops.measuring import errors, size_of
+from loratools.ops.reparameterize import (
+    LOSSY,
+    Reparameterize,
+    arguments_of,
+    composed,
+    encoded,
+    names_of,
+    options_for,
+    sources_of,
+)
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.bakeoff import BakeoffReport, Entrant
 from loratools.sizes import format_size
@@ -23,12 +35,13 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.base_weights import BaseWeights
     from loratools.families import Fittable
+    from loratools.families.fitting import Source
     from loratools.operators import Operator
-    from loratools.reports.reparameterize import ReparameterizeReport
 
 SHARES = (2, 4, 8, 16)  # by which the adapter's own bytes are divided where no budget is given
 SAMPLE = 8  # targets
-_TRIES = 6
+_TRIES = 3
+_LONGER = 4  # bytes by which the header tells of a tensor in a larger file
 _RANKED = 1024  # smaller side up to which a dense delta is asked for its rank
 _CURVE = 64  # points of the reference
 _SEEN = 1e-6  # of the largest singular value
@@ -66,34 +79,73 @@ def bakeoff(
     Bytes are those of the whole file. A family that needs the base takes part where `how.base` is given; one that
     cannot be fitted to the targets is left out, with the reason. `steps(total, what)` may count the fits. Raises
     UsageError for an unknown family, AdapterError where none can be fitted.
+
+    Deltas and base weights are read once and held. Options follow from shapes, so that budgets which a family cannot
+    meet cost nothing, and those in which they are the same cost one fit; each other budget costs one, but two where the
+    size of the header was not known, and an eigenvalue decomposition for each rank of a delta that is no product.
     """
     families = [fittable(name) for name in how.families] if how.families else list(FITTABLE.values())
-    chosen = _chosen(adapter, how)
-    part = replace(adapter, entries={target: adapter.entries[target] for target in chosen}, extras={})
-    own = sum(entry.nbytes for entry in part.entries.values())
-    budgets = sorted(how.budgets or {own // share for share in SHARES}, reverse=True)
-    jobs = [(family, budget) for budget in budgets for family in families]
-    step = steps(len(jobs), "fits") if steps else lambda: None
+    bench = _Bench.of(adapter, how)
+    part = bench.measured.adapter
+    budgets = sorted(how.budgets or {part.nbytes // share for share in SHARES})
+    step = steps(len(families) * len(budgets), "fits") if steps else lambda: None
 
-    def work(job: tuple[type[Fittable], int]) -> Entrant | tuple[str, str]:
-        family, budget = job
-        try:
-            return _entered(part, family, budget, how)
-        except LoratoolsError as problem:
-            return family.family, str(problem)
-        finally:
-            step()
+    def work(family: type[Fittable]) -> tuple[list[Entrant], str]:
+        return _entered(bench, family, budgets, step)
 
-    found = list(ordered_map(work, jobs, workers=worker_count("cpu")))
-    entrants = [outcome for outcome in found if isinstance(outcome, Entrant)]
-    left_out: dict[str, str] = {}
-    for outcome in found:
-        if not isinstance(outcome, Entrant):
-            left_out.setdefault(*outcome)
+    found = list(ordered_map(work, families, workers=worker_count("cpu")))
+    entrants = [entrant for entered, _ in found for entrant in entered]
+    left_out = {family.family: reason for family, (_, reason) in zip(families, found, strict=True) if reason}
     if not entrants:
         raise AdapterError(f"no family could be fitted: {next(iter(left_out.values()))}")
-    reference = _reference(part, how)
-    return BakeoffReport(chosen, _ranked(entrants), reference, left_out, adapter.warnings)
+    reference = _reference(bench)
+    return BakeoffReport(
+        tuple(part.entries), _ranked(entrants), reference, left_out, adapter.warnings, len(adapter.entries)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """What all families are fitted to and measured against; `based` are the sources with their base weights, where a
+    base was given.
+    """
+
+    how: Bakeoff
+    measured: Measured
+    sources: Mapping[str, Source]
+    based: Mapping[str, Source] | None
+
+    @classmethod
+    def of(cls, adapter: Adapter, how: Bakeoff) -> _Bench:
+        """AdapterError where none of the chosen targets is a matrix."""
+        adapter.require_weights()
+        refuse_mutated(adapter, "another family cannot say which base weight that leaves")
+        chosen = _chosen(adapter, how)
+        part = replace(adapter, entries={target: adapter.entries[target] for target in chosen}, extras={})
+        measured = Measured.held(part, base=how.base)
+        sources, _ = sources_of(measured.adapter, LoRA, _asked(how, None))
+        if not sources:
+            raise AdapterError("no target of the adapter is a matrix that a family could hold")
+        entries = {target: measured.adapter.entries[target] for target in sources}
+        measured = replace(measured, adapter=replace(part, entries=entries))
+        return cls(how, measured, sources, None if how.base is None else _based(part, sources, how.base))
+
+    def for_family(self, family: type[Fittable]) -> Mapping[str, Source]:
+        """NeedsBaseError for one that is fitted to base weights, where there are none."""
+        if not family.fits_with_base:
+            return self.sources
+        if self.based is None:
+            raise NeedsBaseError("fitted to the base weights; name the base model")
+        return self.based
+
+
+def _based(part: Adapter, sources: Mapping[str, Source], base: BaseWeights) -> dict[str, Source]:
+    return {
+        target: source
+        if source.base is not None
+        else replace(source, base=base.find(part.format.parameter(target), source.layout.shape))
+        for target, source in sources.items()
+    }
 
 
 def _chosen(adapter: Adapter, how: Bakeoff) -> tuple[str, ...]:
@@ -104,48 +156,91 @@ def _chosen(adapter: Adapter, how: Bakeoff) -> tuple[str, ...]:
     return tuple(targets[i] for i in spread)
 
 
-def _entered(part: Adapter, family: type[Fittable], budget: int, how: Bakeoff) -> Entrant:
-    """The family at most at `budget`: what its file takes beside the numbers is taken off until it fits."""
-    room = budget
-    for _ in range(_TRIES):
-        asked = Reparameterize(budget=max(room, 0), base=how.base, dtype=how.dtype, seed=how.seed, accept_loss=True)
+def _asked(how: Bakeoff, budget: int | None) -> Reparameterize:
+    return Reparameterize(budget=budget, base=how.base, dtype=how.dtype, seed=how.seed, accept_loss=True)
+
+
+def _entered(
+    bench: _Bench, family: type[Fittable], budgets: Sequence[int], step: Callable[[], None]
+) -> tuple[list[Entrant], str]:
+    """The family in those of the ascending budgets that it can meet, and why not in the largest of the others."""
+    found: list[Entrant] = []
+    reason = ""
+    fits = _Fits(bench, family, _least_header(bench))
+    for budget in budgets:
         try:
-            made, report = reparameterize(part, family.family, asked)
-        except UsageError:
-            break
-        size = file_bytes(made)
-        if size <= budget:
-            return _measured(made, report, family, budget, room, how)
-        room -= size - budget
-    raise UsageError(f"no file of {format_size(budget)} holds these targets")
+            found.append(fits.within(budget))
+        except LoratoolsError as problem:
+            reason = str(problem)
+        finally:
+            step()
+    return found, reason
 
 
-def _measured(
-    made: Adapter, report: ReparameterizeReport, family: type[Fittable], budget: int, room: int, how: Bakeoff
-) -> Entrant:
-    error = float(report.total["relative_error"] or 0.0)
-    ranks = [_rank(made[name].operator(_weight(made, name, how))) for name in made]
-    known = [rank for rank in ranks if rank is not None]
-    mean = math.fsum(known) / len(known) if len(known) == len(ranks) and known else None
-    command = f"loratools reparameterize IN --to {family.family} --budget {room}B"
-    kept = max(0.0, 1 - error**2)
-    return Entrant(family.family, budget, file_bytes(made), error, kept, mean, family.guarantee, False, command)
+def _least_header(bench: _Bench) -> int:
+    """Bytes that any file of these targets has beside their numbers: a few for each name."""
+    return sum(len(name) for name in names_of(bench.measured.adapter).values())
 
 
-def _reference(part: Adapter, how: Bakeoff) -> tuple[tuple[int, float], ...]:
+@dataclass(eq=False)
+class _Fits:
+    """One family's fits, from small budgets to large ones: each tells the next how large a header is."""
+
+    bench: _Bench
+    family: type[Fittable]
+    header: int
+    last: tuple[Mapping[str, Any], Entrant] | None = None
+
+    def within(self, budget: int) -> Entrant:
+        """LoratoolsError where no file of `budget` bytes holds the targets."""
+        adapter, sources = self.bench.measured.adapter, self.bench.for_family(self.family)
+        for _ in range(_TRIES):
+            asked = _asked(self.bench.how, max(0, budget - self.header))
+            try:
+                options = options_for(self.family, sources, asked)
+            except UsageError:
+                break
+            if self.last is not None and options == self.last[0]:
+                return replace(self.last[1], budget=budget)
+            made = composed(adapter, encoded(self.family, sources, options), names_of(adapter))
+            made = made.recorded("reparameterize", arguments_of(self.family, asked))
+            size = size_of(made)
+            self.header = size - made.nbytes + _LONGER * sum(len(entry.specs) for entry in made.entries.values())
+            if size <= budget:
+                self.last = options, self._measured(made, budget, asked)
+                return self.last[1]
+        raise UsageError(f"no file of {format_size(budget)} holds these targets")
+
+    def _measured(self, made: Adapter, budget: int, asked: Reparameterize) -> Entrant:
+        measured, family = self.bench.measured, self.family
+        error, _ = errors(measured, made)
+        ranks = [_rank(measured.delta(made, name)) for name in made.entries]
+        known = [rank for rank in ranks if rank is not None]
+        mean = math.fsum(known) / len(known) if len(known) == len(ranks) else None
+        command = f"loratools reparameterize IN --to {family.family} --budget {asked.budget}B"
+        command += " --base BASE" if family.fits_with_base else ""
+        command += f" --dtype {asked.dtype}" if asked.dtype else ""
+        command += f" --seed {asked.seed}" if asked.seed else ""
+        command += " --accept-loss" if error > LOSSY else ""
+        kept = max(0.0, 1 - error**2)
+        return Entrant(family.family, budget, size_of(made), error, kept, mean, family.guarantee, False, command)
+
+
+def _reference(bench: _Bench) -> tuple[tuple[int, float], ...]:
     """The error that the best ranks of all targets together leave, by the bytes of their factors and a header.
 
     Components are taken in the order of what they give for their bytes, which is optimal as they fall within a target.
     """
-    item = _bytes_of(part, how.dtype)
+    part = bench.measured.adapter
+    item = _bytes_of(part, bench.how.dtype)
     gains: list[tuple[float, float, int]] = []  # (squared value for a byte, squared value, bytes)
-    for target, entry in part.entries.items():
-        op = entry.read().operator(base_tensor(part, target, entry, how.base)).to(torch.float64)
-        cost = sum(op.shape) * item
-        gains += [(value**2 / cost, value**2, cost) for value in spectrum(op).tolist()]
+    for source in bench.sources.values():
+        cost = sum(source.shape) * item
+        gains += [(value**2 / cost, value**2, cost) for value in spectrum(source.delta).tolist()]
     gains.sort(reverse=True)
     whole = math.fsum(square for _, square, _ in gains)
-    room, kept, curve = file_bytes(part) - part.nbytes, 0.0, []
+    plain = composed(part, dict(part.items()), names_of(part))  # in the dialect of all entrants
+    room, kept, curve = header_room(plain), 0.0, []
     for count, (_, square, cost) in enumerate(gains, 1):
         room, kept = room + cost, kept + square
         if whole and (count % max(1, len(gains) // _CURVE) == 0 or count == len(gains)):
@@ -159,17 +254,16 @@ def _bytes_of(part: Adapter, dtype: str | None) -> int:
     return max(DTYPES[spec.dtype][1] // 8 for entry in part.entries.values() for spec in entry.specs.values())
 
 
-def _weight(made: Adapter, name: str, how: Bakeoff) -> torch.Tensor | None:
-    if not made.entries[name].needs_base or how.base is None:
-        return None
-    return how.base.find(made.format.parameter(name), made.entries[name].base_shape)
-
-
 def _rank(op: Operator) -> int | None:
-    if not isinstance(op, LowRank) and min(op.shape) > _RANKED:
+    if isinstance(op, LowRank):
+        values = spectrum(op)
+    elif min(op.shape) > _RANKED:
         return None
-    values = spectrum(op.to(torch.float64))
-    top = float(values[0]) if len(values) else 0.0
+    else:
+        dense = op.dense() if op.shape[0] <= op.shape[1] else op.dense().T
+        # Values below a millionth of the largest are rounded away in the Gram matrix, and are not to be counted.
+        values = torch.linalg.eigvalsh(dense @ dense.T).clamp(min=0).sqrt()
+    top = float(values.max()) if len(values) else 0.0
     return int((values > _SEEN * top).sum()) if top else 0
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
+from loratools._lazy import torch
 from loratools.errors import AdapterError, LoratoolsError, UnchangedError
 from loratools.families.base import LowRankUpdate
 from loratools.files import header_room
 from loratools.linalg.factored import factored, squared_distance
 from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
-from loratools.ops.spectra import known_delta
+from loratools.ops.spectra import base_tensor, known_delta
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.ops.weighing import input_norm
 from loratools.pipeline import ordered_map, worker_count
@@ -22,9 +23,11 @@ from loratools.reports.pareto import Point
 
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
+    from loratools.base_weights import BaseWeights
     from loratools.families.base import Update
     from loratools.linalg.factored import Factored
     from loratools.linalg.input_norm import InputNorm
+    from loratools.operators import Operator
     from loratools.ops.extract import Differences
     from loratools.ops.statistics import Statistics
 
@@ -68,23 +71,29 @@ class Setting:
 class Source:
     """What recipes start from, and what points are measured against, with all that need be made only once.
 
-    `weights`: statistics of what enters it; `differences`: of a model that was tuned whole, what it was made of.
-    Updates and decompositions are kept while each take less than `HELD_BYTES`.
+    `weights`: statistics of what enters it; `differences`: of a model that was tuned whole, what it was made of;
+    `base`: the model, for deltas that depend on it. Updates and decompositions are kept while each take less than
+    `HELD_BYTES`.
     """
 
     adapter: Adapter
     weights: Statistics | None = None
     differences: Differences | None = None
+    base: BaseWeights | None = None
     _lower: dict[int, Adapter] = field(default_factory=dict, repr=False)
     _factored: dict[str, Factored] = field(default_factory=dict, repr=False)
     _norms: dict[str, InputNorm] = field(default_factory=dict, repr=False)
 
     @classmethod
     def held(
-        cls, adapter: Adapter, weights: Statistics | None = None, differences: Differences | None = None
+        cls,
+        adapter: Adapter,
+        weights: Statistics | None = None,
+        differences: Differences | None = None,
+        base: BaseWeights | None = None,
     ) -> Source:
         """The source with the adapter's updates in memory, as many as fit."""
-        return cls(in_memory(adapter), weights, differences)
+        return cls(in_memory(adapter), weights, differences, base)
 
     @property
     def bytes(self) -> int:
@@ -104,10 +113,23 @@ class Source:
             self._lower[rank] = squeeze(self.adapter, rank, options=Squeeze(allow_unchanged=True))[0]
         return self._lower[rank]
 
-    def squares(self, target: str, other: Update) -> _Squares:
-        """||delta - delta'||^2 and ||delta||^2, and both in the norm of the inputs, 0 where these are not known."""
+    def delta(self, adapter: Adapter, target: str) -> Operator:
+        """Of this adapter or of one that was made of it, float64; a direction where the base it needs is not here.
+
+        AdapterError where it is more than a magnitude that needs it.
+        """
+        entry, update = adapter.entries[target], adapter[target]
+        if self.base is None or not entry.needs_base:
+            return known_delta(update)
+        return update.operator(base_tensor(adapter, target, entry, self.base)).to(torch.float64)
+
+    def squares(self, target: str, made: Adapter, name: str) -> _Squares:
+        """||delta - delta'||^2 and ||delta||^2, and both in the norm of the inputs, 0 where these are not known.
+
+        `name` is what `made` calls the target.
+        """
         update = self.adapter[target]
-        one, two = known_delta(update), known_delta(other)
+        one, two = self.delta(self.adapter, target), self.delta(made, name)
         if one.shape != two.shape:
             raise AdapterError(f"{target}: its delta has the shape {two.shape} instead of {one.shape}")
         if isinstance(one, LowRank) and isinstance(two, LowRank):
@@ -168,7 +190,7 @@ def errors(source: Source, made: Adapter) -> tuple[float, float | None]:
     names = _names(source.adapter, made)
 
     def work(target: str) -> _Squares:
-        return source.squares(target, made[names[target]])
+        return source.squares(target, made, names[target])
 
     rows = list(ordered_map(work, source.adapter.entries, workers=worker_count("cpu")))
     distance, norm, seen, of_inputs = (math.fsum(c) for c in zip((0.0,) * 4, *rows, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from loratools.adapter import Adapter, Entry, Extra, entry_of
 from loratools.errors import AdapterError, NeedsBaseError, UsageError
 from loratools.families import fittable
 from loratools.families.fitting import Fittable, Source, options_of
-from loratools.files import Saved, header_room, save
+from loratools.files import Saved, save
 from loratools.formats import Order, writable_formats
 from loratools.formats.modules import WHOLE
 from loratools.formats.native import SHARED, Described, Native
@@ -23,6 +23,8 @@ from loratools.operators import BlockDiagonal, Operator, sum_of
 from loratools.ops.carried import carried_by, metadata_for
 from loratools.ops.convert import convert
 from loratools.ops.initial import refuse_mutated
+from loratools.ops.measuring import Source as Measured
+from loratools.ops.measuring import in_memory, size_of
 from loratools.ops.spectra import base_tensor, is_finite_update, nonfinite_error
 from loratools.pipeline import ordered_map, worker_count
 from loratools.reports.reparameterize import ReparameterizeReport, TargetFitted
@@ -76,11 +78,15 @@ def reparameterize(
     family = fittable(to)
     adapter.require_weights()
     refuse_mutated(adapter, "another family cannot say which base weight that leaves")
+    adapter = in_memory(adapter)
     sources, carried = sources_of(adapter, family, how)
     if not sources:
         raise AdapterError(f"no target of the adapter is a matrix that {to} could hold")
-    updates, options = fitted(family, sources, how)
-    found = _told(adapter, sources, updates, step)
+    chosen = options_for(family, sources, how)
+    options = next(iter(chosen.values()))
+    updates = encoded(family, sources, chosen)
+    made = composed(adapter, updates | carried, names_of(adapter)).recorded("reparameterize", arguments_of(family, how))
+    found = _told(Measured(adapter, base=how.base), made, sources, step)
     errors = {target: math.sqrt(error / norm) if norm else 0.0 for target, (error, norm) in found.items()}
     error, norm = (math.fsum(column) for column in zip(*found.values(), strict=True))
     total_error = math.sqrt(error / norm) if norm else 0.0
@@ -91,8 +97,6 @@ def reparameterize(
             + ("" if expected is None else f" ({100 * math.sqrt(1 - expected):.0f} % are lost of a generic delta)")
             + "; allow it more numbers, or pass --accept-loss"
         )
-    made = composed(adapter, updates | carried, names_of(adapter))
-    made = made.recorded("reparameterize", _arguments(to, how))
     targets = {
         target: TargetFitted(
             adapter.entries[target].family.family,
@@ -111,7 +115,7 @@ def reparameterize(
         "relative_error": total_error,
         "energy_kept": max(0.0, 1 - total_error**2),
         "bytes_before": adapter.file_nbytes,
-        "bytes_after": file_bytes(made),
+        "bytes_after": size_of(made),
     }
     reasons = dict(adapter.unsupported) | dict.fromkeys(carried, "carried over: no matrix")
     notes = list(adapter.warnings)
@@ -140,11 +144,6 @@ def reparameterize_file(
     saved = save(made, path, force=force)
     total = {**report.total, "bytes_after": saved.nbytes}
     return saved, replace(report, total=total, output=str(saved.path))
-
-
-def file_bytes(adapter: Adapter) -> int:
-    """Bytes of the file that saving `adapter` writes, header and metadata included."""
-    return adapter.nbytes + header_room(adapter)
 
 
 def sources_of(
@@ -200,32 +199,35 @@ def _usual(adapter: Adapter) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def fitted(family: type[Fittable], sources: Mapping[str, Source], how: Reparameterize) -> tuple[dict[str, Update], Any]:
-    """Every target in `family`, with the options that were used; with a budget, those of the first target are told."""
+def options_for(family: type[Fittable], sources: Mapping[str, Source], how: Reparameterize) -> dict[str, Any]:
+    """The options of every target, as stated or by the budget; nothing is fitted. UsageError for too small a budget."""
     if how.budget is None:
-        options = options_of(family, how.options)
-        return dict(family.encode_together(sources, options)), options
+        return dict.fromkeys(sources, options_of(family, how.options))
+    return family.within_together(sources, how.budget)
+
+
+def encoded(family: type[Fittable], sources: Mapping[str, Source], options: Mapping[str, Any]) -> dict[str, Update]:
+    """Every target in `family`; those that have the same options share what a family shares."""
     groups: dict[Any, dict[str, Source]] = {}
-    for target, options in family.within_together(sources, how.budget).items():
-        groups.setdefault(options, {})[target] = sources[target]
+    for target, own in options.items():
+        groups.setdefault(own, {})[target] = sources[target]
     found: dict[str, Update] = {}
-    for options, members in groups.items():
-        found |= family.encode_together(members, options)
-    return {target: found[target] for target in sources}, next(iter(groups))
+    for own, members in groups.items():
+        found |= family.encode_together(members, own)
+    return {target: found[target] for target in sources}
 
 
 def _told(
-    adapter: Adapter, sources: Mapping[str, Source], updates: Mapping[str, Update], step: Callable[[], None] | None
+    measured: Measured, made: Adapter, targets: Iterable[str], step: Callable[[], None] | None
 ) -> dict[str, tuple[float, float]]:
     """(squared error, squared norm) of each target, as stored."""
+    names = names_of(measured.adapter)
 
     def work(target: str) -> tuple[float, float]:
-        source = sources[target]
-        made = updates[target].operator(source.base).to(torch.float64)
-        return distance(source.delta, made) ** 2, frobenius(source.delta) ** 2
+        return measured.squares(target, made, names[target])[:2]
 
     found = {}
-    for target, pair in zip(updates, ordered_map(work, updates, workers=worker_count("cpu")), strict=True):
+    for target, pair in zip(targets, ordered_map(work, targets, workers=worker_count("cpu")), strict=True):
         found[target] = pair
         if step is not None:
             step()
@@ -280,6 +282,7 @@ def composed(adapter: Adapter, updates: Mapping[str, Update], names: Mapping[str
     return Adapter(dialect, entries, extras, metadata, (), adapter.origin)
 
 
-def _arguments(to: str, how: Reparameterize) -> dict[str, Any]:
-    told = {"to": to, **how.options}
+def arguments_of(family: type[Fittable], how: Reparameterize) -> dict[str, Any]:
+    """What the record of the file says."""
+    told = {"to": family.family, **how.options}
     return told | {k: v for k in ("budget", "dtype", "seed") if (v := getattr(how, k)) not in (None, 0)}

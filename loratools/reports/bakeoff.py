@@ -34,7 +34,8 @@ class Entrant:
 
 @dataclass(frozen=True)
 class BakeoffReport:
-    """The entrants by budget, the largest first, then by error; `targets` are those that were fitted.
+    """The entrants by budget, the largest first, then by error; `targets` are those that were fitted, out of
+    `available`. A command makes the file of an entrant where IN holds these targets alone.
 
     `reference` is the low-rank optimum: (bytes, relative error) of the best ranks, target by target, before numbers are
     rounded, headers included. `left_out` says why a family took no part, in all budgets or in some.
@@ -57,11 +58,13 @@ class BakeoffReport:
     reference: tuple[tuple[int, float], ...]
     left_out: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    available: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "targets": list(self.targets),
+            "available": self.available,
             "entrants": [asdict(e) for e in self.entrants],
             "reference": [list(point) for point in self.reference],
             "left_out": dict(self.left_out),

@@ -41,6 +41,26 @@ def test_a_table_a_figure_and_a_file_of_numbers(run: Run, lora: Path, tmp_path: 
     ]
 
 
+def test_families_that_are_left_out_for_one_reason_share_a_line(run: Run, lora: Path) -> None:
+    done = run("bakeoff", lora, "--families", "lora,ldu,hydra,salt,paca", "--budget", "1kB,4kB")
+    assert done.code == 0
+    assert all(len(line) <= 80 for line in done.out.splitlines())
+    without = [line.strip() for line in done.out.splitlines() if "without" in line]
+    assert [line.split(":")[0] for line in without] == ["without lora, ldu", "without hydra, salt, paca"]
+    assert "no file of 1.00 kB" in without[0]
+    assert "base model" in without[1]
+
+
+def test_commands_for_a_sample_say_so(run: Run, lora: Path) -> None:
+    arguments = ("bakeoff", lora, "--families", "lora", "--budget", "4kB")
+    sampled = run(*arguments, "--sample", "2")
+    assert "2 of 3 targets" in sampled.out
+    assert "where IN is a file of these 2 targets alone" in sampled.out
+    assert "targets alone" not in run(*arguments, "--sample", "0").out
+    shown = run(*arguments, "--sample", "2", "--json").json
+    assert (len(shown["targets"]), shown["available"]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

@@ -22,7 +22,8 @@ from loratools.linalg.inner import relative_error
 from loratools.operators import Dense, LowRank
 from loratools.ops.convert import Convert
 from loratools.ops.lowering import Lowering
-from loratools.ops.reparameterize import Reparameterize, file_bytes, reparameterize
+from loratools.ops.measuring import size_of
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "down_proj"]}
 SHAPES = {"model.layers.0.q_proj": (24, 16), "model.layers.0.mlp.down_proj": (16, 30)}
@@ -99,7 +100,7 @@ def test_bases_that_the_base_has_are_stripped(tmp_path: Path, mapping: str) -> N
     assert report.total["numbers"] == 2 * RANK**2
     assert made.nbytes == 2 * 4 * RANK**2
     saved = loratools.save(made, tmp_path / "stripped.safetensors")
-    assert saved.nbytes == file_bytes(made)
+    assert saved.nbytes == size_of(made)
     found = loratools.load(saved.path)
     for name, delta in loratools.delta(found, base=base):
         assert np.linalg.norm(f64(delta) - deltas[name]) < 2e-6 * np.linalg.norm(deltas[name])

@@ -15,7 +15,7 @@ from loratools.errors import AdapterError, InputError, UsageError
 from loratools.families import SNELL
 from loratools.families.base import Layout
 from loratools.families.fitting import Source
-from loratools.families.snell import SNELLOptions, quantile
+from loratools.families.snell import SNELLOptions, quantile, slopes
 from loratools.linalg.inner import relative_error
 from loratools.operators import Dense, LowRank
 from loratools_cli.app import main
@@ -122,3 +122,20 @@ def test_large_deltas_are_refused_with_steps() -> None:
     assert fit(given, SNELLOptions(4, steps=0))[1] < 2e-2
     with pytest.raises(UsageError, match="an even number"):
         SNELLOptions(5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def testslopes_are_those_of_automatic_differentiation(threshold: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    points = [torch.randn(2, n, 3, generator=draw, dtype=torch.float64, requires_grad=True) for n in (13, 7)]
+    wanted = torch.randn(13, 7, generator=draw, dtype=torch.float64)
+    near, far = (torch.cdist(p, q) for p, q in zip(*points, strict=True))
+    kernel = 0.1 * (near - far)
+    if threshold:
+        kept = kernel.abs() > torch.quantile(kernel.detach().abs(), threshold)
+        kernel = torch.where(kept, kernel * kernel.abs(), 0.0)
+    (kernel - wanted).square().sum().backward()
+    found = slopes(points[0].detach(), points[1].detach(), wanted, threshold)
+    for point, slope in zip(points, found, strict=True):
+        assert point.grad is not None
+        torch.testing.assert_close(slope, point.grad)
