@@ -21,7 +21,7 @@ from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
 from loratools.ops.components import ComponentStore, grid_part
-from loratools.ops.gridding import already_on_grid, dense_on_grid, on_grid
+from loratools.ops.gridding import already_on_grid, dense_on_grid, multiplied, on_grid
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
@@ -221,7 +221,7 @@ def _run(
     search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()))
     while (step := search.next_step()) is not None:
         size = write_packed(adapter, _packed(adapter, options, _Grid(step, store, trial=True), [], _forget), None)
-        search.tried(step, size.file if options.budget else size.codes)
+        search.tried(step, *((size.file, size.file - size.codes) if options.budget else (size.codes, 0)))
     return _written(adapter, options, _Grid(search.best, store), path, keep=keep, force=force)
 
 
@@ -286,30 +286,27 @@ def _factored(
 ) -> _Result:
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
-    scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
     left, right = part.left.double() * part.scale, part.right.double()
+    trial = grid is not None and grid.trial
     if grid is not None:
-        components = grid.components.of(target, update, part)
-        codes = on_grid(components, grid.step / abs(scale or 1.0), trial=grid.trial)
+        before, components = grid.components.scale(target, update), grid.components.of(target, update, part)
+        rows = rank if adapter.format.uniform else 1
+        codes = on_grid(components, grid.step / abs(before or 1.0), rows, trial=trial)
         label = "grid"
+        scale = adapter.format.writable_scale(target, codes[0].shape[1], update.scale, "fold")
+        if before != scale:  # what a dialect can say of a scale may depend on the rank
+            codes = codes[0], multiplied(codes[1], before / scale)
     else:
+        scale = adapter.format.writable_scale(target, min(left.shape[0], *right.shape), update.scale, "fold")
         pair = singular_pair(left / (scale or 1.0), right)
         coder, label = _banded(options, *pair)
         codes = coder.of_singular(*pair)
-    trial = grid is not None and grid.trial
     up, down = (part.left.new_zeros(c.shape) if trial else c.decode() for c in codes)
-    k = up.shape[1]
-    if k != rank:  # what a dialect can say of a scale may depend on the rank
-        kept = adapter.format.writable_scale(target, k, update.scale, "fold")
-        if not math.isclose(kept, scale):
-            raise AdapterError(
-                f"{target}: the dialect {adapter.format.name} has no place for another rank; convert first"
-            )
     new = update.with_direction(LowRank(up, down, scale), scale=scale)
     tensors = _stored(adapter, target, new)
-    flipped = adapter.format.packing(target, "down") == "transposed"
     contents: dict[str, Content] = {slot: Raw(tensor) for slot, tensor in tensors.items() if slot not in ("up", "down")}
     for slot, coded in zip(("up", "down"), codes, strict=True):
+        flipped = adapter.format.packing(target, slot) == "transposed"
         contents[slot] = Coded(tuple(tensors[slot].shape), coded.parts, coded.transposed != flipped)
     if trial:
         return _outcome(target, rank, new, contents, label, 0.0, 0.0)
