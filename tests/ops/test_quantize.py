@@ -530,3 +530,24 @@ def test_a_file_of_one_rank_keeps_it(bits: float, tmp_path: Path) -> None:
     dropped = [(again[t].parameters()["down"].norm(dim=1) == 0).any() for t in again.entries]
     assert any(dropped)
     assert 0 < report.total["relative_error"] < 0.95  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("method", ["rtn", "grid"])
+def test_the_error_of_all_counts_what_was_carried_over(method: str, tmp_path: Path) -> None:
+    """Tensors too small for codes lose nothing, but are a part of the whole."""
+    name = {"rtn": "diffusers/sd_conv/pytorch_lora_weights.safetensors", "grid": "lycoris/full/adapter.safetensors"}
+    adapter = loratools.load(FOLDER / name[method])
+    saved, report = quantize_file(adapter, tmp_path / "out", Quantize(method, 4))  # type: ignore[arg-type]
+    assert report.unchanged
+    again = loratools.load(saved.path)
+    distance = norm = 0.0
+    for target, update in adapter.items():
+        before, after = (u.operator().dense().double() for u in (update, again[target]))
+        distance, norm = distance + float((before - after).norm()) ** 2, norm + float(before.norm()) ** 2
+    assert report.total["relative_error"] == pytest.approx(math.sqrt(distance / norm), rel=1e-4)
+
+
+def test_an_error_that_needs_the_base_is_not_said_to_be_zero() -> None:
+    _, report = quantize(loratools.load(FOLDER / "lycoris/glora/adapter.safetensors"), Quantize("rtn", 2))
+    assert report.targets
+    assert {coded.relative_error for coded in report.targets.values()} == {report.total["relative_error"]} == {None}
