@@ -80,8 +80,8 @@ def main(*, quick: bool = False) -> str:
         f"One matrix of {low.shape[0]} x {low.shape[1]}: the delta of {TARGET} of a LoRA of rank 64 trained on "
         "SmolLM2-135M-Instruct, and Gaussian noise. `rank` and `stable rank` are those of the decoded fit to the "
         "noise, whose rank nothing but the family bounds; `expected` is what is told of a generic delta, such as the "
-        "noise. A few numbers make a delta of full rank in TeRA and RandLoRA, which keeps little of a delta that was not "
-        "trained in its bases.\n\n"
+        "noise. A few numbers make a delta of full rank in TeRA and RandLoRA, which keeps little of a delta that was "
+        "not trained in its bases.\n\n"
     )
     return title + method + table(header, rows)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loratools import Adapter
     from loratools.ops.quantize import Quantize
 
-STEPS, BATCH = 60, 8
+STEPS, BATCH = 140, 8
 RATE = 1e-3  # of the optimizer, for numbers that a scale multiplies
 OWN_RATE = 3e-4  # with which the adapter was trained
 UNITS = 0.05  # likewise on a grid, in units of it
@@ -39,7 +39,6 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant(64, "signs", 15, ("sign", 1)),
-    Contestant(64, "2 bits, Lloyd-Max", 7, ("lloyd", 2)),
     Contestant(64, "grid"),
 )
 
@@ -90,7 +89,7 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         "en_lora_r64: LoRA of rank 64 on all 210 linear layers of SmolLM2-135M-Instruct, bf16, trained for 140 steps "
         f"of 8 rows. Each contestant goes on for {steps} steps of {BATCH} rows of the same training data, its factors "
         "rounded in every pass and gradients passed straight through (`loratools.training.qat`), and is then packed by "
-        "`quantize` and read again, for all numbers; MB count every byte of the file. Signs and Lloyd-Max: the best "
+        "`quantize` and read again, for all numbers; MB count every byte of the file. Signs: the best "
         f"squeeze to that rank, a scale for each component, AdamW at {RATE:g}. Grid: what `quantize --budget` makes, "
         f"its largest rank shown, AdamW at {UNITS:g} of a unit. Before: rounded, not trained. Exact: share of {n_rows} "
         f"held-out greedy answers that are right word for word (standard error at most {0.5 / n_rows**0.5:.3f}); of as "

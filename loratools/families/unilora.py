@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, final
 
-import numpy as np
-
 from loratools._lazy import torch
 from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
@@ -194,6 +192,8 @@ def drawn(total: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
     Every number is used as often as the others, or once more: numpy's generator, in the order in which PEFT asks it.
     """
+    import numpy as np  # takes a tenth of a second
+
     generator = np.random.default_rng(seed)
     indices = np.repeat(np.arange(length), total // length)
     if total % length:

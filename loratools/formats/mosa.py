@@ -1,4 +1,4 @@
-"""Mixtures of sparse experts: MoSL, which is a LoRA once its experts are merged, and the bottlenecks of MoSA."""
+"""MoSL, the mixture of sparse experts of MoSA's authors that is a LoRA once its experts are merged."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _LORA = re.compile(r"^(?P<attention>.*\battn)\.lora_(?P<side>[AB])_(?P<part>[qkvo])(?P<rest>_merge|\.\d+|)\.weight$")
-_BOTTLENECK = re.compile(  # AdapterHub's have their name before them
-    r"^(?!.*\.adapters\.).*\badapter_(down|up)(_attn|_ffn)?(_merge|\.\d+)\.(weight|bias)$"
-)
 _SLOTS = {"A": "down", "B": "up"}
 _MODULES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
@@ -34,18 +31,16 @@ class Mosa(ReadOnly):
 
     @classmethod
     def recognises(cls, header: Header) -> bool:
-        return any(_BOTTLENECK.match(key) or ((m := _LORA.match(key)) and m["rest"]) for key in header.specs)
+        return any((m := _LORA.match(key)) and m["rest"] for key in header.specs)
 
     @classmethod
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
         found: dict[str, dict[str, str]] = {}
         unsupported: dict[str, str] = {}
         for key in header.specs:
-            if _BOTTLENECK.match(key):
-                unsupported[key] = "a bottleneck adapter with an activation, which is not an update of a weight"
-            elif (match := _LORA.match(key)) is None:
+            if (match := _LORA.match(key)) is None:
                 continue
-            elif match["part"] == "o":
+            if match["part"] == "o":
                 unsupported[key] = "its branch of `out` reads the layer's input, so that it is not an update of `out`"
             elif match["rest"] in ("", "_merge"):
                 target = f"{match['attention']}.{_MODULES[match['part']]}"

@@ -101,17 +101,14 @@ def merge_experts(tensors: Mapping[str, Tensor], rule: Rule = "stored") -> dict[
 def assemble(adapter: Adapter, rule: Rule = "stored", *, scale: float | None = None) -> Adapter:
     """The LoRA that a MoSL checkpoint is with its experts merged by `rule`, as `merge_experts` does it, and alone.
 
-    `scale` is SCALAR of its config, by default what the adapter was loaded with. `loratools.convert` writes it. Raises
-    AdapterError for another dialect, and where the file holds bottleneck adapters only, which are no update of a
-    weight: `merge_experts` merges their tensors.
+    `scale` is SCALAR of its config, by default what the adapter was loaded with. `loratools.convert` writes it.
+    AdapterError for another dialect, such as that of MoSA's bottlenecks: `merge_experts` merges their tensors.
     """
     if not isinstance(adapter.format, Mosa):
         raise AdapterError(f"the dialect {adapter.format.name} has no experts to merge; this is for MoSL's checkpoints")
     tensors = {key: extra.read() for key, extra in adapter.extras.items() if is_lora(key)}
     for target, slots in adapter.format.keys.items():
         tensors |= {slots[slot]: tensor for slot, tensor in adapter[target].parameters().items()}
-    if not tensors:
-        raise AdapterError("it holds bottleneck adapters, which are no update of a weight; merge_experts merges them")
     single = merge_experts(tensors, rule)
     path = adapter.origin.path if adapter.origin else Path("assembled")
     specs = {key: spec_of(tensor) for key, tensor in single.items()}
