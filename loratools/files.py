@@ -81,7 +81,8 @@ def load(
     weights, config_path = locate(Path(path))
     source = open_petl(weights, petl) or open_source(weights)
     metadata = dict(source.metadata)
-    stated = metadata.pop(CONFIG_KEY, None)  # a packed file holds the config of its adapter
+    # a packed file holds the config of its adapter
+    stated = metadata.pop(CONFIG_KEY, None) if source.container == "packed" else None
     try:
         config = json.loads(stated) if stated else read_config(config_path) if config_path else None
         header = Header(weights, source.specs, metadata, config, partial(config_beside, weights.parent))

@@ -354,3 +354,10 @@ def test_adapters_that_are_dropped_leave_no_file_open(samples: Callable[[str], P
     for _ in range(50):
         next(iter(loratools.load(path).values()))
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_the_config_of_a_packed_file_is_not_looked_for_in_another(tmp_path: Path) -> None:
+    tensors = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"loratools.config": "{"})
+    adapter = loratools.load(tmp_path / "a.safetensors")
+    assert adapter.metadata["loratools.config"] == "{"

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from loratools._lazy import torch
-from loratools.errors import NeedsBaseError
+from loratools.errors import AdapterError, NeedsBaseError
 from loratools.operators import BlockDiagonal
 from loratools.storage.header import spec_of
 
@@ -151,7 +151,13 @@ class Update(ABC):
         shape = None if base is None else tuple(base.shape)
         if shape is None:
             shape = self.base_shape({slot: spec_of(t) for slot, t in self.parameters().items()}, self.layout)
-        assert shape is not None  # a family whose files do not tell needs the base
+        if shape is None:
+            raise NeedsBaseError("nothing states the shape of the base parameter")
+        parts = op.blocks if isinstance(op, BlockDiagonal) else (op,)
+        if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
+            raise AdapterError(
+                f"its delta is {op.shape[0]} x {op.shape[1]}, and its base parameter is said to be {shape}"
+            )
         if isinstance(op, BlockDiagonal):
             stacked = torch.stack([b.dense() for b in op.blocks])
             stacked = stacked.mT if self.layout.experts > 1 and self.layout.transposed else stacked

@@ -11,7 +11,8 @@ from loratools.errors import UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.random_places import check_spectrum, drawn, scattered, seed_of
+from loratools.families.random_places import check_spectrum, drawn, scattered
+from loratools.families.stated import seed_of
 from loratools.operators import Dense, LowRank, Operator
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_matrix
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
+from loratools.families.stated import number_of
 from loratools.operators import LowRank, Operator
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class LoLDU(Fittable):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> LoLDU:
-        norm = settings.get("pivot_norm")
-        return cls(parameters["loldu_z"], scale, layout, None if norm is None else float(norm))
+        return cls(parameters["loldu_z"], scale, layout, number_of(settings, "pivot_norm"))
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

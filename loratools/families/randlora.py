@@ -13,6 +13,7 @@ from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
 from loratools.families.randlora_fit import alternated
+from loratools.families.random_projections import draw_of
 from loratools.operators import Dense, Operator
 
 if TYPE_CHECKING:
@@ -82,9 +83,13 @@ class RandLoRA(Fittable):
                 raise AdapterError(
                     f"randlora_A {tuple(a.shape)} and randlora_B {tuple(b.shape)} do not fit a rank of {len(left)}"
                 )
-        found = (settings.get(key) for key in ("seed", "draw", "largest"))
-        seed, draw, largest = found
-        return cls(left, right, stored, seed, draw or "dense", largest, scale, layout)
+        seed, largest = draw_of(settings)
+        draw = next((each for each in _DRAWS.values() if each == settings.get("draw", "dense")), None)
+        if draw is None:
+            raise AdapterError(
+                f"its settings state {settings['draw']!r} for draw, which is none of {', '.join(_DRAWS)}"
+            )
+        return cls(left, right, stored, seed, draw, largest, scale, layout)
 
     @classmethod
     def redrawn(cls, settings: Settings) -> frozenset[str]:

@@ -11,8 +11,6 @@ from loratools.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratools.families.base import Settings
-
 
 def scattered(values: Tensor, seed: int, shape: tuple[int, int], padded: tuple[int, int]) -> Tensor:
     """Zeros (padded), float64, with the values in their places in the middle (m, n) of it.
@@ -27,14 +25,6 @@ def scattered(values: Tensor, seed: int, shape: tuple[int, int], padded: tuple[i
     rows, columns = places // n + (padded[0] - m) // 2, places % n + (padded[1] - n) // 2
     dense[rows, columns] = values.double()
     return dense
-
-
-def seed_of(settings: Settings) -> int:
-    """The seed of the places; AdapterError where none is stated."""
-    seed = settings.get("seed")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise AdapterError(f"its settings state {seed!r} for a seed")
-    return seed
 
 
 def check_spectrum(slot: str, shape: tuple[int, ...]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.errors import AdapterError, NeedsBaseError
+from loratools.families.stated import seed_of, sides_of
 from loratools.operators import LowRank
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ class Projections:
     ) -> Projections:
         """From the shared tensors where they are there, else from the settings; AdapterError for the wrong rank."""
         if not set(slots) <= set(tensors):
-            exact = bool(settings.get("exact", False))
-            return cls(rank, rows, None, settings.get("seed"), settings.get("largest"), exact)
+            return cls(rank, rows, None, *draw_of(settings), bool(settings.get("exact", False)))
         a, b = (tensors[slot] for slot in slots)
         if a.ndim != 2 or b.ndim != 2 or len(a) != rows or b.shape[1] != rank:
             raise AdapterError(
@@ -78,6 +78,17 @@ class Projections:
         # PEFT keeps them in the dtype of the base
         half = not self.exact and dtype in (torch.float16, torch.bfloat16)
         return (drawn[0].to(dtype), drawn[1].to(dtype)) if half else (drawn[0], drawn[1])
+
+
+def draw_of(settings: Settings) -> tuple[int | None, tuple[int, int] | None]:
+    """Seed and (widest output, widest input) that random matrices are drawn from, None where they are not stated."""
+    seed = None if settings.get("seed") is None else seed_of(settings)
+    if settings.get("largest") is None:
+        return seed, None
+    largest = sides_of(settings, "largest")
+    if len(largest) != 2:
+        raise AdapterError(f"its settings state {list(largest)} for largest, which are not two sizes")
+    return seed, (largest[0], largest[1])
 
 
 def scaled(lambda_b: Tensor, lambda_d: Tensor, a: Tensor, b: Tensor, scale: float) -> LowRank:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update, base_matrix
+from loratools.families.stated import whole_of
 from loratools.operators import Dense, Operator
 
 if TYPE_CHECKING:
@@ -42,7 +43,11 @@ class RoAd(Update):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> RoAd:
-        angles, variant, group = parameters["road_theta"], int(settings["variant"]), int(settings["group"])
+        angles, variant, group = (
+            parameters["road_theta"],
+            whole_of(settings, "variant", 1),
+            whole_of(settings, "group", 1),
+        )
         if angles.numel() * 2 % (variant * group):
             raise AdapterError(f"{angles.numel()} angles do not fill groups of {group} outputs in variant {variant}")
         return cls(angles, parameters["road_alpha"], variant, group, scale, layout)

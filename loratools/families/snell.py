@@ -12,6 +12,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
+from loratools.families.stated import number_of
 from loratools.linalg.svd import truncate
 from loratools.operators import Dense, LowRank, Operator
 
@@ -78,16 +79,10 @@ class SNELL(Fittable):
     def from_parameters(
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> SNELL:
-        threshold = settings.get("threshold")
-        if threshold is not None and not 0 <= float(threshold) <= 1:
+        threshold = number_of(settings, "threshold")
+        if threshold is not None and not 0 <= threshold <= 1:
             raise AdapterError(f"the threshold {threshold!r} is no share of its entries")
-        return cls(
-            dict(parameters),
-            scale,
-            layout,
-            None if threshold is None else float(threshold),
-            bool(settings.get("is_kernel", False)),
-        )
+        return cls(dict(parameters), scale, layout, threshold, bool(settings.get("is_kernel", False)))
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

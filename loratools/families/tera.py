@@ -13,6 +13,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
+from loratools.families.stated import LONGEST, seed_of, sides_of
 from loratools.families.tera_fit import along_modes, fitted_scales
 from loratools.operators import Dense, LowRank, Operator
 
@@ -71,16 +72,12 @@ class TeRA(Fittable):
         cls, parameters: Mapping[str, Tensor], *, scale: float, layout: Layout, settings: Settings = NO_SETTINGS
     ) -> TeRA:
         d = parameters["tera_d"]
-        try:
-            sizes = [tuple(int(size) for size in settings[name]) for name in ("outputs", "inputs", "ranks")]
-            seed, checksum = int(settings["seed"]), str(settings["checksum"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"its settings tell no tensor: {error!r}") from None
-        outputs, inputs, ranks = sizes
-        modes = len(outputs) + len(inputs)
-        if not outputs or not inputs or len(ranks) != modes or min(sum(sizes, ())) < 1 or sum(ranks) != len(d):
+        outputs, inputs, ranks = (sides_of(settings, name) for name in ("outputs", "inputs", "ranks"))
+        if len(ranks) != len(outputs) + len(inputs) or sum(ranks) != len(d) or math.prod(ranks) > LONGEST:
             raise AdapterError(f"{len(d)} scales are not those of modes {outputs} x {inputs} with ranks {ranks}")
-        return cls(d, seed, outputs, inputs, ranks, checksum, scale, layout)
+        if layout.shape is not None and layout.sides != (math.prod(outputs), math.prod(inputs)):
+            raise AdapterError(f"modes {outputs} x {inputs} do not make a weight of {layout.sides}")
+        return cls(d, seed_of(settings), outputs, inputs, ranks, str(settings.get("checksum")), scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update
+from loratools.families.stated import seed_of
 from loratools.operators import LowRank, Operator
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TinyLoRA(Update):
         if stored is not None and settings.get("one_vector"):
             return cls(tensors, v, stored, scale, layout)
         drawn = torch.normal(
-            0.0, rank**-0.5, size=(len(v), rank, rank), generator=torch.Generator().manual_seed(settings["seed"])
+            0.0, rank**-0.5, size=(len(v), rank, rank), generator=torch.Generator().manual_seed(seed_of(settings))
         )
         if stored is None:
             return cls(tensors, v, drawn, scale, layout)

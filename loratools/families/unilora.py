@@ -11,6 +11,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
+from loratools.families.stated import SEEDS, whole_of
 from loratools.families.unilora_fit import fitted_vector
 from loratools.operators import LowRank, Operator
 
@@ -70,9 +71,10 @@ class UniLoRA(Fittable):
     ) -> UniLoRA:
         tensors, theta = {slot: t for slot, t in parameters.items() if slot != _THETA}, parameters[_THETA]
         if _PLACE in tensors:
-            if theta.ndim != 1 or settings.get("length") != len(theta) or not {"seed", "total"} <= set(settings):
+            if theta.ndim != 1 or whole_of(settings, "length", 1) != len(theta):
                 raise AdapterError(f"{_THETA} {tuple(theta.shape)} is not the vector that its settings tell of")
-            return cls(tensors, theta, scale, layout, settings["seed"], settings["total"])
+            seed, total = whole_of(settings, "seed", most=SEEDS[1]), whole_of(settings, "total", 1)
+            return cls(tensors, theta, scale, layout, seed, total)
         for side in "AB":
             indices = tensors[f"unilora_indices_{side}"].long()
             if theta.ndim != 1 or int(indices.min()) < 0 or int(indices.max()) >= len(theta):
@@ -82,7 +84,7 @@ class UniLoRA(Fittable):
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         if _PLACE in specs:
-            alone = len(specs) == 1 and specs[_PLACE].shape == (2,)
+            alone = len(specs) == 1 and specs[_PLACE].shape == (2,) and specs[_PLACE].dtype == "I64"
             return None if alone else f"{_PLACE} is not two numbers in place of indices"
         if missing := sorted(_STATED - set(specs)):
             return f"{', '.join(missing)} missing"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from loratools._lazy import torch
 from loratools.errors import AdapterError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, Update, base_size
+from loratools.families.stated import whole_of
 from loratools.operators import LowRank, Operator
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class VBLoRA(Update):
         bank = parameters[_BANK]
         if bank.ndim != 2 or not bank.numel():
             raise AdapterError(f"{_BANK} {tuple(bank.shape)} holds no vectors")
-        return cls(tensors, bank, settings.get("topk", 2), scale, layout)
+        return cls(tensors, bank, whole_of({"topk": 2, **settings}, "topk", 1), scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

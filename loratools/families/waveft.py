@@ -11,8 +11,9 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.random_places import check_spectrum, drawn, scattered, seed_of
-from loratools.families.waveft_fit import best_coefficients, padded_size
+from loratools.families.random_places import check_spectrum, drawn, scattered
+from loratools.families.stated import seed_of
+from loratools.families.waveft_fit import best_coefficients, is_known, padded_size
 from loratools.linalg.entries import entries_at
 from loratools.linalg.wavelets import filters
 from loratools.operators import Dense, Operator
@@ -74,7 +75,10 @@ class WaveFT(Fittable):
         seed = seed_of(settings)
         if "wavelet" not in settings:
             raise AdapterError("its settings name no wavelet, nor None for entries")
-        return cls(parameters["waveft_spectrum"], seed, settings["wavelet"], scale, layout)
+        wavelet = settings["wavelet"]
+        if wavelet is not None and not is_known(wavelet):
+            raise AdapterError(f"its settings name the wavelet {wavelet!r}, which PyWavelets does not know")
+        return cls(parameters["waveft_spectrum"], seed, wavelet, scale, layout)
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:

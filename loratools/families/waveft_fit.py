@@ -6,7 +6,7 @@ each row or column inside they make a small system of their own, and those of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.linalg.entries import entries_at
@@ -24,6 +24,13 @@ def padded_size(size: int, wavelet: str) -> int:
 
     lost = pywt.Wavelet(wavelet).rec_len - 2
     return int(size + lost + (size + lost) % 2)
+
+
+def is_known(wavelet: Any) -> bool:
+    """Whether PyWavelets has discrete filters of that name."""
+    import pywt  # takes a tenth of a second
+
+    return wavelet in pywt.wavelist(kind="discrete")
 
 
 def best_coefficients(delta: Operator, rows: Tensor, columns: Tensor, wavelet: str) -> Tensor:

@@ -80,6 +80,8 @@ class WaveletBands(Fittable):
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
         if any(len(spec.shape) != 1 or not spec.numel for spec in specs.values()):
             return "its factors or their ranks are no vectors"
+        if specs["wavelet_ranks"].dtype.startswith(("F", "BF")):
+            return f"wavelet_ranks of {specs['wavelet_ranks'].dtype} are no whole numbers"
         bands = specs["wavelet_ranks"].shape[0]
         return None if bands >= 4 and bands % 3 == 1 else f"{bands} bands are not those of any number of levels"
 
@@ -167,9 +169,12 @@ def _owners(sizes: list[int]) -> Tensor:
 
 
 def wavelet_of(settings: Settings) -> str:
-    """The name of the wavelet; AdapterError where none is stated, UsageError where it is no orthogonal one."""
+    """The name of the wavelet; AdapterError where none is stated, or one that is not orthogonal."""
     name = settings.get("wavelet")
     if not isinstance(name, str):
         raise AdapterError("its settings name no wavelet")
-    filters(name)
+    try:
+        filters(name)
+    except UsageError as error:  # as an option it would be
+        raise AdapterError(str(error)) from None
     return name

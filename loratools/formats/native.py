@@ -21,6 +21,8 @@ UPDATES_KEY = "loratools.updates"  # in the metadata: what the targets are
 SHARED = "shared."  # begins the keys of tensors that several targets share
 VERSION = 1
 _PLAIN = Layout()
+# Of one base weight, several times the largest there are: some families make all of it of a few numbers and its shape.
+_MAX_NUMBERS = 2**33
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Native(Format):
     def bind(cls, header: Header, hints: Hints = Hints()) -> Self:
         try:
             described, parameters = _read(header.metadata[UPDATES_KEY])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{header.path}: {UPDATES_KEY} in its metadata is broken: {error}") from None
         keys: dict[str, dict[str, str]] = {}
         extras = []
@@ -163,7 +165,8 @@ def _read(text: str) -> tuple[dict[str, Described], dict[str, str]]:
     if whole["version"] != VERSION:
         raise ValueError(f"version {whole['version']!r} is not known to this loratools")
     found: dict[str, Described] = {}
-    for kind in whole["kinds"]:
+    for each in whole["kinds"]:
+        kind = _object(each)
         scale = float(kind.get("scale", 1.0))
         if not math.isfinite(scale):
             raise ValueError(f"the scale {scale}")
@@ -177,7 +180,7 @@ def _read(text: str) -> tuple[dict[str, Described], dict[str, str]]:
 
 def _layout(kind: Mapping[str, Any]) -> Layout:
     given = dict(_object(kind.get("layout", {})))
-    if unknown := set(given) - {f.name for f in fields(Layout)}:
+    if unknown := set(given) - {f.name for f in fields(Layout) if f.name != "shape"}:
         raise ValueError(f"the layout has {sorted(unknown)[0]!r}")
     if "blocks" in given:
         given["blocks"] = tuple((int(rows), bool(updated)) for rows, updated in given["blocks"])
@@ -186,6 +189,11 @@ def _layout(kind: Mapping[str, Any]) -> Layout:
         if not shape or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
             raise ValueError(f"the shape {shape!r}")
         shape = tuple(shape)
+        if math.prod(shape) > _MAX_NUMBERS:
+            raise ValueError(f"the shape {shape}, which no weight has")
+    for name, value in given.items():
+        if name != "blocks" and (type(value) is not type(getattr(_PLAIN, name)) or (name == "experts" and value < 1)):
+            raise ValueError(f"{value!r} for {name} of the layout")
     return Layout(**given, shape=shape)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, final
 from loratools.errors import naming
 from loratools.families.base import LowRankUpdate
 from loratools.operators import LowRank
-from loratools.ops.gridding import Components, components_of, weighted_components_of
+from loratools.ops.gridding import Components, components_of, finest_step, weighted_components_of
 from loratools.ops.spectra import is_finite_update
 from loratools.ops.steps import Spread
 from loratools.pipeline import ordered_map, worker_count
@@ -68,7 +68,9 @@ class ComponentStore:
             return []
         if update.family == "full":
             diff = update.parameters()["diff"].double()
-            return [Spread(diff.numel(), float(diff.square().mean().sqrt()))] if diff.numel() else []
+            if not diff.numel():
+                return []
+            return [Spread(diff.numel(), float(diff.square().mean().sqrt()), finest_step(float(diff.abs().max())))]
         part = grid_part(self._adapter, target, update)
         if part is None:
             return []
@@ -77,7 +79,7 @@ class ComponentStore:
             c = self.of(target, update, part)
             by = abs(self.scale(target, update)) or 1.0
         return [
-            Spread(side, by * norm / math.sqrt(side))
+            Spread(side, by * norm / math.sqrt(side), by * finest_step(c.largest))
             for side, norms in ((c.x.shape[0], c.x.double().norm(dim=0)), (c.y.shape[1], c.y.double().norm(dim=1)))
             for norm in norms.tolist()
         ]

@@ -81,24 +81,37 @@ def _components(up: torch.Tensor, down: torch.Tensor, s: torch.Tensor) -> Compon
     return Components(up[:, some] * root, s[some], down[some] * root.unsqueeze(1))
 
 
-def on_grid(c: Components, step: float, *, trial: bool = False) -> tuple[Coded, Coded]:
-    """up (m, k) and down (k, n) whose product approximates the delta, at the grid `step`; k is at least 1.
+def on_grid(c: Components, step: float, least: int = 1, *, trial: bool = False) -> tuple[Coded, Coded]:
+    """up (m, k) and down (k, n) whose product approximates the delta, at the grid `step`; k is at least `least`.
 
     One gain for each component, solved for all of them together, makes good what rounding towards zero takes away. A
     trial, for the size alone, does without.
     """
     m, n = c.x.shape[0], c.y.shape[1]
-    none = torch.zeros(1, m, dtype=torch.int16), torch.zeros(1, n, dtype=torch.int16)
+    none = torch.zeros(least, m, dtype=torch.int16), torch.zeros(least, n, dtype=torch.int16)
     if not c.s.numel():
         return _pair(*none, torch.zeros(1), torch.zeros(1))
-    step = max(step, c.largest * _FINEST, c.largest / (LARGEST - 1))
+    step = max(step, finest_step(c.largest))
     x, y = rounded(c.x.T / step), rounded(c.y / step)
     kept = (x.abs().amax(1) > 0) & (y.abs().amax(1) > 0)
     if not bool(kept.any()):  # less than the step: a component of zeros
         return _pair(*none, torch.zeros(1), torch.zeros(1))
     x, y, nominal = x[kept], y[kept], step**2 / c.s[kept]
     gains = nominal if trial else _gains(c, x.T.double(), y.double(), nominal)
+    if (more := least - len(x)) > 0:  # components of zeros
+        pad = torch.nn.functional.pad
+        x, y, gains, nominal = (
+            pad(x, (0, 0, 0, more)),
+            pad(y, (0, 0, 0, more)),
+            pad(gains, (0, more)),
+            pad(nominal, (0, more)),
+        )
     return _pair(x, y, gains, nominal)
+
+
+def finest_step(largest: float) -> float:
+    """The step for numbers up to `largest` below which there is nothing to gain."""
+    return largest * max(_FINEST, 1 / (LARGEST - 1))
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -127,11 +140,17 @@ def _pair(x: torch.Tensor, y: torch.Tensor, gains: torch.Tensor, nominal: torch.
     return Coded((x.shape[1], x.shape[0]), up, transposed=True), Coded((y.shape[0], y.shape[1]), down)
 
 
+def multiplied(coded: Coded, by: float) -> Coded:
+    """A matrix on a grid, times a number that is not zero; its codes stay."""
+    assert isinstance(coded.parts, Gridded)  # of which `on_grid` makes two
+    return replace(coded, parts=replace(coded.parts, scales=coded.parts.scales * by))
+
+
 def dense_on_grid(matrix: torch.Tensor, step: float) -> Coded:
     """A dense delta (m, n) at the grid `step`, with a gain for each row."""
     x = matrix.double()
     largest = float(x.abs().max()) if x.numel() else 0.0
-    step = max(step, largest * _FINEST, largest / (LARGEST - 1)) or 1.0
+    step = max(step, finest_step(largest)) or 1.0
     codes = rounded(x / step)
     wide = codes.double()
     square = wide.square().sum(1)

@@ -21,7 +21,7 @@ from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.ops.coders import Banded, Plain, Scales, balanced, delta_come, loraquant, singular_pair
 from loratools.ops.components import ComponentStore, grid_part
-from loratools.ops.gridding import already_on_grid, dense_on_grid, on_grid
+from loratools.ops.gridding import already_on_grid, dense_on_grid, multiplied, on_grid
 from loratools.ops.initial import AT_OTHER_RANKS, refuse_mutated
 from loratools.ops.spectra import is_finite_update, known_delta, nonfinite_error
 from loratools.ops.statistics import Statistics, weighed_targets
@@ -98,7 +98,7 @@ class _Outcome:
     target: str
     coded: TargetCoded | None  # None: carried over
     reason: str
-    squared_norm: float
+    squared_norm: float  # NaN where it is not known
     squared_error: float
 
 
@@ -221,7 +221,7 @@ def _run(
     search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()))
     while (step := search.next_step()) is not None:
         size = write_packed(adapter, _packed(adapter, options, _Grid(step, store, trial=True), [], _forget), None)
-        search.tried(step, size.file if options.budget else size.codes)
+        search.tried(step, *((size.file, size.file - size.codes) if options.budget else (size.codes, 0)))
     return _written(adapter, options, _Grid(search.best, store), path, keep=keep, force=force)
 
 
@@ -250,7 +250,7 @@ def _one(adapter: Adapter, target: str, options: Quantize, grid: _Grid | None) -
     if not is_finite_update(update):
         if not options.allow_nonfinite:
             raise nonfinite_error(target)
-        return _carried(adapter, target, update, "holds NaN or infinity")
+        return _carried(adapter, target, update, "holds NaN or infinity", math.nan)
     try:
         if options.method in ("grid", "balanced", "loraquant", "delta-come"):
             part = grid_part(adapter, target, update)
@@ -267,9 +267,17 @@ def _one(adapter: Adapter, target: str, options: Quantize, grid: _Grid | None) -
         raise AdapterError(f"{target}: {error}") from error
 
 
-def _carried(adapter: Adapter, target: str, update: Update, reason: str) -> _Result:
+def _carried(adapter: Adapter, target: str, update: Update, reason: str, norm: float) -> _Result:
     contents = {slot: Raw(tensor) for slot, tensor in _stored(adapter, target, update).items()}
-    return PackedTarget(target, update, contents), _Outcome(target, None, reason, 0.0, 0.0)
+    return PackedTarget(target, update, contents), _Outcome(target, None, reason, norm, 0.0)
+
+
+def _squared_norm(update: Update) -> float:
+    """||delta||^2, NaN where it needs the base."""
+    try:
+        return frobenius(known_delta(update)) ** 2
+    except AdapterError:
+        return math.nan
 
 
 def _stored(adapter: Adapter, target: str, update: Update) -> dict[str, Tensor]:
@@ -286,30 +294,27 @@ def _factored(
 ) -> _Result:
     """A product of two factors in codes, in whichever pair suits the method."""
     rank = adapter.entries[target].rank
-    scale = adapter.format.writable_scale(target, rank, update.scale, "fold")
     left, right = part.left.double() * part.scale, part.right.double()
+    trial = grid is not None and grid.trial
     if grid is not None:
-        components = grid.components.of(target, update, part)
-        codes = on_grid(components, grid.step / abs(scale or 1.0), trial=grid.trial)
+        before, components = grid.components.scale(target, update), grid.components.of(target, update, part)
+        rows = rank if adapter.format.uniform else 1
+        codes = on_grid(components, grid.step / abs(before or 1.0), rows, trial=trial)
         label = "grid"
+        scale = adapter.format.writable_scale(target, codes[0].shape[1], update.scale, "fold")
+        if before != scale:  # what a dialect can say of a scale may depend on the rank
+            codes = codes[0], multiplied(codes[1], before / scale)
     else:
+        scale = adapter.format.writable_scale(target, min(left.shape[0], *right.shape), update.scale, "fold")
         pair = singular_pair(left / (scale or 1.0), right)
         coder, label = _banded(options, *pair)
         codes = coder.of_singular(*pair)
-    trial = grid is not None and grid.trial
     up, down = (part.left.new_zeros(c.shape) if trial else c.decode() for c in codes)
-    k = up.shape[1]
-    if k != rank:  # what a dialect can say of a scale may depend on the rank
-        kept = adapter.format.writable_scale(target, k, update.scale, "fold")
-        if not math.isclose(kept, scale):
-            raise AdapterError(
-                f"{target}: the dialect {adapter.format.name} has no place for another rank; convert first"
-            )
     new = update.with_direction(LowRank(up, down, scale), scale=scale)
     tensors = _stored(adapter, target, new)
-    flipped = adapter.format.packing(target, "down") == "transposed"
     contents: dict[str, Content] = {slot: Raw(tensor) for slot, tensor in tensors.items() if slot not in ("up", "down")}
     for slot, coded in zip(("up", "down"), codes, strict=True):
+        flipped = adapter.format.packing(target, slot) == "transposed"
         contents[slot] = Coded(tuple(tensors[slot].shape), coded.parts, coded.transposed != flipped)
     if trial:
         return _outcome(target, rank, new, contents, label, 0.0, 0.0)
@@ -341,10 +346,11 @@ def _dense(adapter: Adapter, target: str, update: Update, grid: _Grid) -> _Resul
     """A delta that is stored as it is goes on the grid; of other families nobody knows what an error would do."""
     tensors = _stored(adapter, target, update)
     if update.family != "full" or len(tensors) != 1:
-        return _carried(adapter, target, update, f"{update.family}: only factors and full deltas go on a grid")
+        norm = 0.0 if grid.trial else _squared_norm(update)
+        return _carried(adapter, target, update, f"{update.family}: only factors and full deltas go on a grid", norm)
     (slot, tensor), *_ = tensors.items()
     if tensor.numel() < _SMALL or tensor.ndim < 2:
-        return _carried(adapter, target, update, "is small")
+        return _carried(adapter, target, update, "is small", _squared_norm(update))
     coded = replace(dense_on_grid(tensor.flatten(1), grid.step), shape=tuple(tensor.shape))
     if grid.trial:
         return _outcome(target, adapter.entries[target].rank, update, {slot: coded}, "grid", 0.0, 0.0)
@@ -372,7 +378,7 @@ def _by_tensor(adapter: Adapter, target: str, update: Update, code: _Coder, labe
         if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() >= _SMALL and slot not in _NORMS:
             contents[slot] = code(tensor, components_last=(slot == "up") != flipped)
     if not contents:
-        return _carried(adapter, target, update, "has no tensor that is worth codes")
+        return _carried(adapter, target, update, "has no tensor that is worth codes", _squared_norm(update))
     return _of_tensors(adapter, target, update, contents, label)
 
 
@@ -402,17 +408,19 @@ def _outcome(
 
 
 def _report(adapter: Adapter, outcomes: list[_Outcome], size: int) -> QuantizeReport:
-    known = [o for o in outcomes if o.coded is not None and not math.isnan(o.squared_norm)]
+    known = [o for o in outcomes if not math.isnan(o.squared_norm)]
     norm, error = math.fsum(o.squared_norm for o in known), math.fsum(o.squared_error for o in known)
     targets = {o.target: o.coded for o in outcomes if o.coded is not None}
     unchanged = dict(adapter.unsupported) | {o.target: o.reason for o in outcomes if o.coded is None}
     numbers, before = _numbers(adapter), adapter.file_nbytes
+    nothing_known = bool(targets) and all(coded.relative_error is None for coded in targets.values())
+    lost_share = None if nothing_known else math.sqrt(error / norm) if norm else 0.0
     total: dict[str, float | int | None] = {
         "targets": len(outcomes) + len(adapter.unsupported),
         "quantized": len(targets),
         "rank_before": max((c.rank_before for c in targets.values()), default=0),
         "rank_after": max((c.rank_after for c in targets.values()), default=0),
-        "relative_error": math.sqrt(error / norm) if norm else 0.0,
+        "relative_error": lost_share,
         "bits_per_number": 8 * size / numbers if numbers else 0.0,
         "bytes_before": before,
         "bytes_after": size,
@@ -420,9 +428,9 @@ def _report(adapter: Adapter, outcomes: list[_Outcome], size: int) -> QuantizeRe
     notes = [*adapter.warnings]
     if lost := [t for t, c in targets.items() if c.relative_error is not None and c.relative_error > 0.999]:
         notes.append(f"{len(lost)} of {len(targets)} deltas are gone; first: {lost[0]}; allow more bits")
-    if targets and total["relative_error"] > 0.5:  # type: ignore[operator]
+    if targets and lost_share is not None and lost_share > 0.5:
         notes.append(
-            f"the relative error is {total['relative_error']:.2f}: more than half of the delta's norm is lost; "
+            f"the relative error is {lost_share:.2f}: more than half of the delta's norm is lost; "
             "allow more bits, or train through the rounding"
         )
     if size > before:

@@ -12,18 +12,19 @@ from loratools.ops.gridding import DEADZONE
 from loratools.sizes import format_size
 
 _NEAR = 0.99  # of the budget: nearer is not worth another pass
+_FAR = 0.9  # of the budget: what leaves more unused is worth as many passes again
 _PASSES = 8
 _PER_COMPONENT = 4.0  # bytes: its gain and its classes
 _PER_TARGET = 40.0
-_FINEST_BITS = 40  # octaves below the largest entry, and above it, between which steps are sought
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Some numbers of one distribution: how many they are, and their root mean square."""
+    """Some numbers of one distribution: how many they are, their root mean square, and the finest step they take."""
 
     count: int
     rms: float
+    finest: float  # a step below it makes the same codes
 
 
 @dataclass
@@ -32,20 +33,21 @@ class StepSearch:
 
     goal: int
     spreads: Sequence[Spread]
-    fixed: float  # bytes of the file that no step changes, as far as is known
+    overhead: float  # bytes of the file that no step changes: a guess, until one was tried
     tries: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
     def begun(cls, goal: int, spreads: Iterable[Spread], n_targets: int) -> StepSearch:
         """For the numbers that go on the grid, which belong to `n_targets`."""
-        return cls(goal, tuple(spreads), _PER_TARGET * n_targets)
+        return cls(goal, tuple(s for s in spreads if s.rms > 0), _PER_TARGET * n_targets)
 
     def next_step(self) -> float | None:
         """The step to try next; None where the best one is known. UsageError where no step fits."""
+        if not self.tries:
+            return self._modelled(1.0)
         fitting = [(step, size) for step, size in self.tries if size <= self.goal]
-        if any(size >= _NEAR * self.goal for _, size in fitting):
-            return None
-        if len(self.tries) >= _PASSES or (self.tries and self._is_exhausted()):
+        used = max((size / self.goal for _, size in fitting), default=0.0)
+        if used >= _NEAR or len(self.tries) >= (_PASSES if used >= _FAR else 2 * _PASSES) or self._is_exhausted():
             if not fitting:
                 least = min(size for _, size in self.tries)
                 raise UsageError(
@@ -53,53 +55,65 @@ class StepSearch:
                     "nothing is left of the deltas"
                 )
             return None
-        if not self.tries:
-            return self._modelled(1.0)
+        if not fitting and len(self.tries) == 2 * _PASSES - 1:
+            return self._coarsest
         # the model is right but for a factor, which the nearest try tells
         step, size = min(self.tries, key=lambda pair: abs(math.log(pair[1] / self.goal)))
-        guess = self._modelled(max(self._bytes(step), 1.0) / size)
-        below = max((s for s, size in self.tries if size > self.goal), default=None)  # too fine
-        above = min((s for s, _ in fitting), default=None)
-        if below is not None and guess <= below:
-            guess = math.sqrt(below * above) if above is not None else below * 1.3
-        elif above is not None and guess >= above:
-            guess = math.sqrt(below * above) if below is not None else above / 1.3
-        return guess
+        guess = self._modelled(max(size - self.overhead, 1.0) / max(self._codes(step), 1.0))
+        too_fine = max((s for s, size in self.tries if size > self.goal), default=self._finest)
+        fits = min((s for s, _ in fitting), default=self._coarsest)
+        if too_fine < guess < fits or (guess == fits and not fitting):
+            return guess
+        # where nothing fits yet, by strides that grow: the model may be far off where names take the most
+        return math.sqrt(too_fine * fits) if fitting else min(fits, too_fine * 1.3**2.0 ** (len(self.tries) - 1))
 
-    def tried(self, step: float, size: int) -> None:
-        """What the file takes with a step."""
+    def tried(self, step: float, size: int, overhead: int) -> None:
+        """What the file takes with a step, `overhead` bytes of it for other things than codes and scales."""
         self.tries.append((step, size))
+        self.overhead = overhead
 
     @property
     def best(self) -> float:
         """The finest step that fits."""
         return min(step for step, size in self.tries if size <= self.goal)
 
+    @property
+    def _finest(self) -> float:
+        """The step at which all is kept that can be."""
+        return min((s.finest for s in self.spreads), default=1.0)
+
+    @property
+    def _coarsest(self) -> float:
+        """A step at which nothing is kept."""
+        return 4 * max((s.rms * math.sqrt(s.count) for s in self.spreads), default=1.0)
+
     def _is_exhausted(self) -> bool:
         """Whether no other step would come nearer: all is kept already, or nothing is."""
-        steps = [step for step, _ in self.tries]
-        sizes = [size for _, size in self.tries]
-        top = max((s.rms * math.sqrt(s.count) for s in self.spreads), default=0.0)
-        all_kept = min(steps) <= top * 2.0**-_FINEST_BITS or (max(sizes) <= self.goal and len(set(sizes)) < len(sizes))
-        return not self.spreads or all_kept or (max(steps) >= 4 * top and min(sizes) > self.goal)
+        if not self.spreads:
+            return True
+        return any(step <= self._finest if size <= self.goal else step >= self._coarsest for step, size in self.tries)
 
     def _modelled(self, bias: float) -> float:
-        """The step at which the model, divided by `bias`, meets a little less than the goal."""
-        top = max((s.rms * math.sqrt(s.count) for s in self.spreads), default=1.0)
-        low, high = math.log(top) - _FINEST_BITS * math.log(2), math.log(top) + 2 * math.log(2)
+        """The step at which the model, its codes times `bias`, meets a little less than the goal."""
+        room = 0.996 * self.goal - self.overhead
+        if not self.spreads or bias * self._codes(self._finest) <= room:
+            return self._finest
+        if bias * self._codes(self._coarsest) > room:
+            return self._coarsest
+        low, high = math.log(self._finest), math.log(self._coarsest)
         for _ in range(40):
             middle = (low + high) / 2
-            if self._bytes(math.exp(middle)) / bias > 0.996 * self.goal:
+            if bias * self._codes(math.exp(middle)) > room:
                 low = middle
             else:
                 high = middle
         return math.exp(high)
 
-    def _bytes(self, step: float) -> float:
-        """What the file takes, by the entropy of Gaussian numbers on the grid."""
-        total = self.fixed
+    def _codes(self, step: float) -> float:
+        """What codes and scales take, by the entropy of Gaussian numbers on the grid."""
+        total = 0.0
         for spread in self.spreads:
-            if (bits := gaussian_bits(spread.rms / step)) > 1e-3:
+            if (bits := gaussian_bits(spread.rms / max(step, spread.finest))) > 1e-3:
                 total += bits * spread.count / 8 + _PER_COMPONENT / 2
         return total
 

@@ -26,8 +26,9 @@ class QuantizeReport:
     """Every target of the input is in `targets` or, with the reason, in `unchanged`.
 
     `total` has the sizes of the files, of which the new one is counted to the last byte, the bits to a number of the
-    input that this makes, the relative error of all deltas together, and their `weighted_error`: the same in the norm
-    of the inputs (linalg/input_norm.py), of the targets that the statistics know; None without statistics.
+    input that this makes, the relative error of all known deltas together, those of `unchanged` included (None where
+    all that were coded need the base), and their `weighted_error`: the same in the norm of the inputs
+    (linalg/input_norm.py), of the targets that the statistics know; None without statistics.
     """
 
     targets: Mapping[str, TargetCoded]

@@ -21,7 +21,8 @@ once decoded, piece, first byte in it, kind, and then
 A piece's streams, in the order of their classes at its end, hold the rows of each class one after the other, deflated
 without a header: `class: [base, numbers to a byte, numbers, bytes]`. A number x is folded to 2x - 1 above zero and to
 -2x elsewhere, which is below the base; a byte holds several as digits of that base, the first the lowest; where it
-holds none, each number has two bytes.
+holds none, each number has two bytes. Where the index has `crc`, the last four bytes of every piece, after its
+streams, are the CRC-32 of those before them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ _PIECE: Final = 8 << 20  # bytes of a piece before it is closed
 _PIECE_NUMBERS: Final = 8 << 20  # numbers on the grid likewise
 _MAX_INDEX: Final = 256 << 20
 _MAX_NUMBERS: Final = 2**31  # of one tensor: beyond, a file claims what it does not hold
+# What reading an index that is not as it should be may end in.
+_DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +172,8 @@ class PackedSink(TensorSink):
             self.coded += len(data)
             if data:
                 self._append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        whole = torch.cat(self._bytes) if self._bytes else torch.zeros(0, dtype=torch.uint8)
-        self._sink.write(f"data.{len(self._pieces)}", whole)
+        whole = torch.cat(self._bytes)
+        self._sink.write(f"data.{len(self._pieces)}", torch.cat([whole, _checksum(whole)]))
         self._pieces.append(streams)
         self._bytes, self._size, self._rows, self._numbers = [], 0, [], 0
 
@@ -183,6 +186,7 @@ class PackedSink(TensorSink):
             "config": None if self.config is None else dict(self.config),
             "tensors": self._entries,
             "pieces": self._pieces,
+            "crc": 1,
         }
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
         self._sink.write("index", torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8))
@@ -218,7 +222,7 @@ class PackedSource(TensorSource):
             if file.metadata[MARK] != VERSION:
                 raise ValueError(f"is of version {file.metadata[MARK]!r}; this loratools reads version {VERSION}")
             self._read_index()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except _DAMAGE as error:
             file.close()
             raise self._damaged(error) from None
 
@@ -226,7 +230,7 @@ class PackedSource(TensorSource):
         entry = self._entries[name]
         try:
             return self._decoded(entry, self._piece(entry.piece))
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        except (*_DAMAGE, RuntimeError) as error:
             raise self._damaged(f"tensor {name!r}: {error}") from None
 
     def close(self) -> None:
@@ -252,9 +256,12 @@ class PackedSource(TensorSource):
         if not all(isinstance(v, str) for pair in metadata.items() for v in pair):
             raise ValueError("its metadata are not text")
         stated = {key: text for key, text in self._file.metadata.items() if key != MARK} | metadata
+        if not isinstance(index["config"], dict | None):
+            raise ValueError("its config is no JSON object")
         if index["config"] is not None:
             stated[CONFIG_KEY] = json.dumps(index["config"])
         self.metadata = stated
+        self._has_checksums = bool(index.get("crc"))
         self._streams = [
             {int(kind): Stream.from_json(fields) for kind, fields in piece.items()} for piece in index["pieces"]
         ]
@@ -273,13 +280,21 @@ class PackedSource(TensorSource):
                     cursors[piece][each] += columns
             elif kind not in ("raw", "parts"):
                 raise ValueError(f"tensor {name!r} is written as {kind!r}, which this loratools does not know")
+        for piece, streams in enumerate(self._streams):
+            if {kind: stream.count for kind, stream in streams.items()} != cursors[piece]:
+                raise ValueError(f"the streams of data.{piece} are not those of its tensors")
         self.specs = {name: entry.spec for name, entry in self._entries.items()}
         self.codings = Counter(said for entry in self._entries.values() for said in _said(entry))
 
     def _piece(self, number: int) -> _Piece:
         with self._lock:
             if self._last is None or self._last.number != number:
-                self._last = _Piece(number, self._file.read(f"data.{number}"), self._streams[number])
+                data = self._file.read(f"data.{number}")
+                if self._has_checksums:
+                    data, stated = data[:-4], data[-4:]
+                    if not torch.equal(_checksum(data), stated):
+                        raise ValueError(f"data.{number} has changed since it was written")
+                self._last = _Piece(number, data, self._streams[number])
             return self._last
 
     def _decoded(self, entry: _Entry, piece: _Piece) -> Tensor:
@@ -326,17 +341,17 @@ class _Piece:
 
     def bytes(self, at: int, size: int) -> Tensor:
         """`size` bytes from `at` on; ValueError beyond the end."""
-        if at + size > self._data.numel():
+        if at < 0 or at + size > self._data.numel():
             raise ValueError(f"bytes {at} to {at + size} of {self._data.numel()}")
         return self._data[at : at + size]
 
     def rows(self, kinds: list[int], columns: int, cursors: Mapping[int, int]) -> Tensor:
         """Rows of whole numbers, each the next of its class."""
+        numbers = {kind: self._class(kind) for kind in dict.fromkeys(kinds)}  # first: bytes that are there bound them
         out = torch.zeros(len(kinds), columns, dtype=torch.int16)
         at = dict(cursors)
         for i, kind in enumerate(kinds):
-            numbers = self._class(kind)[at[kind] : at[kind] + columns]
-            out[i] = numbers
+            out[i] = numbers[kind][at[kind] : at[kind] + columns]
             at[kind] += columns
         return out
 
@@ -347,6 +362,11 @@ class _Piece:
                 stream = self._streams[kind]
                 self._numbers[kind] = expand(stream, self.bytes(at, stream.nbytes).numpy().tobytes())
             return self._numbers[kind]
+
+
+def _checksum(data: Tensor) -> Tensor:
+    """CRC-32 as four bytes."""
+    return torch.frombuffer(bytearray(zlib.crc32(data.numpy()).to_bytes(4, "little")), dtype=torch.uint8)
 
 
 def _checked_spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:

@@ -109,5 +109,5 @@ def test_counts_beyond_all_entries_are_all() -> None:
 @pytest.mark.parametrize("family", [WaveFT, FourierFT])
 def test_settings_without_a_seed(family: type[WaveFT] | type[FourierFT]) -> None:
     held = family.encode(source("dense", (8, 6)), family.Options()).parameters()
-    with pytest.raises(AdapterError, match="None for a seed"):
+    with pytest.raises(AdapterError, match="None for seed"):
         family.from_parameters(held, scale=1.0, layout=Layout())

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from loratools.errors import AdapterError, InputError
 from loratools.families.base import Layout
 from loratools.files import load, save
 from loratools.formats.native import UPDATES_KEY, Described, Native
+from loratools.ops.reparameterize import Reparameterize, reparameterize
 
 GOOD: dict[str, Any] = {"version": 1, "kinds": [{"targets": ["a"], "shape": [6, 7]}]}
 
@@ -53,6 +55,13 @@ def kind(**changes: object) -> dict[str, Any]:
         kind(scale="x"),
         kind(layout={"nonsense": 1}),
         kind(layout=[1]),
+        kind(layout={"experts": "many"}),
+        kind(layout={"experts": 0}),
+        kind(layout={"transposed": 1}),
+        kind(layout={"blocks": [[float("inf"), True]]}),
+        kind(layout={"shape": 5}),
+        kind(shape=[10**9, 10**9]),
+        {**GOOD, "kinds": "x"},
         kind(settings=[]),
         kind(shared=[]),
         kind(shared={"slot": "missing"}),
@@ -85,3 +94,35 @@ def test_what_it_says_comes_back(tmp_path: Path) -> None:
     again = load(save(adapter, tmp_path / "out.safetensors").path)
     assert again.format.described == adapter.format.described  # type: ignore[attr-defined]
     assert json.loads(again.metadata[UPDATES_KEY]) == {**stated, "parameters": {"a": "the.weight"}}
+
+
+HOSTILE: list[Any] = [None, True, -1, 0.5, 1e300, 2**70, "x", [], {}, [10**9, 10**9], [1], [True, "x"], float("nan")]
+
+
+@pytest.mark.parametrize("family", ["fourierft", "waveft", "vera", "randlora", "unilora", "tera", "wavelet"])
+def test_settings_of_any_other_type_are_refused(family: str, tmp_path: Path) -> None:
+    """Every setting in turn is what it cannot be: one line of error, or a number that happens to be allowed."""
+    tensors = {"q.lora_A.weight": torch.randn(2, 12), "q.lora_B.weight": torch.randn(16, 2)}
+    (tmp_path / "lora").mkdir()
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    options = {"rank": "4"} if family == "randlora" else {}
+    how = Reparameterize(options, accept_loss=True)
+    saved = save(reparameterize(load(tmp_path / "lora"), family, how)[0], tmp_path / "in.safetensors")
+    with safe_open(saved.path, "pt") as file:
+        metadata = file.metadata()
+    stored, told = load_file(saved.path), json.loads(metadata[UPDATES_KEY])
+    settings = told["kinds"][0]["settings"]
+    assert settings
+    refused = 0
+    for name, value in [(name, value) for name in settings for value in HOSTILE]:
+        changed = {**told["kinds"][0], "settings": {**settings, name: value}}
+        text = json.dumps({**told, "kinds": [changed]})
+        save_file(stored, tmp_path / "bad.safetensors", {**metadata, UPDATES_KEY: text})
+        try:
+            for update in dict(load(tmp_path / "bad.safetensors").items()).values():
+                update.delta()
+        except AdapterError:
+            refused += 1
+    assert refused >= len(HOSTILE) - 5

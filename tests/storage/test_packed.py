@@ -144,6 +144,13 @@ def entry(index: dict[str, list[list[object]]], name: str) -> list[object]:
         lambda i: entry(i, "grid").__setitem__(-1, [0]),
         lambda i: entry(i, "grid").__setitem__(-1, [77, 77, 77]),
         lambda i: i["tensors"].append(entry(i, "rows")),
+        lambda i: i.update(metadata=None),
+        lambda i: i.update(config="x"),
+        lambda i: i.update(pieces="x"),
+        lambda i: entry(i, "grid").__delitem__(slice(6, None)),
+        lambda i: entry(i, "rows").__delitem__(slice(6, None)),
+        lambda i: [s.__setitem__(2, s[2] + 1) for s in i["pieces"][0].values()],
+        lambda i: [s.__setitem__(2, 2**70) for s in i["pieces"][0].values()],
     ],
 )
 def test_an_index_that_is_damaged_is_an_error_at_once(tmp_path: Path, change: object) -> None:
@@ -160,7 +167,7 @@ def test_an_index_that_is_damaged_is_an_error_at_once(tmp_path: Path, change: ob
         ("rows", lambda i: entry(i, "rows")[-1][0].__setitem__(2, 7)),  # type: ignore[index]
         ("grid", lambda i: entry(i, "grid").__setitem__(7, 2)),
         ("grid", lambda i: entry(i, "grid").__setitem__(8, "I8")),
-        ("grid", lambda i: [s.__setitem__(2, s[2] + 1) for s in i["pieces"][0].values()]),
+        ("grid", lambda i: [s.__setitem__(3, 2**40) for s in i["pieces"][0].values()]),
         ("bf16", lambda i: entry(i, "bf16").__setitem__(4, 10**9)),
     ],
 )
@@ -169,6 +176,34 @@ def test_a_tensor_that_is_damaged_is_an_error_when_read(tmp_path: Path, name: st
     source = open_source(damaged(tmp_path / "a.safetensors", change))
     with pytest.raises(InputError, match=rf"damaged \(tensor '{name}'"):
         source.read(name)
+
+
+def test_what_changed_in_the_data_is_an_error_wherever_it_is(tmp_path: Path) -> None:
+    """Codes and scales of any value decode to something: a sum tells that they are not those that were written."""
+    write(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for at in range(len(tensors["data.0"])):
+        data = tensors["data.0"].clone()
+        data[at] ^= 1 << at % 8
+        save_file({**tensors, "data.0": data}, tmp_path / "b.safetensors", metadata={MARK: "1"})
+        source = open_source(tmp_path / "b.safetensors")
+        for name in contents():
+            with pytest.raises(InputError, match="damaged"):
+                source.read(name)
+
+
+def test_a_wide_row_is_not_made_for_bytes_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many numbers as an index may claim of one tensor, in a file of a few bytes: refused before memory is taken."""
+
+    def claim(index: dict[str, list[object]]) -> None:
+        index["tensors"] = [["large", "F32", [1, 2**31], 0, 0, "grid", 0, 1, "F32", [0]]]
+        index["pieces"] = [{"0": [2, 8, 2**31, 1]}]
+
+    write(tmp_path / "a.safetensors")
+    source = open_source(damaged(tmp_path / "a.safetensors", claim))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **_: pytest.fail(f"made {shape}"))
+    with pytest.raises(InputError, match="a stream"):
+        source.read("large")
 
 
 def test_a_later_version_is_named(tmp_path: Path) -> None:
