@@ -284,6 +284,12 @@ def test_sizes_far_from_one_keep_their_error(size: float, tmp_path: Path) -> Non
         {"method": "rtn", "bits": 2, "group": 0},
         {"method": "rtn", "bits": 2, "rounds": 9},
         {"method": "rtn", "budget": 100},
+        {"method": "balanced", "bits": 5},
+        {"budget": 0},
+        {"method": "balanced", "bits": 2, "sweeps": -1},
+        {"method": "balanced", "bits": 2, "seed": 2**70},
+        {"method": "loraquant", "bits": 2, "energy": math.nan},
+        {"method": "loraquant", "bits": 2, "energy": 7},
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(fields: dict[str, Any]) -> None:
@@ -551,3 +557,8 @@ def test_an_error_that_needs_the_base_is_not_said_to_be_zero() -> None:
     _, report = quantize(loratools.load(FOLDER / "lycoris/glora/adapter.safetensors"), Quantize("rtn", 2))
     assert report.targets
     assert {coded.relative_error for coded in report.targets.values()} == {report.total["relative_error"]} == {None}
+
+
+def test_bits_that_nothing_fits_are_what_the_error_speaks_of() -> None:
+    with pytest.raises(UsageError, match=r"a size of 0\.01 bits to a number, 1 bytes of codes, is too small: 28 bytes"):
+        quantize(loratools.load(FOLDER / "peft/lora_plain"), Quantize(bits=0.01))
