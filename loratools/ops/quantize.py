@@ -28,6 +28,7 @@ from loratools.ops.statistics import Statistics, weighed_targets
 from loratools.ops.steps import StepSearch
 from loratools.ops.weighing import weighed_squares
 from loratools.pipeline import ordered_map, worker_count
+from loratools.quant.bits import WIDTHS
 from loratools.quant.gauges import Gauge
 from loratools.reports.quantize import QuantizeReport, TargetCoded
 from loratools.storage.packed import Coded, Content, Raw
@@ -73,11 +74,21 @@ class Quantize:
             raise UsageError(f"a budget in bytes is met by --method grid; {self.method} takes --bits")
         if self.weights is not None and self.method != "grid":
             raise UsageError(f"statistics are for --method grid; {self.method} rounds all numbers alike")
+        if self.budget is not None and self.budget < 1:
+            raise UsageError(f"a budget of {self.budget} bytes holds nothing; give at least 1")
+        if not 0 < self.energy <= 1:
+            raise UsageError(f"an energy of {self.energy:g} is no share; give more than 0, and 1 at most")
+        if self.sweeps < 0:
+            raise UsageError(f"{self.sweeps} sweeps: give 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"the seed {self.seed}: give 0 or more, and less than 2^63")
         if not 0 < self.bits <= 16:
             raise UsageError(f"{self.bits:g} bits to a number: give more than 0, and 16 at most")
         if self.method not in ("grid", "exact", "delta-come"):
             if self.bits != int(self.bits):
                 raise UsageError(f"{self.method} has whole bits, not {self.bits:g}; --method grid has any number")
+            if self.method == "balanced" and self.bits not in WIDTHS:
+                raise UsageError(f"balanced has {', '.join(map(str, WIDTHS))} bits, not {self.bits:g}")
             self._plain()
 
     def _plain(self) -> Plain:
@@ -86,7 +97,7 @@ class Quantize:
         if method == "loraquant":
             return Plain("rtn", bits, "group", self.group)
         if method in ("grid", "balanced", "delta-come"):
-            whole = next(b for b in (1, 2, 3, 4, 8) if b >= min(self.bits, 8))
+            whole = next(b for b in WIDTHS if b >= min(self.bits, 8))
             return Plain("rtn" if whole == 8 else "lloyd", whole, "group", self.group, self.rounds)
         return Plain(method, bits, self.scales, self.group, self.rounds)  # type: ignore[arg-type]
 
@@ -216,12 +227,16 @@ def _run(
         weighed_targets(adapter)
     if options.method != "grid":
         return _written(adapter, options, None, path, keep=keep, force=force)
-    goal = options.budget or max(1, int(_numbers(adapter) * options.bits / 8))
+    if options.budget is not None:
+        goal, asked = options.budget, f"a budget of {options.budget} bytes"
+    else:
+        goal = max(1, int(_numbers(adapter) * options.bits / 8))
+        asked = f"a size of {options.bits:g} bits to a number, {goal} bytes of codes,"
     store = ComponentStore(adapter, options.weights)
-    search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()))
+    search = StepSearch.begun(goal, store.spreads(), sum(e.is_factored for e in adapter.entries.values()), asked)
     while (step := search.next_step()) is not None:
         size = write_packed(adapter, _packed(adapter, options, _Grid(step, store, trial=True), [], _forget), None)
-        search.tried(step, *((size.file, size.file - size.codes) if options.budget else (size.codes, 0)))
+        search.tried(step, *((size.file, size.file - size.codes) if options.budget is not None else (size.codes, 0)))
     return _written(adapter, options, _Grid(search.best, store), path, keep=keep, force=force)
 
 

@@ -34,12 +34,13 @@ class StepSearch:
     goal: int
     spreads: Sequence[Spread]
     overhead: float  # bytes of the file that no step changes: a guess, until one was tried
+    asked: str  # what the goal follows from
     tries: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
-    def begun(cls, goal: int, spreads: Iterable[Spread], n_targets: int) -> StepSearch:
+    def begun(cls, goal: int, spreads: Iterable[Spread], n_targets: int, asked: str) -> StepSearch:
         """For the numbers that go on the grid, which belong to `n_targets`."""
-        return cls(goal, tuple(s for s in spreads if s.rms > 0), _PER_TARGET * n_targets)
+        return cls(goal, tuple(s for s in spreads if s.rms > 0), _PER_TARGET * n_targets, asked)
 
     def next_step(self) -> float | None:
         """The step to try next; None where the best one is known. UsageError where no step fits."""
@@ -51,8 +52,8 @@ class StepSearch:
             if not fitting:
                 least = min(size for _, size in self.tries)
                 raise UsageError(
-                    f"a budget of {self.goal} bytes is too small: {least} bytes ({format_size(least)}) remain where "
-                    "nothing is left of the deltas"
+                    f"{self.asked} is too small: {least} bytes ({format_size(least)}) remain where nothing is left of "
+                    "the deltas"
                 )
             return None
         if not fitting and len(self.tries) == 2 * _PASSES - 1:

@@ -366,7 +366,7 @@ class _Piece:
 
 def _checksum(data: Tensor) -> Tensor:
     """CRC-32 as four bytes."""
-    return torch.frombuffer(bytearray(zlib.crc32(data.numpy()).to_bytes(4, "little")), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(zlib.crc32(data.numpy().data).to_bytes(4, "little")), dtype=torch.uint8)
 
 
 def _checked_spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:
