@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import loratools
-from loratools_cli.app import app
+from loratools_cli.app import GROUPS, app
 from loratools_cli.exit_codes import ExitCode
 from loratools_cli.progress import Progress
 from loratools_cli.render import table
@@ -30,31 +30,39 @@ def test_the_commands_are_the_files() -> None:
         "info",
         "inspect",
         "explore",
+        "diff",
         "squeeze",
         "truncate",
         "quantize",
         "dequantize",
         "pareto",
         "calibrate",
-        "reparameterize",
-        "bakeoff",
         "neurons",
         "prune-neurons",
         "convert",
         "check",
-        "merge",
-        "extract",
+        "reparameterize",
+        "bakeoff",
         "expand",
         "restrict",
+        "merge",
+        "extract",
         "fuse",
+        "delta",
         "intruders",
         "compare",
-        "diff",
-        "delta",
         "formats",
         "families",
         "cache",
     ]
+
+
+def test_help_groups_the_commands(run: Run) -> None:
+    shown = run("--help").out
+    for title, commands in GROUPS.items():
+        section = shown.split(f"{title}:\n", 1)[1].split("\n\n", 1)[0]
+        assert [line.split()[0] for line in section.splitlines()] == [c.__name__.replace("_", "-") for c in commands]
+    assert "Commands:" not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)
