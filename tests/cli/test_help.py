@@ -83,6 +83,12 @@ def test_help_lists_every_exit_code_and_whole_descriptions(run: Run) -> None:
     assert all(len(line) <= 80 for line in done.out.splitlines())
 
 
+def test_a_wrong_choice_is_named_plainly(run: Run) -> None:
+    refused = run("quantize", "a", "--method", "foo")
+    assert refused.code == 2
+    assert "Invalid value for '--method': 'foo' is not one of 'grid'" in refused.err
+
+
 def test_no_arguments_show_help(run: Run) -> None:
     done = run()
     assert done.code == 2
