@@ -13,6 +13,7 @@ from loratools_cli.bakeoff import bakeoff
 from loratools_cli.cache import cache
 from loratools_cli.calibrate import calibrate
 from loratools_cli.check import check
+from loratools_cli.commands import Grouped
 from loratools_cli.compare import compare
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
@@ -40,6 +41,7 @@ from loratools_cli.truncate import truncate
 
 # rich_markup_mode: help is plain text, which costs no import and reads the same in a pipe.
 app = typer.Typer(
+    cls=Grouped,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
@@ -75,6 +77,16 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(hub, name="hub")
+GROUPS = {
+    "Look at an adapter": (info, inspect, explore, diff),
+    "Make it smaller": (squeeze, truncate, quantize, dequantize, pareto, calibrate, neurons, prune_neurons),
+    "Write it otherwise": (convert, check, reparameterize, bakeoff, expand, restrict),
+    "Adapters and whole models": (merge, extract, fuse, delta, intruders, compare),
+    "What there is": (formats, families, cache),
+}
+for title, commands in GROUPS.items():
+    for command in commands:
+        app.command(rich_help_panel=title)(command)
 
 
 def _show_version(wanted: bool) -> None:

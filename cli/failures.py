@@ -32,7 +32,7 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def _usage(error: Any) -> str:
-    message = str(error.format_message()).rstrip(".")
+    message = str(error.format_message()).rstrip(".").replace(": Value error, ", ": ")  # Typer says so of choices
     context = getattr(error, "ctx", None)
     return f"{message}; see {context.command_path} --help" if context else message
 

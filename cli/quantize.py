@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def quantize(
     path: options.AdapterPath,
     bits: Annotated[
-        float | None, Option(metavar="B", help="Bits to a number: 1, 2, 3, 4 or 8; for grid any, of codes and scales.")
+        float | None, Option(metavar="B", help="Bits to a number: for grid any, such as 1.5; else 1, 2, 3, 4 or 8.")
     ] = None,
     budget: options.Budget = None,
     ratio: options.Ratio = None,
@@ -74,7 +74,11 @@ def quantize(
     if method == "exact" and given:
         raise UsageError(f"--method exact keeps the numbers as they are; it takes no {given[0]}")
     if len(given) != 1 and method != "exact":
-        wrong = f"{' and '.join(given)} exclude each other; give one of them" if given else "give --bits, or --budget"
+        wrong = (
+            f"{' and '.join(given)} exclude each other; give one of them"
+            if given
+            else "give --bits, --budget or --ratio"
+        )
         raise UsageError(f"how small is not clear: {wrong}")
     choice = RankChoice(budget=budget, ratio=ratio)
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)

@@ -132,6 +132,8 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     changes = report.targets
     weighted = [] if report.weighted_error is None else [number(report.weighted_error)]
     titles = ("target", "rank", "energy kept %", "rel. error", *("weighted" for _ in weighted), "size")
+    if weighted:  # which leaves no room for more than 80 columns have
+        titles = ("target", "rank", "kept %", "error", "weighted", "new size")
     shown_rows = new_grid(*titles)
     if everything or len(changes) <= _GROUP_ABOVE:
         for target, change in changes.items():
@@ -141,8 +143,8 @@ def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
             shown_rows.add_row(*texts(f"{module} x{len(members)}", *_change_cells(members)))
     if changes:
         total = report.total
-        tensors = sizes(sum(c.bytes_before for c in changes.values()), sum(c.bytes_after for c in changes.values()))
-        cells = [percent(total["energy_kept"]), number(total["relative_error"]), *weighted, tensors]
+        cells = [percent(total["energy_kept"]), number(total["relative_error"]), *weighted]
+        cells.append(_size(list(changes.values()), after_alone=bool(weighted)))
         shown_rows.add_row(*texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
         yield shown_rows
     yield from reasons("unchanged", report.unchanged, everything)
@@ -396,8 +398,13 @@ def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
         span((c.energy_kept for c in changes), percent),
         span((c.relative_error for c in changes), number),
         *([span(weighted, number)] if weighted else []),
-        sizes(sum(c.bytes_before for c in changes), sum(c.bytes_after for c in changes)),
+        _size(changes, after_alone=bool(weighted)),
     ]
+
+
+def _size(changes: Sequence[TargetChange], *, after_alone: bool) -> str:
+    after = sum(c.bytes_after for c in changes)
+    return format_size(after) if after_alone else sizes(sum(c.bytes_before for c in changes), after)
 
 
 def _ranks(changes: Sequence[TargetChange]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from loratools.reports.bakeoff import BakeoffReport
@@ -18,7 +19,10 @@ _NEEDED = {"yes": "needs the base weight", "shape": "needs the base's shape", "f
 
 
 def render_families(report: FamiliesReport) -> Iterator[RenderableType]:
-    """A line or two for each family; all that is known of a single one."""
+    """What each family is, those first in which any delta can be written; all that is known of a single one."""
+    if len(report.families) > 1:
+        yield from _listed(report)
+        return
     for name, family in report.families.items():
         facts = [
             "any delta can be written in it" if family.guarantee else "",
@@ -28,8 +32,22 @@ def render_families(report: FamiliesReport) -> Iterator[RenderableType]:
         ]
         yield Text.assemble((name, "bold"), f": {'; '.join(f for f in facts if f)}")
         yield Text(f"  {family.summary}")
-    if len(report.families) == 1:
-        yield from _details(*report.families.values())
+        yield from _details(family)
+
+
+def _listed(report: FamiliesReport) -> Iterator[RenderableType]:
+    width = max(map(len, report.families))
+    kinds = {"any delta can be written in these, by loratools reparameterize --to NAME": True, "these are read": False}
+    for title, fitted in kinds.items():
+        yield Text(f"{title}:", style="bold")
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        shown.add_column(min_width=width, no_wrap=True)
+        shown.add_column(overflow="fold")
+        for name, family in report.families.items():
+            if bool(family.guarantee) is fitted:
+                shown.add_row(*texts(name, family.summary))
+        yield shown
+    yield Text("loratools families NAME tells what one needs, its options, and which dialects hold it")
 
 
 def _details(family: Family) -> Iterator[RenderableType]:

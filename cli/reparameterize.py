@@ -49,7 +49,7 @@ def reparameterize(
     \b
     Examples:
       loratools reparameterize my_lora.safetensors --to ldu
-      loratools reparameterize my_lora.safetensors --to shira --budget 500kB
+      loratools reparameterize my_lora --to shira --rank 8 --accept-loss
       loratools reparameterize my_lora.ldu.safetensors --to lora -o my_lora_again
     """
     from loratools.ops.reparameterize import Reparameterize, formerly, reparameterize_file

@@ -117,7 +117,7 @@ def test_folders_without_a_choice(tmp_path: Path) -> None:
 
 def test_files_of_no_known_dialect_show_their_keys(tmp_path: Path) -> None:
     save_file({"model.weight\x1b[31m": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"no known adapter dialect .*model\.weight\\x1b\[31m"):
+    with pytest.raises(InputError, match=r"no known adapter dialect; `loratools formats` .*model\.weight\\x1b\[31m"):
         loratools.load(tmp_path / "model.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(InputError, match="no tensors"):

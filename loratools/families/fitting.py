@@ -111,9 +111,11 @@ class Fittable(Update):
         left, sides = nbytes, sum(sum(source.shape) for source in sources.values())
         found = {}
         for target, source in sources.items():
-            options = cls.within(source, left * sum(source.shape) // sides)
+            share = left * sum(source.shape) // sides
+            options = cls.within(source, share)
             if options is None:
-                raise UsageError(f"{target}: a budget of {nbytes} bytes is too small for {cls.family}")
+                few = f"a budget of {nbytes} bytes is too small for {cls.family}"
+                raise UsageError(f"{target}: {few}: {share} are this target's share; raise --budget")
             if not cls.references:
                 left -= cls.size(source, options)
                 sides -= sum(source.shape)

@@ -90,8 +90,8 @@ def recognise(header: Header) -> type[Format]:
     if not header.specs:
         raise InputError(f"{header.path}: the file holds no tensors")
     shown = ", ".join(repr(key)[1:-1][:80] for key in list(header.specs)[:5])
-    known = ", ".join(dict.fromkeys(f.name for f in FORMATS))
-    raise InputError(f"{header.path}: no known adapter dialect ({known}); its keys begin with {shown}")
+    remedy = "`loratools formats` lists what is read"
+    raise InputError(f"{header.path}: no known adapter dialect; {remedy}; its keys begin with {shown}")
 
 
 def writable_formats() -> dict[str, tuple[type[Format], ...]]:

@@ -130,7 +130,11 @@ def pareto(
     if evaluate is not None:
         recipes = {setting.command: setting.recipe for setting, _ in measured.found}
         points, evaluated = _evaluated(source, points, recipes, evaluate, steps)
-    warnings = tuple(f"{method} was left out: {reason}" for method, reason in failed.items())
+    there = {setting.method for setting, _ in measured.found}
+    warnings = tuple(
+        f"{method} was left out{' at some settings' if method in there else ''}: {reason}"
+        for method, reason in failed.items()
+    )
     if isinstance(adapter, Differences) and adapter.left_out:
         count, first = len(adapter.left_out), next(iter(adapter.left_out))
         warnings += (f"{count} changed parameters are no matrices and in none of the files; first: {first}",)

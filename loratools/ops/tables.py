@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields, replace
+from difflib import get_close_matches
 
 from loratools.errors import UsageError
 from loratools.families import FAMILIES, Fittable, Update
@@ -31,7 +32,9 @@ def families(name: str | None = None) -> FamiliesReport:
     written = {dialect: d.writes for dialect, d in formats().formats.items()}
     chosen = [f for f in FAMILIES if name in (None, f.family)]
     if not chosen:
-        raise UsageError(f"no family {name!r}; there are {', '.join(f.family for f in FAMILIES)}")
+        near = get_close_matches(str(name).lower(), [f.family for f in FAMILIES], n=3)
+        meant = f", perhaps {' or '.join(near)}" if near else ""
+        raise UsageError(f"no family {name!r}{meant}; `loratools families` lists them")
     return FamiliesReport(
         {f.family: _family(f, tuple(d for d, holds in written.items() if f.family in holds)) for f in chosen}
     )

@@ -43,6 +43,7 @@ def test_calibrate_and_squeeze(run: Run, places: tuple[Path, Path, Path], tmp_pa
     assert done.code == 0, done.err
     assert "weighted" in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines()[:-1])
+    assert "new size" in done.out
     weighed = run("squeeze", adapter, "--rank", 2, "--weights", stats, "--dry-run", "--json").json
     plain = run("squeeze", adapter, "--rank", 2, "--dry-run", "--json").json
     assert weighed["weighted_error"] > 0

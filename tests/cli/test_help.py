@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import loratools
-from loratools_cli.app import app
+from loratools_cli.app import GROUPS, app
 from loratools_cli.exit_codes import ExitCode
 from loratools_cli.progress import Progress
 from loratools_cli.render import table
@@ -34,27 +34,27 @@ def test_the_commands_are_the_files() -> None:
         "info",
         "inspect",
         "explore",
+        "diff",
         "squeeze",
         "truncate",
         "quantize",
         "dequantize",
         "pareto",
         "calibrate",
-        "reparameterize",
-        "bakeoff",
         "neurons",
         "prune-neurons",
         "convert",
         "check",
-        "merge",
-        "extract",
+        "reparameterize",
+        "bakeoff",
         "expand",
         "restrict",
+        "merge",
+        "extract",
         "fuse",
+        "delta",
         "intruders",
         "compare",
-        "diff",
-        "delta",
         "formats",
         "families",
         "cache",
@@ -63,6 +63,15 @@ def test_the_commands_are_the_files() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_help_groups_the_commands(run: Run) -> None:
+    shown = run("--help").out
+    for title, commands in GROUPS.items():
+        section = shown.split(f"{title}:\n", 1)[1].split("\n\n", 1)[0]
+        assert [line.split()[0] for line in section.splitlines()] == [c.__name__.replace("_", "-") for c in commands]
+    assert "Commands:" not in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
     done = run(*name.split(), "--help")
     assert (done.code, done.err) == (0, "")
@@ -78,6 +87,12 @@ def test_help_lists_every_exit_code_and_whole_descriptions(run: Run) -> None:
     assert "..." not in done.out.replace("[ARGS]...", "")
     assert all(f" {code.value}  {code.meaning}" in done.out for code in ExitCode)
     assert all(len(line) <= 80 for line in done.out.splitlines())
+
+
+def test_a_wrong_choice_is_named_plainly(run: Run) -> None:
+    refused = run("quantize", "a", "--method", "foo")
+    assert refused.code == 2
+    assert "Invalid value for '--method': 'foo' is not one of 'grid'" in refused.err
 
 
 def test_no_arguments_show_help(run: Run) -> None:

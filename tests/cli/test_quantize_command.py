@@ -93,7 +93,7 @@ def test_ranks_and_bits_for_a_size(run: Run, peft: Make, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "how small is not clear: give --bits, or --budget"),
+        ([], "how small is not clear: give --bits, --budget or --ratio"),
         (["--bits", 4, "--ratio", 4], "--bits and --ratio exclude each other"),
         (["--bits", 3, "--method", "sign"], "signs take 1 bit, not 3"),
         (["--budget", "1MB", "--method", "rtn"], "a budget in bytes is met by --method grid"),

@@ -85,5 +85,7 @@ def test_one_family_is_told_in_full(run: Run) -> None:
     assert "P L D U Q" in done.out
     assert "rank=None" in done.out
     assert run("families", "nonsense").code == 2
+    assert "no family 'LoRA', perhaps lora" in run("families", "LoRA").err
+    assert run("families").out.index("\nldu ") < run("families").out.index("these are read:")
     assert list(run("families", "ldu", "--json").json["families"]) == ["ldu"]
     assert "ldu" in run("families").out
