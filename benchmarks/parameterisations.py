@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,7 @@ def written(title: str, reports: dict[str, BakeoffReport], *, quick: bool) -> st
     parts = [
         f"{title}{method}\n\n![Error against bytes for every family](../images/{FIGURE.name})",
         _kinds(reports, budgets),
+        _said(reports, budgets),
         *(f"## {name[0].upper()}{name[1:]}\n\n{_families(report, budgets)}" for name, report in reports.items()),
         (
             "## See also\n\nThe energy that wavelets keep beside the SVD with as many numbers: "
@@ -122,6 +124,48 @@ def _kinds(reports: dict[str, BakeoffReport], budgets: list[int]) -> str:
     optimum = [f"{min(error for size, error in report.reference if size <= budget):.3f}" for report in reports.values()]
     rows.append(["low-rank optimum, before rounding", *optimum])
     return f"## The best of each kind, at 1/{share}\n\n{table(['kind', *reports], rows)}"
+
+
+def _said(reports: dict[str, BakeoffReport], budgets: list[int]) -> str:
+    """Which suits which, with the figures of this run."""
+    small, large, full_tune = reports.values()
+
+    def lost(report: BakeoffReport, names: Iterable[str], budget: int = budgets[1]) -> str:
+        found = [e for e in report.entrants if e.budget == budget and e.family in names]
+        best = min(found, key=lambda e: e.relative_error, default=None)
+        return "nothing that fits" if best is None else f"{best.family} {best.relative_error:.3f}"
+
+    def optimum(report: BakeoffReport, budget: int) -> str:
+        return f"{min(error for size, error in report.reference if size <= budget):.3f}"
+
+    sparse = (*KINDS["single entries, groups or blocks"], *KINDS["single coefficients"])
+    drawn = KINDS["random bases or places"]
+    based = KINDS["bases of the base weight"]
+    return (
+        "* **A trained LoRA is of low rank, and its relatives are the families for it.** At "
+        f"1/{SHARES[1]} the rank-64 LoRA keeps most as {lost(large, ['lora'])}, {lost(large, ['ldu'])}, "
+        f"{lost(large, ['s2lora'])} and {lost(large, ['unilora'])} (the low-rank optimum is "
+        f"{optimum(large, budgets[1])}); the rank-8 LoRA as {lost(small, ['lora'])}, {lost(small, ['ldu'])}, "
+        f"{lost(small, ['s2lora'])} and {lost(small, ['unilora'])}. What is shared pays little here, for targets "
+        f"differ; Block-LoRA and Hydra spend numbers on what an SVD has no use for ({lost(large, ['blocklora'])}, "
+        f"{lost(large, ['hydra'])}), and so do bands of wavelets ({lost(large, ['wavelet'])}).\n"
+        f"* **Nothing else comes near a LoRA.** The best of sparse entries or coefficients is {lost(large, sparse)} "
+        f"for rank 64 and {lost(small, sparse)} for rank 8, of bases of the base weight {lost(large, based)} and "
+        f"{lost(small, based)}, of random ones {lost(large, drawn)} and {lost(small, drawn)}: subspaces to be trained "
+        "in, not to be fitted to.\n"
+        f"* **The full fine-tune is less of low rank.** At 1/{SHARES[0]}, 1/{SHARES[1]} and 1/{SHARES[2]} low rank "
+        "loses "
+        + ", ".join(lost(full_tune, KINDS["low rank"], budget) for budget in budgets)
+        + ", sparse entries "
+        + ", ".join(lost(full_tune, KINDS["single entries, groups or blocks"], budget) for budget in budgets)
+        + ", single coefficients of wavelets or the Walsh-Hadamard transform "
+        + ", ".join(lost(full_tune, KINDS["single coefficients"], budget) for budget in budgets)
+        + ", bands of wavelets "
+        + ", ".join(lost(full_tune, ["wavelet"], budget) for budget in budgets)
+        + ", S2-LoRA "
+        + ", ".join(lost(full_tune, ["s2lora"], budget) for budget in budgets)
+        + f"; random bases lose {lost(full_tune, drawn, budgets[0])} in the largest file."
+    )
 
 
 def _cell(entrant: Entrant | None) -> str:

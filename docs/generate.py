@@ -87,8 +87,8 @@ def families() -> str:
         (
             "`loratools reparameterize --to NAME` writes any delta in one of these. *exact*: every delta, but for "
             "rounding; *optimal*: the nearest one of the family, with these options; *local*: the best that was found. "
-            "A delta is (m, n), outputs by inputs, and W its base weight; the sections below tell of the other letters. "
-            "How near each comes to trained deltas: [measured](measured/parameterisations.md)."
+            "A delta is (m, n), outputs by inputs, and W its base weight; the sections below tell of the other "
+            "letters. How near each comes to trained deltas: [measured](measured/parameterisations.md)."
         ),
         _table(("family", "delta", "numbers stored", "fit", "needs the base", "source"), rows),
     ]

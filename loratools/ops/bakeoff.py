@@ -43,7 +43,8 @@ SAMPLE = 8  # targets
 _TRIES = 3
 _LONGER = 4  # bytes by which the header tells of a tensor in a larger file
 _RANKED = 1024  # smaller side up to which a dense delta is asked for its rank
-_CURVE = 64  # points of the reference
+_CURVE = 64  # points of the reference, all of which are told
+_STEP = 1.03  # ratio of the sizes of two points, where there are more
 _SEEN = 1e-6  # of the largest singular value
 
 
@@ -243,7 +244,8 @@ def _reference(bench: _Bench) -> tuple[tuple[int, float], ...]:
     room, kept, curve = header_room(plain), 0.0, []
     for count, (_, square, cost) in enumerate(gains, 1):
         room, kept = room + cost, kept + square
-        if whole and (count % max(1, len(gains) // _CURVE) == 0 or count == len(gains)):
+        is_next = len(gains) <= _CURVE or not curve or room >= _STEP * curve[-1][0] or count == len(gains)
+        if whole and is_next:
             curve.append((room, math.sqrt(max(0.0, 1 - kept / whole))))
     return tuple(curve)
 
