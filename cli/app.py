@@ -46,37 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
-for command in (
-    info,
-    inspect,
-    explore,
-    squeeze,
-    truncate,
-    quantize,
-    dequantize,
-    pareto,
-    calibrate,
-    reparameterize,
-    bakeoff,
-    neurons,
-    prune_neurons,
-    convert,
-    check,
-    merge,
-    extract,
-    expand,
-    restrict,
-    fuse,
-    intruders,
-    compare,
-    diff,
-    delta,
-    formats,
-    families,
-    cache,
-):
-    app.command()(command)
-app.add_typer(hub, name="hub")
 GROUPS = {
     "Look at an adapter": (info, inspect, explore, diff),
     "Make it smaller": (squeeze, truncate, quantize, dequantize, pareto, calibrate, neurons, prune_neurons),
@@ -87,6 +56,7 @@ GROUPS = {
 for title, commands in GROUPS.items():
     for command in commands:
         app.command(rich_help_panel=title)(command)
+app.add_typer(hub, name="hub", rich_help_panel="Many adapters")
 
 
 def _show_version(wanted: bool) -> None:

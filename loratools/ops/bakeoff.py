@@ -241,7 +241,8 @@ def _reference(bench: _Bench) -> tuple[tuple[int, float], ...]:
     gains.sort(reverse=True)
     whole = math.fsum(square for _, square, _ in gains)
     plain = composed(part, dict(part.items()), names_of(part))  # in the dialect of all entrants
-    room, kept, curve = header_room(plain), 0.0, []
+    room, kept = header_room(plain), 0.0
+    curve: list[tuple[int, float]] = []
     for count, (_, square, cost) in enumerate(gains, 1):
         room, kept = room + cost, kept + square
         is_next = len(gains) <= _CURVE or not curve or room >= _STEP * curve[-1][0] or count == len(gains)
