@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,16 @@ class Adapter(Mapping[str, "Update"]):
     def file_nbytes(self) -> int:
         """Bytes of the container that it was read from, or of all tensors of one made in memory."""
         return self.origin.nbytes if self.origin else self.nbytes
+
+    @property
+    def usual_dtype(self) -> str:
+        """The dtype of F32, F16 and BF16 in which most numbers of its targets are stored; F32 where none are."""
+        counts: Counter[str] = Counter()
+        for entry in self.entries.values():
+            for spec in entry.specs.values():
+                if spec.dtype in ("F32", "F16", "BF16"):
+                    counts[spec.dtype] += spec.numel
+        return counts.most_common(1)[0][0] if counts else "F32"
 
     def written(self) -> dict[str, Written]:
         """Rank and scale of every target."""

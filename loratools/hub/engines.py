@@ -35,7 +35,7 @@ def dask_executor(scheduler: str) -> Executor:
     except ImportError:
         raise MissingExtraError("--engine dask needs Dask distributed: pip install 'loratools[hub]'") from None
     try:
-        client = Client(scheduler, set_as_default=False, timeout="15s")
+        client = Client(scheduler, set_as_default=False, timeout="5s")
     except (OSError, ValueError) as error:
         raise UsageError(f"no Dask scheduler at {scheduler}: {str(error).splitlines()[0]}") from None
     return _Cluster(client)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,7 +193,7 @@ def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:
     told = {
         k: v for k, v in shown.items() if k in ("method", "tokens") or v != Quantize.__dataclass_fields__[k].default
     }
-    return {**told, "dtype": _usual_dtype(adapter)}
+    return {**told, "dtype": adapter.usual_dtype}
 
 
 def dtype_before(adapter: Adapter) -> Literal["f32", "f16", "bf16"]:
@@ -205,14 +204,6 @@ def dtype_before(adapter: Adapter) -> Literal["f32", "f16", "bf16"]:
         return "f32"
     known: dict[str, Literal["f32", "f16", "bf16"]] = {"F16": "f16", "BF16": "bf16"}
     return known.get(str(stated), "f32")
-
-
-def _usual_dtype(adapter: Adapter) -> str:
-    counts: Counter[str] = Counter()
-    for entry in adapter.entries.values():
-        for spec in entry.specs.values():
-            counts[spec.dtype] += spec.numel
-    return counts.most_common(1)[0][0] if counts else "F32"
 
 
 def _numbers(adapter: Adapter) -> int:

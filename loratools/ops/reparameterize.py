@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from loratools.formats import Order, writable_formats
 from loratools.formats.modules import WHOLE
 from loratools.formats.native import SHARED, Described, Native
 from loratools.linalg.inner import frobenius
-from loratools.operators import BlockDiagonal, Operator, sum_of
+from loratools.operators import BlockDiagonal
 from loratools.ops.carried import carried_by, metadata_for
 from loratools.ops.convert import convert
 from loratools.ops.initial import refuse_mutated
@@ -152,7 +151,7 @@ def sources_of(
     """The deltas to be fitted, and the updates that are carried over as they are."""
     sources: dict[str, Source] = {}
     carried: dict[str, Update] = {}
-    dtype = getattr(torch, DTYPES[_WIDTHS[how.dtype] if how.dtype else _usual(adapter)][0])
+    dtype = getattr(torch, DTYPES[_WIDTHS[how.dtype] if how.dtype else adapter.usual_dtype][0])
     for target, entry in adapter.entries.items():
         shape, weight = _base(adapter, target, entry, family, how.base)
         update = entry.read()
@@ -189,16 +188,6 @@ def _base(
     return shape, weight
 
 
-def _usual(adapter: Adapter) -> str:
-    """The floating-point dtype that most stored numbers have."""
-    counts: Counter[str] = Counter()
-    for entry in adapter.entries.values():
-        for spec in entry.specs.values():
-            if spec.dtype in _WIDTHS.values():
-                counts[spec.dtype] += spec.numel
-    return counts.most_common(1)[0][0] if counts else "F32"
-
-
 def options_for(family: type[Fittable], sources: Mapping[str, Source], how: Reparameterize) -> dict[str, Any]:
     """The options of every target, as stated or by the budget; nothing is fitted. UsageError for too small a budget."""
     if how.budget is None:
@@ -232,11 +221,6 @@ def _told(
         if step is not None:
             step()
     return found
-
-
-def distance(one: Operator, other: Operator) -> float:
-    """||one - other||."""
-    return frobenius(sum_of([one, -other]))
 
 
 def _expected(family: type[Fittable], sources: Mapping[str, Source], options: Any) -> float | None:

@@ -157,7 +157,8 @@ def test_files_of_the_real_libraries(name: str, options: Quantize, tmp_path: Pat
                     distance = (after[slot].double() - tensor.double()).norm()
                     assert distance <= 0.01 * tensor.double().norm(), (target, slot)
     bound = 0.1 if options.method == "grid" else 0.02  # of so few numbers, tables of codes take a large share
-    assert report.total["relative_error"] < bound  # type: ignore[operator]
+    error = report.total["relative_error"]
+    assert error is None or error < bound  # None: every delta that was coded needs the base
     for coded in report.targets.values():
         assert coded.rank_after <= max(coded.rank_before, 1)
 
