@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, final
 
 from loratools._lazy import torch
@@ -12,7 +10,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.places import pack_places, places_nbytes, places_problem, unpack_places
+from loratools.families.places import entries_nbytes, most_entries, pack_places, places_of, places_problem
 from loratools.linalg.entries import channel_weights, entries_at, first_largest, row_blocks
 from loratools.operators import Operator, Sparse
 
@@ -94,10 +92,7 @@ class BlockSparse(Fittable):
         count, side, _ = self.values.shape
         if m % side or n % side:
             raise AdapterError(f"blocks of side {side} do not fill a weight of {(m, n)}; is it the right base?")
-        try:
-            blocks = unpack_places(self.places, count, m * n // side**2)
-        except ValueError as error:
-            raise AdapterError(f"blocksparse_places are damaged, or of another shape than {(m, n)}: {error}") from error
+        blocks = places_of("blocksparse_places", self.places, count, m * n // side**2, (m, n))
         return Sparse(_entries(blocks, side, n), self.values.reshape(-1).double() * self.scale, (m, n))
 
     @classmethod
@@ -122,7 +117,7 @@ class BlockSparse(Fittable):
         (m, n), item = source.shape, source.stored.itemsize
         for side in _sides(m, n):
             total, each = m * n // side**2, side**2 * item
-            if fits := bisect_right(range(1, total + 1), nbytes, key=partial(_nbytes, total, each)):
+            if fits := most_entries(nbytes, each, total):
                 return BlockSparseOptions(count=fits, side=side)
         return None
 
@@ -130,11 +125,7 @@ class BlockSparse(Fittable):
     def size(cls, source: Source, options: BlockSparseOptions) -> int:
         (m, n), side = source.shape, options.side or _sides(*source.shape)[0]
         total = m * n // side**2
-        return _nbytes(total, side**2 * source.stored.itemsize, options.blocks(total))
-
-
-def _nbytes(total: int, each: int, count: int) -> int:
-    return count * each + places_nbytes(count, total)
+        return entries_nbytes(options.blocks(total), side**2 * source.stored.itemsize, total)
 
 
 def _sides(m: int, n: int) -> list[int]:

@@ -8,6 +8,8 @@ is takes no more, the string is that.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from loratools._lazy import torch
@@ -16,6 +18,7 @@ from loratools.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.families.base import Layout
     from loratools.storage.base import TensorSpec
 
 _WIDEST = 40
@@ -35,6 +38,23 @@ def places_problem(spec: TensorSpec, count: int, size: int | None) -> str | None
     return None
 
 
+def entries_problem(slot: str, values: TensorSpec, places: TensorSpec, layout: Layout) -> str | None:
+    """What is wrong with a vector `slot` of numbers and the bytes of their places in a weight; or None."""
+    if len(values.shape) != 1 or not values.numel or not values.dtype.startswith(("F", "BF")):
+        return f"{slot} of {values.dtype} {values.shape} are no vector of real numbers"
+    return places_problem(places, values.numel, None if layout.shape is None else math.prod(layout.shape))
+
+
+def most_entries(nbytes: int, item: int, size: int) -> int:
+    """How many numbers of `item` bytes, with their places below `size`, `nbytes` hold; 0 where none fit."""
+    return bisect_right(range(1, size + 1), nbytes, key=lambda count: entries_nbytes(count, item, size))
+
+
+def entries_nbytes(count: int, item: int, size: int) -> int:
+    """Bytes of `count` numbers of `item` bytes with their places below `size`."""
+    return count * item + places_nbytes(count, size)
+
+
 def pack_places(places: Tensor, size: int) -> Tensor:
     """Ascending, distinct places below `size` (k,) as a uint8 vector."""
     count, width = len(places), _width(len(places), size)
@@ -45,6 +65,14 @@ def pack_places(places: Tensor, size: int) -> Tensor:
     high = torch.zeros(count + ((size - 1) >> width), dtype=torch.bool)
     high[(places >> width) + torch.arange(count)] = True
     return torch.cat([packed_bits(low.reshape(-1).bool()), packed_bits(high)])
+
+
+def places_of(slot: str, packed: Tensor, count: int, size: int, shape: tuple[int, int]) -> Tensor:
+    """As `unpack_places`, for a weight of `shape`; AdapterError names the slot."""
+    try:
+        return unpack_places(packed, count, size)
+    except ValueError as error:
+        raise AdapterError(f"{slot} are damaged, or of another shape than {shape}: {error}") from error
 
 
 def unpack_places(packed: Tensor, count: int, size: int) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
-from loratools.errors import AdapterError, UsageError
+from loratools.errors import UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.places import pack_places, places_nbytes, places_problem, unpack_places
+from loratools.families.places import entries_nbytes, entries_problem, most_entries, pack_places, places_of
 from loratools.linalg.entries import channel_weights, largest
 from loratools.operators import Operator, Sparse
 
@@ -73,20 +71,14 @@ class SparseEntries(Fittable):
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
-        values, places = specs["sparse_values"], specs["sparse_places"]
-        if len(values.shape) != 1 or not values.numel or not values.dtype.startswith(("F", "BF")):
-            return f"sparse_values of {values.dtype} {values.shape} are no vector of real numbers"
-        return places_problem(places, values.numel, None if layout.shape is None else math.prod(layout.shape))
+        return entries_problem("sparse_values", specs["sparse_values"], specs["sparse_places"], layout)
 
     def parameters(self) -> dict[str, Tensor]:
         return {"sparse_values": self.values, "sparse_places": self.places}
 
     def operator(self, base: Tensor | None = None) -> Operator:
         m, n = base_size("a sparse update", base, self.layout)
-        try:
-            places = unpack_places(self.places, len(self.values), m * n)
-        except ValueError as error:
-            raise AdapterError(f"sparse_places are damaged, or of another shape than {(m, n)}: {error}") from error
+        places = places_of("sparse_places", self.places, len(self.values), m * n, (m, n))
         return Sparse(places, self.values.double() * self.scale, (m, n))
 
     @classmethod
@@ -98,10 +90,10 @@ class SparseEntries(Fittable):
     @classmethod
     def within(cls, source: Source, nbytes: int) -> SparseOptions | None:
         (m, n), item = source.shape, source.stored.itemsize
-        fits = bisect_right(range(1, m * n + 1), nbytes, key=lambda count: count * item + places_nbytes(count, m * n))
+        fits = most_entries(nbytes, item, m * n)
         return SparseOptions(count=fits) if fits else None
 
     @classmethod
     def size(cls, source: Source, options: SparseOptions) -> int:
         (m, n), count = source.shape, options.entries(*source.shape)
-        return count * source.stored.itemsize + places_nbytes(count, m * n)
+        return entries_nbytes(count, source.stored.itemsize, m * n)

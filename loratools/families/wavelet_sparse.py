@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -12,7 +11,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.families.base import NO_SETTINGS, Layout, Settings, base_size
 from loratools.families.fitting import Fittable, Guarantee, Source
 from loratools.families.lora import cast_to
-from loratools.families.places import pack_places, places_nbytes, places_problem, unpack_places
+from loratools.families.places import entries_nbytes, entries_problem, most_entries, pack_places, places_of
 from loratools.families.wavelet import wavelet_of
 from loratools.linalg.entries import first_largest, largest
 from loratools.linalg.wavelets import Wavelet, coefficients, filters, halved
@@ -90,10 +89,7 @@ class WaveletSparse(Fittable):
 
     @classmethod
     def check(cls, specs: Mapping[str, TensorSpec], layout: Layout) -> str | None:
-        values, places = specs["wavelet_values"], specs["wavelet_places"]
-        if len(values.shape) != 1 or not values.numel or not values.dtype.startswith(("F", "BF")):
-            return f"wavelet_values of {values.dtype} {values.shape} are no vector of real numbers"
-        return places_problem(places, values.numel, None if layout.shape is None else math.prod(layout.shape))
+        return entries_problem("wavelet_values", specs["wavelet_values"], specs["wavelet_places"], layout)
 
     def parameters(self) -> dict[str, Tensor]:
         return {"wavelet_values": self.values, "wavelet_places": self.places}
@@ -103,10 +99,7 @@ class WaveletSparse(Fittable):
 
     def operator(self, base: Tensor | None = None) -> Operator:
         m, n = base_size("a sparse wavelet update", base, self.layout)
-        try:
-            places = unpack_places(self.places, len(self.values), m * n)
-        except ValueError as error:
-            raise AdapterError(f"wavelet_places are damaged, or of another shape than {(m, n)}: {error}") from error
+        places = places_of("wavelet_places", self.places, len(self.values), m * n, (m, n))
         rows, columns, values = places // n, places % n, self.values.double() * self.scale
         terms: list[Operator] = []
         height, width = m, n  # of the approximation that this level takes apart
@@ -143,10 +136,10 @@ class WaveletSparse(Fittable):
         (m, n), item = source.shape, source.stored.itemsize
         if min(m, n) < 2:
             return None
-        fits = bisect_right(range(1, m * n + 1), nbytes, key=lambda count: count * item + places_nbytes(count, m * n))
+        fits = most_entries(nbytes, item, m * n)
         return WaveletSparseOptions(count=fits) if fits else None
 
     @classmethod
     def size(cls, source: Source, options: WaveletSparseOptions) -> int:
         (m, n), count = source.shape, options.coefficients(*source.shape)
-        return count * source.stored.itemsize + places_nbytes(count, m * n)
+        return entries_nbytes(count, source.stored.itemsize, m * n)

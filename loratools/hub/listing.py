@@ -11,6 +11,7 @@ from loratools.files import load
 from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.receipts import FOLDER, receipts
 from loratools.hub.run import row_of
+from loratools.hub.work import facts_of
 from loratools.reports.hub import HubListReport, HubRunReport, Listed
 from loratools.storage.atomic import printable
 
@@ -33,17 +34,15 @@ def _listed(found: Found | Refused) -> Listed:
         return Listed(found.name, reason=found.reason)
     try:
         with load(found.path) as adapter:
-            ranks = [entry.rank for entry in adapter.entries.values()]
-            families = sorted({entry.family.family for entry in adapter.entries.values()})
-            base = (adapter.config or {}).get("base_model_name_or_path")
+            facts = facts_of(adapter)
             return Listed(
                 found.name,
-                adapter.format.name,
-                ", ".join(families),
-                len(ranks),
-                max(ranks, default=0),
+                facts["dialect"],
+                ", ".join(facts["families"]),
+                facts["targets"],
+                facts["rank"],
                 adapter.file_nbytes,
-                base if isinstance(base, str) else "",
+                facts["base_model"] or "",
             )
     except (LoratoolsError, OSError) as error:
         return Listed(found.name, reason=" ".join(str(error).split()))

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loratools._version import __version__
 from loratools.adapter import Adapter
+from loratools.configs import CONFIG_NAME
 from loratools.errors import AdapterError, LoratoolsError, UsageError
-from loratools.files import destination_weights, is_folder_adapter, load, locate, packed_place, save
-from loratools.hub.receipts import Receipt, Stamp, is_unchanged, place_of, read_receipt, stamp_of
+from loratools.files import destination_weights, is_folder_adapter, load, locate, save
+from loratools.hub.receipts import FOLDER, Receipt, Stamp, is_unchanged, place_of, read_receipt, stamp_of
 from loratools.hub.recipe import Recipe, Worked
 from loratools.ops.pareto import relative_error
 from loratools.ops.quantize import quantize_file
 from loratools.storage.atomic import explained
-
-_BESIDE = ("adapter_config.json",)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def process(job: Job) -> Receipt:
             size,
             error,
             dict(worked.errors),
-            _facts(worked.adapter),
+            facts_of(worked.adapter),
             worked.warnings,
             round(time.monotonic() - began, 3),
         )
@@ -109,16 +109,15 @@ def _sources(path: Path) -> Iterator[Path]:
     yield weights
     if weights.name.endswith(".index.json"):
         yield from sorted(p for p in weights.parent.glob("*.safetensors") if p.is_file())
-    for name in _BESIDE:
-        if (weights.parent / name).is_file():
-            yield weights.parent / name
+    if (config := weights.parent / CONFIG_NAME).is_file():
+        yield config
 
 
 def _written(job: Job, worked: Worked) -> list[Path]:
     """The files of the output."""
     place = job.out / job.stem
     if worked.packing is not None:
-        saved, _ = quantize_file(worked.adapter, packed_place(_named(place), force=True), worked.packing, force=True)
+        saved, _ = quantize_file(worked.adapter, _named(place), worked.packing, force=True)
         return [saved.path]
     if not is_folder_adapter(worked.adapter):
         return [save(worked.adapter, destination_weights(worked.adapter, _named(place)), force=True).weights]
@@ -144,20 +143,22 @@ def _named(place: Path) -> Path:
     return place.with_name(f"{place.name}.safetensors")
 
 
-def _facts(adapter: Adapter) -> dict[str, object]:
+def facts_of(adapter: Adapter) -> dict[str, Any]:
+    """What its header tells: dialect, families, targets, largest rank, and the base model where it is named."""
     ranks = [entry.rank for entry in adapter.entries.values()]
     families = sorted({entry.family.family for entry in adapter.entries.values()})
+    base = (adapter.config or {}).get("base_model_name_or_path")
     return {
         "dialect": adapter.format.name,
         "families": families,
         "targets": len(ranks),
         "rank": max(ranks, default=0),
-        "base_model": (adapter.config or {}).get("base_model_name_or_path"),
+        "base_model": base if isinstance(base, str) else None,
     }
 
 
 def _clear(job: Job) -> None:
-    """Remove what an interrupted run left of this very output, and an output that is of the other kind."""
+    """Remove what an interrupted run left of this very output, and its receipt."""
     place = job.out / job.stem
     with explained(place):
         for name in (place.name, f"{place.name}.safetensors", f"{place.name}.gguf"):
@@ -190,7 +191,7 @@ def check_names(jobs: list[Job]) -> dict[str, str]:
 
 def refuse_results(out: Path, *, resume: bool, force: bool) -> None:
     """UsageError where an earlier run has left receipts and nobody said what to do with them."""
-    if not (resume or force) and (out / ".loratools").exists():
+    if not (resume or force) and (out / FOLDER).exists():
         raise UsageError(
             f"{out}: holds results of an earlier run; pass --resume to go on with it, or --force to redo it"
         )

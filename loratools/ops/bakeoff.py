@@ -124,7 +124,7 @@ class _Bench:
         chosen = _chosen(adapter, how)
         part = replace(adapter, entries={target: adapter.entries[target] for target in chosen}, extras={})
         measured = Measured.held(part, base=how.base)
-        sources, _ = sources_of(measured.adapter, LoRA, _asked(how, None))
+        sources, *_ = sources_of(measured.adapter, LoRA, _asked(how, None))
         if not sources:
             raise AdapterError("no target of the adapter is a matrix that a family could hold")
         entries = {target: measured.adapter.entries[target] for target in sources}

@@ -78,7 +78,7 @@ def reparameterize(
     adapter.require_weights()
     refuse_mutated(adapter, "another family cannot say which base weight that leaves")
     adapter = in_memory(adapter)
-    sources, carried = sources_of(adapter, family, how)
+    sources, carried, biased = sources_of(adapter, family, how)
     if not sources:
         raise AdapterError(f"no target of the adapter is a matrix that {to} could hold")
     chosen = options_for(family, sources, how)
@@ -120,7 +120,7 @@ def reparameterize(
     notes = list(adapter.warnings)
     if family.reconstruction:
         notes.append(f"{to} is a reconstruction: {family.reconstruction}")
-    if biased := [t for t in updates if adapter.entries[t].read().bias_delta() is not None]:
+    if biased:
         notes.append(f"{len(biased)} targets change their bias too, which was left out; the first is {biased[0]}")
     if lost := adapter.loose_extras:
         notes.append(f"{len(lost)} tensors that belong to no target were left out, such as {lost[0]}")
@@ -147,10 +147,11 @@ def reparameterize_file(
 
 def sources_of(
     adapter: Adapter, family: type[Fittable], how: Reparameterize
-) -> tuple[dict[str, Source], dict[str, Update]]:
-    """The deltas to be fitted, and the updates that are carried over as they are."""
+) -> tuple[dict[str, Source], dict[str, Update], list[str]]:
+    """The deltas to be fitted, the updates carried over as they are, and the targets that change a bias too."""
     sources: dict[str, Source] = {}
     carried: dict[str, Update] = {}
+    biased: list[str] = []
     dtype = getattr(torch, DTYPES[_WIDTHS[how.dtype] if how.dtype else adapter.usual_dtype][0])
     for target, entry in adapter.entries.items():
         shape, weight = _base(adapter, target, entry, family, how.base)
@@ -166,11 +167,13 @@ def sources_of(
             raise type(error)(f"{target}: {error}") from error
         if isinstance(delta, BlockDiagonal):
             raise AdapterError(f"{target}: a stack of experts or a grouped convolution has no other family")
+        if update.bias_delta() is not None:
+            biased.append(target)
         squares = None if how.statistics is None else how.statistics.channels(target)
         sources[target] = Source(
             delta, replace(entry.layout, shape=shape, magnitude_axis=0), weight, dtype, how.seed, squares
         )
-    return sources, carried
+    return sources, carried, biased
 
 
 def _base(

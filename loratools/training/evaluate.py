@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.errors import InputError, UsageError
 from loratools.reports.evaluate import Evaluation
-from loratools.storage.atomic import printable
 from loratools.training.applied import applied
+from loratools.training.lines import read_json, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,30 +55,11 @@ class Evaluate:
 
 def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
     """The first `limit` rows of JSON with a prompt and an answer; InputError names the line that is none."""
-    place = Path(path)
-    name = printable(place)
-    rows: list[Row] = []
-    try:
-        with place.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(rows) >= limit:
-                    break
-                if line.strip():
-                    rows.append(_row(line, f"{name}, line {number}"))
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: is not UTF-8 text; {_FORM}") from None
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}; {_FORM}") from None
-    if not rows:
-        raise InputError(f"{name}: holds no rows; {_FORM}")
-    return rows
+    return read_lines(path, limit, _row, what="rows", form=_FORM)
 
 
 def _row(line: str, where: str) -> Row:
-    try:
-        fields: Any = json.loads(line)
-    except ValueError:
-        raise InputError(f"{where}: is not JSON; {_FORM}") from None
+    fields = read_json(line, where, _FORM)
     if isinstance(fields, Mapping):
         prompt, answer = fields.get("prompt"), fields.get("answer")
         if isinstance(prompt, str) and isinstance(answer, str) and answer:
