@@ -27,7 +27,7 @@ demo: $(RUNTIME) ## Install the runtime only and walk through the example adapte
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: $(DEV) ## All tests but those that run a real model (ARGS="-k name" is passed on)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 
 test-real: $(REAL) ## The tests that run a real model
 	$(BIN)/python -m pytest -m real $(ARGS)

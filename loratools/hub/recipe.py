@@ -17,6 +17,7 @@ from loratools.storage.atomic import printable
 if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.ops.quantize import Quantize
+    from loratools.reports.squeeze import SqueezeReport
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,12 +27,17 @@ else:
 
 @dataclass(frozen=True)
 class Worked:
-    """An adapter after a step: how it is to be packed at the end, what was lost so far, and what was said."""
+    """An adapter after a step: how it is to be packed at the end, what was lost so far, and what was said.
+
+    `whole` is the relative error of all deltas against the source, where it is known without comparing the files: one
+    step lost something, and told of every target.
+    """
 
     adapter: Adapter
     packing: Quantize | None = None
     errors: tuple[tuple[str, float], ...] = ()  # verb, relative error against what it was given
     warnings: tuple[str, ...] = ()
+    whole: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,14 +162,14 @@ def _squeeze(
     policy = choice.policy(worked.adapter.file_nbytes)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
     made, report = squeeze(worked.adapter, policy, limits=limits, options=Squeeze(allow_unchanged=True))
-    return _after(worked, made, "squeeze", report.total["relative_error"], report.warnings)
+    return _lowered(worked, made, "squeeze", report)
 
 
 def _truncate(worked: Worked, rank: int, nested: str = "keep", scaling: str | None = None) -> Worked:
     from loratools.ops.truncate import truncate
 
     made, report = truncate(worked.adapter, rank, nested=nested, scaling=scaling, allow_unchanged=True)  # type: ignore[arg-type]
-    return _after(worked, made, "truncate", report.total["relative_error"], report.warnings)
+    return _lowered(worked, made, "truncate", report)
 
 
 def _convert(
@@ -232,10 +238,20 @@ def _quantize(
     )
 
 
-def _after(worked: Worked, made: Adapter, verb: str, error: Any, warnings: Sequence[str]) -> Worked:
-    errors = worked.errors if error is None else (*worked.errors, (verb, float(error)))
+def _lowered(worked: Worked, made: Adapter, verb: str, report: SqueezeReport) -> Worked:
+    whole = not report.unchanged and not any(entry.needs_base for entry in made.entries.values())
+    return _after(worked, made, verb, report.total["relative_error"], report.warnings, whole=whole)
+
+
+def _after(
+    worked: Worked, made: Adapter, verb: str, error: Any, warnings: Sequence[str], *, whole: bool = False
+) -> Worked:
     new = tuple(text for text in warnings if text not in worked.warnings)
-    return replace(worked, adapter=made, errors=errors, warnings=(*worked.warnings, *new))
+    after = replace(worked, adapter=made, warnings=(*worked.warnings, *new))
+    if error is None:
+        return after
+    first = whole and not worked.errors
+    return replace(after, errors=(*worked.errors, (verb, float(error))), whole=float(error) if first else None)
 
 
 VERBS: Mapping[str, Callable[..., Worked]] = {

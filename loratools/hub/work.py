@@ -127,8 +127,8 @@ def _written(job: Job, worked: Worked) -> list[Path]:
 
 def _error(before: Adapter, worked: Worked, weights: Path) -> float | None:
     """Of all steps together as written; None where targets have other names now, or their deltas need the base."""
-    if not worked.errors and worked.packing is None:
-        return None
+    if worked.packing is None and (worked.whole is not None or not worked.errors):
+        return worked.whole
     with load(weights) as after:
         if list(before) != list(after):
             return None
