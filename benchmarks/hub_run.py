@@ -1,4 +1,4 @@
-"""A thousand small adapters through a recipe: what workers gain, what each adapter costs beyond the work, and memory."""
+"""A thousand small adapters through a recipe: what workers gain, what each costs beyond the work, and memory."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def main(quick: bool) -> str:
     return (
         "## A hub through a recipe\n\n"
         f"{count} adapters of rank {RANK} in float16, {LAYERS * len(MODULES)} targets of {WIDTH} x {WIDTH}, by `{step}` "
-        f"({made:.0f} s to make). The work itself: load, squeeze and save in a loop of one process with one thread. A worker has "
-        "one thread here where there are two of them, and all cores where it is alone.\n\n"
+        f"({made:.0f} s to make). The work itself: load, squeeze and save in a loop of one process with one thread. A "
+        "worker has one thread where there are two of them, and all cores where it is alone.\n\n"
         + table(["work itself", "1 worker", "2 workers", "gain", "work of each", "beyond it, of each"], rows)
-        + f"\nMedian gain {sorted(gains)[len(gains) // 2]:.2f}x; beyond the work {sorted(over)[len(over) // 2]:.1f} ms an adapter: "
-        "starting the processes, hashes of sources and outputs, the error of the deltas as written, and the receipt.\n\n"
-        "Peak memory of the process that hands out the work, and of the largest worker:\n\n"
+        + f"\n\nMedian gain {sorted(gains)[len(gains) // 2]:.2f}x; beyond the work "
+        f"{sorted(over)[len(over) // 2]:.1f} ms an adapter: starting the processes, hashes of sources and outputs, and "
+        "the receipt.\n\nPeak memory of the process that hands out the work, and of the largest worker:\n\n"
         + table(["adapters", "parent", "worker"], peaks)
     )
 
