@@ -121,9 +121,9 @@ def main(quick: bool) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     return (
         "## A hub through a recipe\n\n"
-        f"{count} adapters of rank {RANK} in float16, {LAYERS * len(MODULES)} targets of {WIDTH} x {WIDTH}, by `{step}` "
-        f"({made:.0f} s to make). The work itself: load, squeeze and save in a loop of one process with one thread. A "
-        "worker has one thread where there are two of them, and all cores where it is alone.\n\n"
+        f"{count} adapters of rank {RANK} in float16, {LAYERS * len(MODULES)} targets of {WIDTH} x {WIDTH}, by "
+        f"`{step}` ({made:.0f} s to make). The work itself: load, squeeze and save in a loop of one process with one "
+        "thread. A worker has one thread where there are two of them, and all cores where it is alone.\n\n"
         + table(["work itself", "1 worker", "2 workers", "gain", "work of each", "beyond it, of each"], rows)
         + f"\n\nMedian gain {sorted(gains)[len(gains) // 2]:.2f}x; beyond the work "
         f"{sorted(over)[len(over) // 2]:.1f} ms an adapter: starting the processes, hashes of sources and outputs, and "
