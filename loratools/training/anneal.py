@@ -1,0 +1,190 @@
+"""Squeezing a LoRA while it is trained: fewer ranks, in stages, until the wanted one is left (LoRA-Squeeze, in-tuning).
+
+The paper (arXiv 2602.10993) tells no schedule; geometric ranks at even distances are a reconstruction. At each stage
+the factors become the best ones of the next rank, U sqrt(S) and sqrt(S) V^T of their product, with the scale kept. New
+factors are B M and N A with small matrices, so what the optimizer knows can go along: a gradient by the factors, and
+with it the first moments of Adam, becomes exactly g_B N^T and M^T g_A where nothing was cut off; the second moments are
+carried by the squared entries, as if the entries of a gradient did not depend on one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratools._lazy import torch
+from loratools.errors import AdapterError, UsageError, naming
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+
+State = Literal["project", "reset"]
+
+_FIRST = ("exp_avg", "momentum_buffer")  # sums of gradients
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq")  # sums of their squares
+_EMPTY = 1e-7  # of the largest singular value: below, a component holds nothing
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One squeeze: after which step, to which rank, and the relative error of all deltas."""
+
+    step: int
+    rank: int
+    relative_error: float
+
+
+def annealed_ranks(start: int, to: int, stages: int) -> tuple[int, ...]:
+    """The rank after each stage, from `start` to `to` in even ratios; stages that would change nothing fall out."""
+    if not 1 <= to <= start or stages < 1:
+        raise UsageError(f"from rank {start} to {to} in {stages} stages: the rank must fall, in one stage at least")
+    ranks = [round(start * (to / start) ** (j / stages)) for j in range(1, stages + 1)]
+    return tuple(rank for before, rank in zip([start, *ranks], ranks, strict=False) if rank < before)
+
+
+def annealing_steps(steps: int, stages: int) -> tuple[int, ...]:
+    """After which of `steps` steps each stage comes; after the last one as many follow as came before the first."""
+    if steps <= stages:
+        raise UsageError(f"{steps} steps are too few for {stages} squeezes")
+    return tuple(steps * j // (stages + 1) for j in range(1, stages + 1))
+
+
+def squeeze_model(
+    model: Module, rank: int, optimizer: Any = None, *, state: State = "project", adapter: str = "default"
+) -> float:
+    """Make the LoRA layers of a PEFT model ones of `rank`, in place, and return the relative error of all deltas.
+
+    The parameters stay the objects that they were, so that the optimizer goes on with them; what it knows of them is
+    projected or reset. The scale of each layer stays. Layers of that rank or less are left alone. AdapterError for
+    weights that are not finite, UsageError for a config with rank_pattern or alpha_pattern.
+    """
+    config = _config(model, adapter)
+    lost = whole = 0.0
+    # From outside in: each wrapper of an optimizer (such as Accelerate's) holds the next.
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    with torch.no_grad():
+        for name, layer in lora_layers(model, adapter):
+            down, up = _factors(layer, adapter)
+            if len(down) <= rank:
+                continue
+            with naming(name):
+                made = _squeezed(down, up, rank)
+            square = (layer.scaling[adapter]) ** 2
+            lost, whole = lost + square * made.lost, whole + square * made.whole
+            _replace(down, made.down, made.turn_up.T, optimizer, state, axis=0)
+            _replace(up, made.up, made.turn_down, optimizer, state, axis=1)
+            _declare(layer, adapter, rank, config.use_rslora)
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    if rank < config.r:
+        config.r = rank
+        config.lora_alpha = _number(scale * (math.sqrt(rank) if config.use_rslora else rank))
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def lora_layers(model: Module, adapter: str = "default") -> Iterator[tuple[str, Any]]:
+    """The LoRA layers of a PEFT model that hold an adapter of that name, by module name."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            yield name, module
+
+
+def _config(model: Module, adapter: str) -> Any:
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is None or not any(True for _ in lora_layers(model, adapter)):
+        raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
+    if config.rank_pattern or config.alpha_pattern:
+        raise UsageError("rank_pattern and alpha_pattern cannot be annealed; train with one rank and one alpha")
+    return config
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Parameter, Parameter]:
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+
+
+@dataclass(frozen=True, eq=False)
+class _Squeezed:
+    down: Tensor  # (k, n) float64
+    up: Tensor  # (m, k)
+    turn_down: Tensor  # N, (k, r): down = N A
+    turn_up: Tensor  # M, (r, k): up = B M
+    lost: float  # squared
+    whole: float
+
+
+def _squeezed(down: Tensor, up: Tensor, rank: int) -> _Squeezed:
+    A, B = down.detach().flatten(1).double(), up.detach().flatten(1).double()
+    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise AdapterError("holds NaN or infinity; lower the learning rate")
+    Qa, Ra = torch.linalg.qr(A.T)
+    Qb, Rb = torch.linalg.qr(B)
+    U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    kept = S[:rank]
+    if len(kept) < rank:
+        raise AdapterError(f"is {len(B)} x {A.shape[1]}, which has no rank {rank}")
+    live = kept > _EMPTY * S[0].clamp_min(torch.finfo(torch.float64).tiny)
+    # A component without anything in it starts afresh as LoRA does: nothing above, a direction below.
+    fresh = float(kept[live].mean().sqrt()) if bool(live.any()) else float(A.norm() / math.sqrt(len(A)))
+    above = torch.where(live, kept.sqrt(), 0.0)
+    below = torch.where(live, kept.sqrt(), fresh)
+    turn_down = (below[:, None] * Vt[:rank]) @ torch.linalg.pinv(Ra.T)
+    turn_up = torch.linalg.pinv(Rb) @ (U[:, :rank] * above)
+    return _Squeezed(
+        (below[:, None] * Vt[:rank]) @ Qa.T,
+        Qb @ (U[:, :rank] * above),
+        turn_down,
+        turn_up,
+        float(S[rank:].square().sum()),
+        float(S.square().sum()),
+    )
+
+
+def _replace(parameter: Parameter, made: Tensor, carry: Tensor, optimizer: Any, state: State, *, axis: int) -> None:
+    """Put a new factor into its parameter; `carry`, (k, r), turns a gradient along the axis of the components."""
+    shape = list(parameter.shape)
+    shape[axis] = len(carry)
+    parameter.data = made.reshape(shape).to(parameter.dtype)
+    parameter.grad = None
+    known = None if optimizer is None else optimizer.state.get(parameter)
+    if not known:
+        return
+    names = {name for name, value in known.items() if torch.is_tensor(value) and value.ndim}
+    if state == "reset" or not names <= {*_FIRST, *_SECOND}:
+        del optimizer.state[parameter]
+        return
+    for name in names:
+        turn = carry.square() if name in _SECOND else carry
+        known[name] = _along(turn, known[name], axis)
+
+
+def _along(turn: Tensor, value: Tensor, axis: int) -> Tensor:
+    """`turn` times the matrix whose rows lie along `axis` of `value`."""
+    return torch.tensordot(turn.to(value.dtype), value, ([1], [axis])).movedim(0, axis).contiguous()
+
+
+def _declare(layer: Any, adapter: str, rank: int, rslora: bool) -> None:
+    """What the layer tells of its rank; the scale stays."""
+    layer.r[adapter] = rank
+    layer.lora_alpha[adapter] = _number(layer.scaling[adapter] * (math.sqrt(rank) if rslora else rank))
+    if adapter not in layer.lora_A:
+        return
+    for module, names in (
+        (layer.lora_A[adapter], ("out_features", "out_channels")),
+        (layer.lora_B[adapter], ("in_features", "in_channels")),
+    ):
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, rank)
+
+
+def _number(value: float) -> float | int:
+    """As configs hold it: whole numbers as such."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) < 1e-9 * max(1.0, abs(value)) else value
