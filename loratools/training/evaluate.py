@@ -13,14 +13,12 @@ from loratools.errors import InputError, UsageError
 from loratools.reports.evaluate import Evaluation
 from loratools.training.applied import applied
 from loratools.training.lines import read_json, read_lines
+from loratools.training.prompts import collated, encoded, pad_id, prompt_ids
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from loratools.adapter import Adapter
 
 _FORM = 'give rows such as {"prompt": "...", "answer": "..."}'
-_Encoded = tuple[list[int], int]  # all ids, and how many of them are the prompt's
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,13 @@ def answer_nll(
     An end token, where the tokenizer has one, belongs to the answer to a prompt; without a prompt the first token
     counts for nothing, for nothing foretells it.
     """
-    encoded = sorted((_encoded(tokenizer, row, options) for row in rows), key=lambda item: len(item[0]))
+    items = sorted(
+        (encoded(tokenizer, row.prompt, row.answer, chat=options.chat) for row in rows), key=lambda item: len(item[0])
+    )
     total, count = 0.0, 0
     with torch.no_grad():
-        for start in range(0, len(encoded), options.batch):
-            ids, mask, wanted = _collated(encoded[start : start + options.batch], options.device)
+        for start in range(0, len(items), options.batch):
+            ids, mask, wanted = collated(items[start : start + options.batch], options.device)
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
             kept = wanted[:, 1:]
             losses = torch.nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
@@ -149,7 +149,7 @@ def exact_match(
     groups: dict[int, list[tuple[list[int], str]]] = {}
     for row in rows:
         if row.prompt:
-            asked = _prompt(tokenizer, row.prompt, options)
+            asked = prompt_ids(tokenizer, row.prompt, chat=options.chat)
             groups.setdefault(len(asked), []).append((asked, row.answer))
     hits, end = 0, tokenizer.eos_token_id
     with torch.no_grad():
@@ -164,7 +164,7 @@ def exact_match(
                     do_sample=False,
                     num_beams=1,
                     eos_token_id=end,
-                    pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    pad_token_id=pad_id(tokenizer),
                 )
                 for (_, answer), tokens in zip(part, out[:, length:].tolist(), strict=True):
                     said = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -178,39 +178,8 @@ def exact_match(
 def n_steps(tokenizer: Any, rows: Sequence[Row], options: Evaluate) -> int:
     """How often `evaluate` calls its `step`."""
     chosen = rows[: options.max_rows]
-    lengths = [len(_prompt(tokenizer, row.prompt, options)) for row in chosen if row.prompt and options.match]
+    lengths = [
+        len(prompt_ids(tokenizer, row.prompt, chat=options.chat)) for row in chosen if row.prompt and options.match
+    ]
     batches = -(-len(chosen) // options.batch)
     return batches + sum(-(-lengths.count(length) // options.batch) for length in set(lengths))
-
-
-def _encoded(tokenizer: Any, row: Row, options: Evaluate) -> _Encoded:
-    if not row.prompt:
-        return list(tokenizer(row.answer).input_ids), 1
-    answer = list(tokenizer(row.answer, add_special_tokens=False).input_ids)
-    prompt = _prompt(tokenizer, row.prompt, options)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return prompt + answer + end, len(prompt)
-
-
-def _prompt(tokenizer: Any, prompt: str, options: Evaluate) -> list[int]:
-    """The ids of a prompt, with what the tokenizer puts before every text, and no end token behind it."""
-    if not options.chat:
-        ids = list(tokenizer(prompt).input_ids)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("the tokenizer has no chat template; leave chat out, and prompts are taken as they are")
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _collated(items: Sequence[_Encoded], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, the mask of what is no padding, and that of what is to be foretold; (rows, tokens), padded on the right."""
-    most = max(len(ids) for ids, _ in items)
-    ids = torch.zeros(len(items), most, dtype=torch.long)
-    mask, wanted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, start) in enumerate(items):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        wanted[i, max(start, 1) : len(row)] = True
-    return ids.to(device), mask.to(device), wanted.to(device)

@@ -18,6 +18,7 @@ from loratools.errors import AdapterError, UsageError, naming
 from loratools.ops.coders import Direct, Plain, Scales
 from loratools.ops.gridding import rounded
 from loratools.quant.grid import unit_of_rows
+from loratools.training.schedule import share_of_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,6 @@ class Grid:
 
 
 _FACTORS = {"lora_A": False, "lora_B": True}  # whether rank components run along the last axis
-_WARM_UP = 10  # steps at most
 _LONGEST = 1.0  # norm of a gradient
 
 
@@ -120,7 +120,7 @@ def quantization_aware_steps(
             optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
             for step, batch in enumerate(_repeated(batches, steps)):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * _schedule(step, steps)
+                    group["lr"] = learning_rate * share_of_rate(step, steps)
                 with torch.nn.utils.parametrize.cached():  # one rounding a step, however often a weight is looked at
                     value = measured(model, batch)
                     value.backward()
@@ -220,11 +220,3 @@ def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             raise UsageError(
                 f"the batches end after {count} of {steps} steps; give a list, which can be gone through again"
             )
-
-
-def _schedule(step: int, steps: int) -> float:
-    """The share of the learning rate: a linear warm-up, then a cosine."""
-    warm_up = min(_WARM_UP, max(1, steps // 10))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))

@@ -1,0 +1,261 @@
+"""Training an adapter on rows of text, with a teacher's words, its probabilities or both, until it agrees no better.
+
+`train_rows` is the one training loop here: rows may carry weights, held-out rows decide when it stops and which state
+is kept, and a checkpoint lets a run that was killed go on to the very same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loratools._lazy import torch
+from loratools.errors import UsageError
+from loratools.training.agreement import Agreement, agreement_of, answer_logits
+from loratools.training.losses import cross_entropy, divergence, shared_starts, sorted_distance, token_starts
+from loratools.training.prompts import Encoded, encoded
+from loratools.training.seeds import batch_of, seeded
+from loratools.training.training_run import Look, TrainingRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LossKind = Literal["ce", "kl", "uld"]
+_EVERY = 10  # steps between two looks at the held-out rows, at most, unless stated
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """A prompt, the answer that is to follow it, and how much the row counts."""
+
+    prompt: str
+    answer: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Train:
+    """How to train.
+
+    `loss`: "ce" of the answers' tokens, which any two tokenizers allow; "kl" adds the divergence from the teacher's
+    softened probabilities, of one vocabulary; "uld" adds the distance of sorted probabilities where tokens of both
+    tokenizers begin at the same character. `hard` is the share of the cross-entropy where there are two. `steps`, or
+    else `epochs`. With held-out rows, training stops after `patience` looks that found no better agreement, `every`
+    steps apart, and the best state is kept. `chat` puts prompts into the tokenizer's chat template.
+    """
+
+    loss: LossKind = "ce"
+    temperature: float = 2.0
+    hard: float = 0.5
+    learning_rate: float = 5e-4
+    batch: int = 8
+    epochs: int = 3
+    steps: int | None = None
+    every: int | None = None
+    patience: int = 4
+    max_tokens: int = 1024
+    chat: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "epochs", "steps", "every", "patience", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.hard <= 1:
+            raise UsageError(f"the share of the cross-entropy must be from 0 to 1, not {self.hard:g}")
+        if not (self.temperature > 0 and self.learning_rate > 0):
+            raise UsageError("the temperature and the learning rate must be more than 0")
+
+    def n_steps(self, rows: int) -> int:
+        """How many steps there are for so many rows, unless they end early."""
+        return self.steps if self.steps is not None else self.epochs * -(-rows // self.batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The model whose probabilities count, with its adapter in it; `chat` as its answers were asked for."""
+
+    model: Any
+    tokenizer: Any
+    chat: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The model, a PeftModel in its best state, and how it came to it.
+
+    `losses` are of single steps, `looks` at the held-out rows; `best_step` is the one whose state was kept.
+    """
+
+    model: Any
+    losses: tuple[float, ...]
+    looks: tuple[Look, ...]
+    best_step: int
+    tokens: int
+    seconds: float
+    stopped_early: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """A row as the student reads it, and as the teacher does where it is asked."""
+
+    ids: Encoded
+    answer: str
+    weight: float
+    taught: Encoded | None
+
+
+def train_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TrainRow],
+    options: Train = Train(),
+    *,
+    held_out: Sequence[TrainRow] = (),
+    teacher: Teacher | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    step: Callable[[int], None] | None = None,
+    forward: Callable[[Any, int], None] | None = None,
+) -> Trained:
+    """Train what is trainable in `model`, a PeftModel, on `rows`, and leave it in its best state.
+
+    The same for the same rows, options and seed, on one machine; also where it was killed and goes on from
+    `checkpoint`, a file written at every look. AdamW without decay, gradients cut to norm 1, a short warm-up and a
+    cosine to zero. `step` is called with the tokens of each step; `forward(model, step)` before each, to set what
+    should differ between steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to
+    train on, or `options.loss` needs a teacher of the same vocabulary and there is none.
+    """
+    asked = None if options.loss == "ce" else teacher
+    _check_teacher(asked, tokenizer, options)
+    items = _items(tokenizer, rows, options, asked)
+    if not items:
+        raise UsageError(f"there are no rows to train on of at most {options.max_tokens} tokens; raise max_tokens")
+    looked_at = [item.ids for item in _items(tokenizer, held_out, options, None)]
+    run = TrainingRun(model, options.n_steps(len(items)), options.learning_rate)
+    place = None if checkpoint is None else Path(checkpoint)
+    made_for = _digest(rows, held_out, options)
+    if place is not None:
+        run.load(place, made_for)
+    every = options.every or max(1, min(_EVERY, run.steps // 8))
+    was_training, began = model.training, time.monotonic()
+    try:
+        if looked_at and not run.looks:
+            run.look(agreement_of(model, looked_at, batch=options.batch, device=options.device))
+        while not run.is_over(options.patience):
+            batch = [items[i] for i in batch_of(len(items), options.batch, run.step, options.seed)]
+            with seeded(options.seed, "step", run.step):  # what drops out does not depend on where a run began
+                model.train()
+                if forward is not None:
+                    forward(model, run.step)
+                run.descend(_loss(model, tokenizer, batch, options, asked))
+            tokens = sum(len(item.ids[0]) for item in batch)
+            run.tokens += tokens
+            if step is not None:
+                step(tokens)
+            if run.step % every == 0 or run.step == run.steps:
+                if looked_at:
+                    run.look(agreement_of(model, looked_at, batch=options.batch, device=options.device))
+                run.seconds, began = run.seconds + time.monotonic() - began, time.monotonic()
+                if place is not None:
+                    run.save(place, made_for)
+        run.restore_best()
+    finally:
+        model.train(was_training)
+    left_out = len(rows) - len(items)
+    warnings = (f"{left_out} rows are longer than {options.max_tokens} tokens and were left out",) if left_out else ()
+    early = run.step < run.steps
+    return Trained(model, tuple(run.losses), tuple(run.looks), run.best_step, run.tokens, run.seconds, early, warnings)
+
+
+def agreement(model: Any, tokenizer: Any, rows: Sequence[TrainRow], options: Train = Train()) -> Agreement:
+    """How far `model`, told every answer of `rows` up to a token, would go on as the answer does."""
+    items = [item.ids for item in _items(tokenizer, rows, options, None)]
+    if not items:
+        raise UsageError("there are no rows to compare with")
+    return agreement_of(model, items, batch=options.batch, device=options.device)
+
+
+def check_vocabularies(student: Any, teacher: Any) -> None:
+    """UsageError where two tokenizers have different vocabularies, so that probabilities cannot be compared."""
+    if student.get_vocab() != teacher.get_vocab():
+        raise UsageError(
+            f"the vocabularies differ ({len(teacher.get_vocab())} and {len(student.get_vocab())} tokens): a divergence "
+            "needs one vocabulary; use the loss ce, or uld"
+        )
+
+
+def _check_teacher(teacher: Teacher | None, tokenizer: Any, options: Train) -> None:
+    if options.loss == "ce":
+        return
+    if teacher is None:
+        raise UsageError(f"the loss {options.loss} compares with a teacher's probabilities: pass teacher=")
+    if options.loss == "kl":
+        check_vocabularies(tokenizer, teacher.tokenizer)
+
+
+def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None) -> list[_Item]:
+    """Rows that are short enough and have something to foretell."""
+    found = []
+    for row in rows:
+        ids = encoded(tokenizer, row.prompt, row.answer, chat=options.chat)
+        if not ids[1] < len(ids[0]) <= options.max_tokens or not row.weight > 0:
+            continue
+        taught = None
+        if teacher is not None:
+            taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
+        found.append(_Item(ids, row.answer, row.weight, taught))
+    return found
+
+
+def _loss(model: Any, tokenizer: Any, batch: Sequence[_Item], options: Train, teacher: Teacher | None) -> Tensor:
+    logits, wanted, row = answer_logits(model, [item.ids for item in batch], options.device)
+    weights = torch.tensor([item.weight for item in batch], device=logits.device)[row]
+    hard = cross_entropy(logits, wanted, weights)
+    if teacher is None:
+        return hard
+    taught = [item.taught for item in batch if item.taught is not None]
+    with torch.no_grad():
+        meant, told, of_row = answer_logits(teacher.model, taught, options.device)
+    if options.loss == "kl":
+        if not torch.equal(told, wanted):
+            raise UsageError("the two tokenizers end answers differently: use the loss ce, or uld")
+        words = min(logits.shape[-1], meant.shape[-1])  # some models have room for more words than the tokenizer has
+        soft = divergence(logits[:, :words], meant[:, :words], weights, options.temperature)
+    else:
+        mine, theirs = _aligned(tokenizer, teacher, batch, row, of_row)
+        if not mine:
+            return hard
+        soft = sorted_distance(logits[mine], meant[theirs], weights[mine])
+    return options.hard * hard + (1 - options.hard) * soft
+
+
+def _aligned(
+    tokenizer: Any, teacher: Teacher, batch: Sequence[_Item], row: Tensor, of_row: Tensor
+) -> tuple[list[int], list[int]]:
+    """Positions among all answer tokens of a batch, of the student's and the teacher's, where the same text goes on."""
+    mine, theirs = [], []
+    for i, item in enumerate(batch):
+        assert item.taught is not None
+        (ids, start), (taught, first) = item.ids, item.taught
+        starts = token_starts(tokenizer, ids[start:], item.answer)[: len(ids) - start]
+        others = token_starts(teacher.tokenizer, taught[first:], item.answer)[: len(taught) - first]
+        base, other = int((row < i).sum()), int((of_row < i).sum())
+        for a, b in shared_starts(starts, others):
+            mine.append(base + a)
+            theirs.append(other + b)
+    return mine, theirs
+
+
+def _digest(rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train) -> str:
+    """What tells one run from another."""
+    told = repr(([asdict(row) for row in rows], [asdict(row) for row in held_out], asdict(options)))
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
