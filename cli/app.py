@@ -33,6 +33,7 @@ from loratools_cli.output import say
 from loratools_cli.pareto import pareto
 from loratools_cli.prune_neurons import prune_neurons
 from loratools_cli.quantize import dequantize, quantize
+from loratools_cli.recover import recover
 from loratools_cli.reparameterize import reparameterize
 from loratools_cli.resize import expand, restrict
 from loratools_cli.squeeze import squeeze
@@ -51,6 +52,7 @@ GROUPS = {
     "Make it smaller": (squeeze, truncate, quantize, dequantize, pareto, calibrate, neurons, prune_neurons),
     "Write it otherwise": (convert, check, reparameterize, bakeoff, expand, restrict),
     "Adapters and whole models": (merge, extract, fuse, delta, intruders, compare),
+    "Train it": (recover,),
     "What there is": (formats, families, cache),
 }
 for title, commands in GROUPS.items():

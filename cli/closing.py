@@ -15,6 +15,7 @@ from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
+from loratools.reports.recover import RecoverReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
 from loratools.reports.squeeze import SqueezeReport
@@ -45,6 +46,11 @@ def _(report: PruneNeuronsReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written: {size} of tensors\n"
     return f"wrote {plain(report.output)}: {size} of tensors\n"
+
+
+@closing.register
+def _(report: RecoverReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {sizes(report.bytes_before, report.bytes_after)}\n"
 
 
 @closing.register

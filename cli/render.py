@@ -36,6 +36,7 @@ from loratools.reports.neurons import NeuronsReport
 from loratools.reports.pareto import ParetoReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
+from loratools.reports.recover import RecoverReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
@@ -50,6 +51,7 @@ from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
+from loratools_cli.render_recover import render_recover
 from loratools_cli.render_resize import render_resize
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
@@ -120,6 +122,11 @@ def _(report: NeuronsReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: PruneNeuronsReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_prune_neurons(report, everything=everything)
+
+
+@blocks.register
+def _(report: RecoverReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_recover(report)
 
 
 @blocks.register

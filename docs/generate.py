@@ -50,6 +50,7 @@ REPORTS = {
     "loratools pareto": "pareto",
     "loratools pareto --eval": "evaluate",
     "loratools calibrate": "calibrate",
+    "loratools recover": "recover",
     "loratools reparameterize": "reparameterize",
     "loratools bakeoff": "bakeoff",
     "loratools hub": "hub",

@@ -55,6 +55,7 @@ def test_the_commands_are_the_files() -> None:
         "delta",
         "intruders",
         "compare",
+        "recover",
         "formats",
         "families",
         "cache",

@@ -1,0 +1,184 @@
+"""A few steps of training after a squeeze or a rounding, which bring back much of what it took.
+
+Of a squeezed adapter this is the continued form of LoRA-Squeeze (arXiv 2602.10993). What is in codes is trained in
+them, gradients going straight through the rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import RECORD_KEY, Adapter
+from loratools.errors import InputError, UsageError
+from loratools.files import Saved, load, packed_place, save
+from loratools.ops.convert import Convert, convert
+from loratools.ops.quantize import Quantize, quantize_file
+from loratools.peft import load_adapter
+from loratools.reports.recover import RecoverReport
+from loratools.storage.atomic import refuse_existing
+from loratools.training.distil import Train, TrainRow, train_rows
+from loratools.training.lines import read_json, read_lines
+from loratools.training.qat import Grid, Quantiser, quantization_aware, rounding
+
+_FORM = 'give rows such as {"prompt": "...", "answer": "..."} or {"text": "..."}'
+_DIRECT = ("rtn", "sign", "lloyd", "nf", "petl")
+_LOOKS = 5  # at the held-out rows, on the way
+RATE, UNITS = 5e-4, 0.02  # learning rates: of plain numbers; of whole multiples of a unit
+
+
+@dataclass(frozen=True)
+class Recover:
+    """How to train: `learning_rate` is 5e-4 unless given, 0.02 units on a grid; `held_out` the share of the rows, 64 at
+    most, by which the best state is chosen."""
+
+    steps: int = 50
+    learning_rate: float | None = None
+    batch: int = 8
+    held_out: float = 0.1
+    chat: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise UsageError(f"a share of {self.held_out:g} held-out rows: give 0 or more, and less than 1")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How an adapter in codes is rounded while it is trained, and packed after it."""
+
+    quantise: Quantiser | Grid
+    pack: Quantize
+
+
+def read_train_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[TrainRow]:
+    """The first `limit` rows with a prompt and an answer, or a text alone; InputError names the line that is none."""
+    return read_lines(path, limit, _row, what="rows", form=_FORM)
+
+
+def recover(
+    model: Any,
+    tokenizer: Any,
+    adapter: Adapter,
+    rows: Sequence[TrainRow],
+    output: str | os.PathLike[str],
+    options: Recover = Recover(),
+    *,
+    force: bool = False,
+    step: Callable[[int], None] | None = None,
+) -> tuple[Saved, RecoverReport]:
+    """Train `adapter` on the base `model` for some steps and write it: packed as it was, or else as a PEFT folder.
+
+    The numbers have the dtype that they had. `model` is left with the adapter in it. `step` is called with the tokens
+    of each step. UsageError for codes that cannot be trained in; AdapterError where the loss is no longer finite.
+    """
+    codes = codes_of(adapter)
+    place = Path(output)
+    if codes is None:
+        refuse_existing(place, force=force)
+    else:
+        place = packed_place(place, force=force)
+    train, held_out = _split(rows, options)
+    rate = options.learning_rate or (UNITS if codes is not None and isinstance(codes.quantise, Grid) else RATE)
+    how = Train(
+        learning_rate=rate,
+        batch=options.batch,
+        steps=options.steps,
+        every=max(1, options.steps // _LOOKS),
+        patience=_LOOKS + 1,
+        chat=options.chat,
+        device=options.device,
+        seed=options.seed,
+    )
+    wrapped = load_adapter(model, adapter, is_trainable=True)
+    with nullcontext() if codes is None else quantization_aware(wrapped, codes.quantise):
+        trained = train_rows(wrapped, tokenizer, train, how, held_out=held_out, step=step)
+    arguments = {"steps": options.steps, "learning_rate": rate, "batch": options.batch, "seed": options.seed}
+    with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
+        wrapped.save_pretrained(folder, save_embedding_layers=False)
+        with load(folder) as made:
+            saved = _written(made, adapter, codes, place, arguments, force=force)
+    looks = {look.step: look.held_out for look in trained.looks}
+    before, after = (None, None) if not looks else (looks[0], looks[trained.best_step])
+    return saved, RecoverReport(
+        rows=len(train),
+        held_out=len(held_out),
+        steps=len(trained.losses),
+        best_step=trained.best_step,
+        tokens=trained.tokens,
+        seconds=round(trained.seconds, 1),
+        nll_before=None if before is None else before.nll,
+        nll_after=None if after is None else after.nll,
+        answers_before=None if before is None else before.answers,
+        answers_after=None if after is None else after.answers,
+        losses=trained.losses,
+        rounding="" if codes is None else f"{codes.pack.method}",
+        bytes_before=adapter.file_nbytes,
+        bytes_after=saved.nbytes,
+        output=str(saved.path),
+        warnings=trained.warnings,
+    )
+
+
+def codes_of(adapter: Adapter) -> Codes | None:
+    """How a packed adapter is trained in its codes; None for one of plain numbers, UsageError where there is no way."""
+    if adapter.origin is None or adapter.origin.container != "packed":
+        return None
+    stated = _record(adapter)
+    method, fields = stated.get("method"), Quantize.__dataclass_fields__
+    if method in ("grid", "exact"):
+        return Codes(Grid(), Quantize("exact"))
+    if method in _DIRECT:
+        known = {name: stated.get(name, fields[name].default) for name in ("bits", "group", "scales", "rounds")}
+        pack = Quantize(method, **known)
+        return Codes(rounding(method, int(pack.bits), pack.scales, group=pack.group), pack)
+    raise UsageError(
+        f"the codes of {method or 'this file'} cannot be trained in; `loratools dequantize` makes plain numbers of them"
+    )
+
+
+def _record(adapter: Adapter) -> Mapping[str, Any]:
+    try:
+        found = json.loads(adapter.metadata.get(RECORD_KEY, "{}"))["arguments"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _written(
+    made: Adapter, before: Adapter, codes: Codes | None, place: Path, arguments: Mapping[str, Any], *, force: bool
+) -> Saved:
+    if codes is not None:
+        return quantize_file(made, place, codes.pack, force=force)[0]
+    dtype = {"F16": "f16", "BF16": "bf16"}.get(before.usual_dtype, "f32")
+    result, _ = convert(made, "peft", Convert(dtype=dtype))  # type: ignore[arg-type]
+    return save(result.recorded("recover", arguments), place, force=force)
+
+
+def _split(rows: Sequence[TrainRow], options: Recover) -> tuple[list[TrainRow], list[TrainRow]]:
+    """The last of each so many rows is held out."""
+    held = min(64, int(len(rows) * options.held_out))
+    if not held:
+        return list(rows), []
+    every = len(rows) // held
+    chosen = {i * every + every - 1 for i in range(held)}
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def _row(line: str, where: str) -> TrainRow:
+    fields = read_json(line, where, _FORM)
+    if isinstance(fields, Mapping):
+        prompt, answer, text = (fields.get(name) for name in ("prompt", "answer", "text"))
+        if isinstance(prompt, str) and isinstance(answer, str) and answer:
+            return TrainRow(prompt, answer)
+        if isinstance(text, str) and text:
+            return TrainRow("", text)
+    raise InputError(f"{where}: has neither a prompt and answer nor a text; {_FORM}")

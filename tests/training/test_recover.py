@@ -1,0 +1,121 @@
+"""A little training after a squeeze or a rounding: what comes back, and what stays as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.tiny import save_tiny_lora, save_tiny_model
+
+from loratools import Quantize, load, quantize_file, save, squeeze
+from loratools.adapter import Adapter
+from loratools.errors import InputError, OutputError, UsageError
+from loratools.training.distil import TrainRow
+from loratools.training.evaluate import Evaluate, Row, evaluate
+from loratools.training.models import load_model
+from loratools.training.recover import Recover, read_train_rows, recover
+
+pytest.importorskip("peft")
+
+ROWS = [TrainRow(f"{a}{b}: ", f"{b}{a}") for a in "abcdefgh" for b in "efghijkl"]
+TASK = Recover(steps=20, learning_rate=2e-2, batch=4, held_out=0.2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_lora(tmp_path_factory.mktemp("lora") / "lora", rank=4)
+
+
+def loaded(base: Path) -> tuple[Any, Any]:
+    model, tokenizer = load_model(base)
+    tokenizer.eos_token = "~"
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # as it is made it says hardly anything
+    return model, tokenizer
+
+
+def nll(base: Path, adapter: Adapter) -> float:
+    rows = [Row(row.prompt, row.answer) for row in ROWS]
+    return evaluate(*loaded(base), rows, adapter, options=Evaluate(match=False)).nll
+
+
+def test_after_a_squeeze_the_task_comes_back(base: Path, lora: Path, tmp_path: Path) -> None:
+    small, _ = squeeze(load(lora), 2)
+    save(small, tmp_path / "small")
+    counted: list[int] = []
+    saved, report = recover(
+        *loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK, step=counted.append
+    )
+    before, after = nll(base, small), nll(base, load(saved.path))
+    assert after < before - 0.3
+    assert (len(counted), sum(counted)) == (20, report.tokens)
+    assert (report.rows, report.held_out, report.rounding) == (52, 12, "")
+    assert report.nll_after is not None
+    assert report.nll_before is not None
+    assert report.nll_after < report.nll_before
+    made = load(saved.path)
+    assert {entry.rank for entry in made.entries.values()} == {2}
+    assert list(made) == list(small)
+    assert json.loads(made.metadata["loratools"])["verb"] == "recover"
+    again, _ = recover(*loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "again", TASK)
+    assert again.weights.read_bytes() == saved.weights.read_bytes()
+    with pytest.raises(OutputError, match="exists"):
+        recover(*loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK)
+
+
+def test_the_dtype_stays(base: Path, tmp_path: Path, lora: Path) -> None:
+    from loratools.ops.convert import Convert, convert
+
+    made, _ = convert(load(lora), "peft", Convert(dtype="bf16"))
+    save(made, tmp_path / "half")
+    saved, _ = recover(*loaded(base), load(tmp_path / "half"), ROWS, tmp_path / "better", TASK)
+    assert load(saved.path).usual_dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [Quantize("sign", 1, scales="component"), Quantize("rtn", 4), Quantize("grid", 4)],
+    ids=lambda q: q.method,
+)
+def test_codes_are_trained_in_and_kept(base: Path, lora: Path, tmp_path: Path, packing: Quantize) -> None:
+    place, _ = quantize_file(load(lora), tmp_path / "small.safetensors", packing)
+    rate = 0.5 if packing.method == "grid" else 2e-2
+    options = Recover(steps=20, learning_rate=rate, batch=4, held_out=0.2, seed=3)
+    saved, report = recover(*loaded(base), load(place.path), ROWS, tmp_path / "better.safetensors", options)
+    made = load(saved.path)
+    assert made.origin is not None
+    assert made.origin.container == "packed"
+    assert nll(base, made) < nll(base, load(place.path)) - 0.1
+    assert report.rounding == ("exact" if packing.method == "grid" else packing.method)
+    if packing.method != "grid":  # whose codes grow
+        assert saved.nbytes < 1.02 * place.nbytes
+    # What the model was when the rows were looked at is what lies in the file.
+    held = [Row(row.prompt, row.answer) for i, row in enumerate(ROWS) if i % 5 == 4][:12]
+    found = evaluate(*loaded(base), held, made, options=Evaluate(match=False)).nll
+    assert report.nll_after == pytest.approx(found, rel=0.02)
+
+
+def test_what_cannot_be_trained_is_said(base: Path, lora: Path, tmp_path: Path) -> None:
+    place, _ = quantize_file(load(lora), tmp_path / "small.safetensors", Quantize("balanced", 4))
+    with pytest.raises(UsageError, match=r"balanced.*dequantize"):
+        recover(*loaded(base), load(place.path), ROWS, tmp_path / "out", TASK)
+    with pytest.raises(UsageError, match="no rows"):
+        recover(*loaded(base), load(lora), [], tmp_path / "out", TASK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_read_or_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n{"text": "c d"}\n')
+    assert read_train_rows(file) == [TrainRow("a", "b"), TrainRow("", "c d")]
+    file.write_text('{"text": "c"}\n{"prompt": "a"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl.*2.*neither"):
+        read_train_rows(file)
