@@ -87,7 +87,8 @@ def ran(script: str, hub: Path, out: Path, number: int, step: str) -> dict[str, 
     return dict(json.loads(done.stdout))
 
 
-def main(quick: bool) -> str:
+def main(*, quick: bool = False) -> str:
+    """The tables, as Markdown."""
     count = 60 if quick else ADAPTERS
     folder = Path(tempfile.mkdtemp(prefix="hub-"))
     step = f"squeeze rank={TO}"
@@ -120,7 +121,6 @@ def main(quick: bool) -> str:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return (
-        "## A hub through a recipe\n\n"
         f"{count} adapters of rank {RANK} in float16, {LAYERS * len(MODULES)} targets of {WIDTH} x {WIDTH}, by "
         f"`{step}` ({made:.0f} s to make). The work itself: load, squeeze and save in a loop of one process with one "
         "thread. A worker has one thread where there are two of them, and all cores where it is alone.\n\n"
@@ -133,4 +133,4 @@ def main(quick: bool) -> str:
 
 
 if __name__ == "__main__":
-    print(main("--quick" in sys.argv))
+    print(main(quick="--quick" in sys.argv))

@@ -24,6 +24,9 @@ PAGES = {
     "switch_speed": ("switch_speed",),
     "bases": ("bases",),
     "parameterisations": ("parameterisations",),
+    "hub_run": ("hub_run",),
+    "recover_real": ("recover_real",),
+    "nested_real": ("nested_real",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -40,6 +43,9 @@ TITLES = {
     "switch_speed": "",
     "bases": "",
     "parameterisations": "",
+    "hub_run": "# A hub through a recipe\n\n",
+    "recover_real": "",
+    "nested_real": "",
 }
 
 

@@ -57,9 +57,10 @@ def squeeze_model(
 ) -> float:
     """Make the LoRA layers of a PEFT model ones of `rank`, in place, and return the relative error of all deltas.
 
-    The parameters stay the objects that they were, so that the optimizer goes on with them; what it knows of them is
-    projected or reset. The scale of each layer stays. Layers of that rank or less are left alone. AdapterError for
-    weights that are not finite, UsageError for a config with rank_pattern or alpha_pattern.
+    The factors become new parameters, in the model and in `optimizer`, which goes on with them; what it knows of them
+    is projected or reset. A list of parameters that is held elsewhere has to be made anew. The scale of each layer
+    stays. Layers of that rank or less are left alone. AdapterError for weights that are not finite, UsageError for a
+    config with rank_pattern or alpha_pattern.
     """
     config = _config(model, adapter)
     lost = whole = 0.0
@@ -75,8 +76,8 @@ def squeeze_model(
                 made = _squeezed(down, up, rank)
             square = (layer.scaling[adapter]) ** 2
             lost, whole = lost + square * made.lost, whole + square * made.whole
-            _replace(down, made.down, made.turn_up.T, optimizer, state, axis=0)
-            _replace(up, made.up, made.turn_down, optimizer, state, axis=1)
+            _put(layer, "A", adapter, _replaced(down, made.down, made.turn_up.T, optimizer, state, axis=0))
+            _put(layer, "B", adapter, _replaced(up, made.up, made.turn_down, optimizer, state, axis=1))
             _declare(layer, adapter, rank, config.use_rslora)
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     if rank < config.r:
@@ -146,22 +147,34 @@ def _squeezed(down: Tensor, up: Tensor, rank: int) -> _Squeezed:
     )
 
 
-def _replace(parameter: Parameter, made: Tensor, carry: Tensor, optimizer: Any, state: State, *, axis: int) -> None:
-    """Put a new factor into its parameter; `carry`, (k, r), turns a gradient along the axis of the components."""
-    shape = list(parameter.shape)
+def _put(layer: Any, which: Literal["A", "B"], adapter: str, parameter: Parameter) -> None:
+    if adapter in layer.lora_A:
+        getattr(layer, f"lora_{which}")[adapter].weight = parameter
+    else:
+        getattr(layer, f"lora_embedding_{which}")[adapter] = parameter
+
+
+def _replaced(before: Parameter, made: Tensor, carry: Tensor, optimizer: Any, state: State, *, axis: int) -> Parameter:
+    """The new parameter, in the optimizer's place of the old one; `carry`, (k, r), turns a gradient along `axis`.
+
+    Not a new value of the old one: where a loss of an earlier step is still held, autograd knows that by its shape.
+    """
+    shape = list(before.shape)
     shape[axis] = len(carry)
-    parameter.data = made.reshape(shape).to(parameter.dtype)
-    parameter.grad = None
-    known = None if optimizer is None else optimizer.state.get(parameter)
-    if not known:
-        return
+    after = torch.nn.Parameter(made.reshape(shape).to(before), requires_grad=before.requires_grad)
+    if optimizer is None:
+        return after
+    for group in optimizer.param_groups:
+        group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
+    known = optimizer.state.pop(before, None)
+    if not known or state == "reset":
+        return after
     names = {name for name, value in known.items() if torch.is_tensor(value) and value.ndim}
-    if state == "reset" or not names <= {*_FIRST, *_SECOND}:
-        del optimizer.state[parameter]
-        return
-    for name in names:
-        turn = carry.square() if name in _SECOND else carry
-        known[name] = _along(turn, known[name], axis)
+    if names <= {*_FIRST, *_SECOND}:
+        for name in names:
+            known[name] = _along(carry.square() if name in _SECOND else carry, known[name], axis)
+        optimizer.state[after] = known
+    return after
 
 
 def _along(turn: Tensor, value: Tensor, axis: int) -> Tensor:

@@ -81,7 +81,12 @@ def test_projected_moments_are_those_of_the_new_factors() -> None:
     gradients(model)
     optimizer.step()  # first moments are now a tenth of the gradients, second ones a thousandth of their squares
     squares = {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in model.named_parameters() if p.requires_grad}
+    loss = model(**batch()).loss  # held over the squeeze, as loops do
+    loss.backward()
     assert squeeze_model(model, 3, optimizer) < 1e-12
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     after = gradients(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
