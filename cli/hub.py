@@ -9,6 +9,8 @@ import typer
 from typer import Argument, Option
 
 from loratools_cli import options
+from loratools_cli.hub_mixture import mixture
+from loratools_cli.hub_route import route, route_fit
 
 if TYPE_CHECKING:
     from loratools.hub.recipe import Recipe
@@ -114,6 +116,11 @@ def status(
     report = status_of(path)
     write_exports(report, table=table, force=force)
     shown.show(report)
+
+
+hub.command()(mixture)
+hub.command()(route)
+hub.command("route-fit")(route_fit)
 
 
 def _recipe_and_places(places: list[Path], steps: list[str]) -> tuple[Recipe, Path, Path]:

@@ -32,6 +32,7 @@ from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
+from loratools.reports.mixture import MixtureReport
 from loratools.reports.neurons import NeuronsReport
 from loratools.reports.pareto import ParetoReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
@@ -39,6 +40,7 @@ from loratools.reports.quantize import QuantizeReport
 from loratools.reports.recover import RecoverReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
+from loratools.reports.route import RouteFitReport, RouteReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.sizes import format_size
@@ -49,10 +51,12 @@ from loratools_cli.render_families import render_bakeoff, render_families, rende
 from loratools_cli.render_hub import render_hub_list, render_hub_run
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
+from loratools_cli.render_mixture import render_mixture
 from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
 from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.render_recover import render_recover
 from loratools_cli.render_resize import render_resize
+from loratools_cli.render_route import render_route, render_route_fit
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -112,6 +116,21 @@ def _(report: IntrudersReport, everything: bool) -> Iterator[RenderableType]:
 def _(report: CompareReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_compare(report, everything=everything)
     yield from reasons("skipped", report.skipped, everything)
+
+
+@blocks.register
+def _(report: MixtureReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_mixture(report, everything=everything)
+
+
+@blocks.register
+def _(report: RouteReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_route(report, everything=everything)
+
+
+@blocks.register
+def _(report: RouteFitReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_route_fit(report)
 
 
 @blocks.register

@@ -54,6 +54,8 @@ REPORTS = {
     "loratools reparameterize": "reparameterize",
     "loratools bakeoff": "bakeoff",
     "loratools hub": "hub",
+    "loratools hub mixture": "mixture",
+    "loratools hub route, loratools hub route-fit": "route",
     "loratools neurons": "neurons",
     "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",

@@ -40,7 +40,8 @@ class Merge:
     """How to merge, beside the weights and the ranks.
 
     `density`: None stands for 0.2 (ties, knots), 0.1 (dare) and 1 / number of adapters (tsv). `seed` matters to dare
-    and to the randomised SVD of large dense merges. `extras` says what becomes of tensors that are no update.
+    and to the randomised SVD of large dense merges. `extras` says what becomes of tensors that are no update. `shares`
+    multiplies the weights target by target, for routers that differ between layers: a number for each adapter.
     """
 
     method: Rule = "sum"
@@ -49,6 +50,7 @@ class Merge:
     base: BaseWeights | None = None
     device: str = "cpu"
     extras: ExtrasRule = "equal"
+    shares: Mapping[str, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Rule):
@@ -89,6 +91,8 @@ def merge(
     warnings = check_compatible(adapters, rows)
     extras, dropped = merged_extras(adapters, options.extras)
     draft, jobs = draft_of(adapters, rows, tuple(extras), options.base)
+    if options.shares is not None:
+        jobs = _shared(jobs, options.shares, len(adapters))
     draft = replace(draft, extras=extras, record=_record(adapters, weights, policy, limits, options))
     fitted = fit_jobs(draft, adapters, weights, jobs, policy, limits, options)
     merged, targets = fitted.adapter, fitted.targets
@@ -101,6 +105,14 @@ def merge(
     if high := [t for t, row in targets.items() if row.relative_error > 0.5]:
         warnings.append(f"the relative error is above 0.5 for {len(high)} targets at their rank; first: {high[0]}")
     return merged, MergeReport(options.method, weights, targets, missing, dropped, total, tuple(warnings))
+
+
+def _shared(jobs: list[Job], shares: Mapping[str, tuple[float, ...]], count: int) -> list[Job]:
+    for job in jobs:
+        own = shares.get(job.name)
+        if own is None or len(own) != count or not all(math.isfinite(share) for share in own):
+            raise UsageError(f"{job.name}: needs {count} shares, one for each adapter, all of them finite")
+    return [replace(job, shares=shares[job.name]) for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,9 @@ def _record(
 
     fields: dict[str, object] = {"method": options.method, "weights": list(weights), "policy": repr(policy)}
     fields |= {"density": _density(options, len(adapters)), "seed": options.seed, "extras": options.extras}
+    if options.shares is not None:
+        stated = "\n".join(f"{target} {own}" for target, own in sorted(options.shares.items()))
+        fields |= {"shares_sha256": hashlib.sha256(stated.encode()).hexdigest()}
     return Record("merge", fields if limits == Limits() else fields | {"limits": repr(limits)}, digest)
 
 
@@ -175,7 +190,7 @@ def _allocated(
     """The jobs with ranks that depend on all spectra, which takes a pass of its own over the targets."""
 
     def measure(job: Job) -> Spectrum:
-        deltas, _ = _deltas(adapters, job, options)
+        deltas, _ = deltas_of(adapters, job, options)
         op = _merged(deltas, weights, job, options).operator
         norm = None
         if isinstance(policy, Budget) and policy.relative_to == "base":
@@ -210,7 +225,7 @@ def _spectrum(job: Job, blocks: Sequence[Tensor], noise: float, base_norm: float
     return Spectrum(values, cost, rows=rows, cols=cols, fixed_cost=(step - 1) * cost, base_norm=base_norm)
 
 
-def _deltas(adapters: Sequence[Adapter], job: Job, options: Merge) -> tuple[list[Operator], list[Update]]:
+def deltas_of(adapters: Sequence[Adapter], job: Job, options: Merge) -> tuple[list[Operator], list[Update]]:
     """The deltas of one target as float64 operators, with the updates that they are of."""
     updates: list[Update] = []
     deltas: list[Operator] = []
@@ -232,7 +247,7 @@ def _deltas(adapters: Sequence[Adapter], job: Job, options: Merge) -> tuple[list
 
 
 def _merged(deltas: list[Operator], weights: tuple[float, ...], job: Job, options: Merge) -> Merged:
-    own = [weights[i] for i, _ in job.sources]
+    own = job.own(weights)
     density = _density(options, len(weights))
     if options.method == "sum":
         return weighted_sum(deltas, own)
@@ -249,7 +264,7 @@ def _merged(deltas: list[Operator], weights: tuple[float, ...], job: Job, option
 
 def _noise(deltas: list[Operator], weights: tuple[float, ...], job: Job) -> float:
     """Below this, singular values of a merge are rounding of its terms."""
-    size = math.fsum(abs(weights[i]) * frobenius(d) for (i, _), d in zip(job.sources, deltas, strict=True))
+    size = math.fsum(abs(weight) * frobenius(d) for weight, d in zip(job.own(weights), deltas, strict=True))
     return size * max(deltas[0].shape) * torch.finfo(torch.float64).eps
 
 
@@ -262,7 +277,7 @@ def _merge_one(
     limits: Limits,
     options: Merge,
 ) -> _Done:
-    deltas, updates = _deltas(adapters, job, options)
+    deltas, updates = deltas_of(adapters, job, options)
     result = _merged(deltas, weights, job, options)
     op, noise = result.operator, _noise(deltas, weights, job)
     if frobenius(op) <= noise:  # what is left of terms that cancel
@@ -341,7 +356,7 @@ def _bias(updates: Sequence[Update], job: Job, weights: tuple[float, ...], new: 
     if new.up_bias is None:
         return None
     total = torch.zeros(new.up_bias.shape, dtype=torch.float64)
-    for (i, _), update in zip(job.sources, updates, strict=True):
+    for weight, update in zip(job.own(weights), updates, strict=True):
         if (change := update.bias_delta()) is not None:
-            total += weights[i] * change.double().reshape(total.shape)
+            total += weight * change.double().reshape(total.shape)
     return cast_to(total / new.scale, new.up_bias.dtype)

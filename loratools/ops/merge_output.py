@@ -27,6 +27,11 @@ class Job:
     sources: tuple[tuple[int, str], ...]  # (adapter, its target)
     template: LoRA
     to_rank: int | None = None
+    shares: tuple[float, ...] | None = None  # by which the weights of the adapters are multiplied here
+
+    def own(self, weights: Sequence[float]) -> list[float]:
+        """The weight of each source."""
+        return [weights[i] * (1.0 if self.shares is None else self.shares[i]) for i, _ in self.sources]
 
 
 def draft_of(

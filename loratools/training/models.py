@@ -28,6 +28,11 @@ def library(name: str) -> Any:
 
 def load_model(folder: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of a folder in Hugging Face's layout; nothing is downloaded."""
+    return load_pretrained(folder, "AutoModelForCausalLM", device)
+
+
+def load_pretrained(folder: str | os.PathLike[str], kind: str, device: str = "cpu") -> tuple[Any, Any]:
+    """As `load_model`, for another of transformers' automatic classes, such as AutoModel."""
     place = Path(folder)
     name = printable(place)
     if not (place / "config.json").is_file():
@@ -36,7 +41,7 @@ def load_model(folder: str | os.PathLike[str], device: str = "cpu") -> tuple[Any
     try:
         with _quiet(transformers.utils.logging):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+            model = getattr(transformers, kind).from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name}: transformers cannot load it: {reason}; is the folder complete?") from error
