@@ -27,6 +27,7 @@ PAGES = {
     "hub_run": ("hub_run",),
     "recover_real": ("recover_real",),
     "nested_real": ("nested_real",),
+    "routing": ("routing",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -46,6 +47,7 @@ TITLES = {
     "hub_run": "# A hub through a recipe\n\n",
     "recover_real": "",
     "nested_real": "",
+    "routing": "",
 }
 
 

@@ -168,7 +168,7 @@ def _equal(chosen: Sequence[int], count: int, weighting: Weighting) -> tuple[flo
 
 
 def _mass_of_targets(router: Routing, targets: Sequence[str]) -> dict[str, Tensor]:
-    """The routing mass that holds for each target: of the only layer, of its layer, or of the target itself."""
+    """The routing mass that holds for each target: that of its layer, or of the only row."""
     mass = router.mass
     found = places(targets)
     layers = sorted({layer for layer, _ in found.values()}, key=lambda layer: (not layer.isdecimal(), _natural(layer)))
@@ -177,11 +177,9 @@ def _mass_of_targets(router: Routing, targets: Sequence[str]) -> dict[str, Tenso
     if len(mass) == len(layers):
         at = {layer: i for i, layer in enumerate(layers)}
         return {target: mass[at[layer]] for target, (layer, _) in found.items()}
-    if len(mass) == len(targets):
-        return dict(zip(targets, mass, strict=True))
     raise UsageError(
-        f"the router has {len(mass)} layers; the adapters have {len(layers)} layers and {len(targets)} targets, and "
-        "one row would do for all"
+        f"the router has {len(mass)} layers and the adapters {len(layers)}, so it is not known which is which; with "
+        "--one-set, the mean over its layers chooses for all"
     )
 
 
