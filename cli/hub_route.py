@@ -211,7 +211,10 @@ def _examples(
     rows = read_labelled(path)
     labels = [str(row.adapter) for row in rows]
     require_in_hub([label for label in labels if label != FALLBACK], there, where=str(path))
-    return labels, *_features([row.text for row in rows], features, encoder, progress)
+    vectors, name, warnings = _features([row.text for row in rows], features, encoder, progress)
+    if repeated := len(rows) - len(set(rows)):
+        warnings.append(f"{repeated} examples are there twice, so that what is held out may have been seen")
+    return labels, vectors, name, warnings
 
 
 def _features(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loratools.ops.inspect import inspect
     from loratools.ops.intruders import intruders, mitigate
     from loratools.ops.merge import Merge, merge
+    from loratools.ops.mixture import Mixture, merge_route_set, mixture
     from loratools.ops.mosa import assemble, merge_experts
     from loratools.ops.neurons import neurons
     from loratools.ops.pareto import pareto
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from loratools.ops.quantize import Quantize, quantize, quantize_file
     from loratools.ops.reparameterize import Reparameterize, reparameterize, reparameterize_file
     from loratools.ops.resize import expand, restrict
+    from loratools.ops.routing import Routing, load_routing, routing
     from loratools.ops.squeeze import Squeeze, squeeze, squeeze_file
     from loratools.ops.statistics import Statistics, load_statistics
     from loratools.ops.truncate import truncate, truncate_file
@@ -75,12 +77,14 @@ __all__ = [
     "Heads",
     "Limits",
     "Merge",
+    "Mixture",
     "PerTarget",
     "PruneNeurons",
     "PrunePlan",
     "Quantize",
     "Ratio",
     "Reparameterize",
+    "Routing",
     "Search",
     "Squeeze",
     "Statistics",
@@ -113,10 +117,13 @@ __all__ = [
     "load",
     "load_activations",
     "load_base",
+    "load_routing",
     "load_statistics",
     "merge",
     "merge_experts",
+    "merge_route_set",
     "mitigate",
+    "mixture",
     "neurons",
     "open_fine_tune",
     "pareto",
@@ -129,6 +136,7 @@ __all__ = [
     "reparameterize",
     "reparameterize_file",
     "restrict",
+    "routing",
     "save",
     "squeeze",
     "squeeze_file",
@@ -165,6 +173,7 @@ _HOMES = {
     "loratools.ops.intruders": ("intruders", "mitigate"),
     "loratools.ops.merge": ("Merge", "merge"),
     "loratools.ops.neurons": ("neurons",),
+    "loratools.ops.mixture": ("Mixture", "merge_route_set", "mixture"),
     "loratools.ops.mosa": ("assemble", "merge_experts"),
     "loratools.ops.pareto": ("pareto",),
     "loratools.ops.prune_neurons": ("PruneNeurons", "prune_neurons", "prune_neurons_file"),
@@ -173,6 +182,7 @@ _HOMES = {
     "loratools.ops.resize": ("expand", "restrict"),
     "loratools.ops.quantize": ("Quantize", "quantize", "quantize_file"),
     "loratools.ops.reparameterize": ("Reparameterize", "reparameterize", "reparameterize_file"),
+    "loratools.ops.routing": ("Routing", "load_routing", "routing"),
     "loratools.ops.squeeze": ("Squeeze", "squeeze", "squeeze_file"),
     "loratools.ops.statistics": ("Statistics", "load_statistics"),
     "loratools.ops.truncate": ("truncate", "truncate_file"),

@@ -134,7 +134,7 @@ def read_array(place: Path) -> Tensor:
     import numpy as np
 
     try:
-        array = np.load(place, allow_pickle=False)
+        array = np.load(place, mmap_mode="r", allow_pickle=False)  # a header that promises too much fails here
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{printable(place)}: cannot be read as .npy: {_first_line(error)}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

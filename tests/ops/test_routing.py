@@ -118,6 +118,17 @@ def test_what_is_no_router(tmp_path: Path, name: str, content: str, says: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_a_header_that_promises_more_than_the_file_holds(tmp_path: Path) -> None:
+    np.save(tmp_path / "w.npy", np.ones((2, 2)))
+    data = (tmp_path / "w.npy").read_bytes()
+    (tmp_path / "w.npy").write_bytes(data.replace(b"(2, 2), ", b"(2, 10000000000000), ").replace(b" " * 13, b"", 1))
+    with pytest.raises(InputError, match="cannot be read as .npy"):
+        load_routing(tmp_path / "w.npy", 2)
+    (tmp_path / "w.npy").write_bytes(data[:-8])
+    with pytest.raises(InputError, match="cannot be read as .npy"):
+        load_routing(tmp_path / "w.npy", 2)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "o.npy", np.array([object()]), allow_pickle=True)
     np.save(tmp_path / "c.npy", np.array([1j]))
