@@ -11,6 +11,7 @@ from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
+from loratools.reports.hub import CatalogReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.mixture import MixtureReport
@@ -129,3 +130,5 @@ def _(report: MixtureReport, planned: Path | None = None) -> str:
 @closing.register(RouteFitReport)
 def _(report: RouteReport | RouteFitReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}\n" if report.output else ""
+def _(report: CatalogReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {sum(report.counts.values())} rows\n"

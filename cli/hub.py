@@ -121,6 +121,43 @@ def status(
 hub.command()(mixture)
 hub.command()(route)
 hub.command("route-fit")(route_fit)
+@hub.command()
+def catalog(
+    path: Annotated[Path, Argument(metavar="OUT", help="What hub run writes to, or any folder of adapters.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE.parquet", help="Where to write.")],
+    html: Annotated[Path | None, Option(metavar="FILE.html", help="Write a page to search, too.")] = None,
+    workers: Annotated[int, Option(metavar="N", help="Processes, which share the cores.")] = 1,
+    resume: Annotated[bool, Option("--resume", help="Take over the rows of adapters that have not changed.")] = False,
+    force: options.Force = False,
+    everything: options.Everything = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Gather receipts and spectra of a whole hub in one Parquet file.
+
+    A row for each adapter, which DuckDB, pandas and others read (needs loratools[hub]). What fails is a row with its
+    reason, and exit code 3.
+
+    Example: loratools hub catalog small/ -o catalog.parquet --html catalog.html
+    """
+    from loratools.hub.cataloguing import Catalog
+    from loratools.hub.cataloguing import catalog as write
+    from loratools.hub.page import check_place, write_page
+    from loratools_cli.exit_codes import ExitCode
+    from loratools_cli.output import Output, say
+    from loratools_cli.progress import Progress
+
+    shown = Output(as_json=as_json, quiet=quiet, everything=everything)
+    if html is not None:
+        check_place(html, force=force or resume)
+    with Progress() as progress:
+        report = write(path, output, Catalog(workers, resume, force), steps=progress.steps)
+    if html is not None:
+        write_page(output, html, force=force or resume)
+        say(f"wrote {html}")
+    shown.show(report)
+    if report.counts.get("failed"):
+        raise typer.Exit(ExitCode.INPUT)
 
 
 def _recipe_and_places(places: list[Path], steps: list[str]) -> tuple[Recipe, Path, Path]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from loratools.reports.hub import HubListReport, HubRunReport, Row
+from loratools.reports.hub import CatalogReport, HubListReport, HubRunReport, Row
 from loratools.sizes import format_size
 from loratools_cli.grids import new_grid, texts
 from loratools_cli.text import number, plain, shortened, sizes
@@ -48,6 +48,15 @@ def render_hub_run(report: HubRunReport, *, everything: bool) -> Iterator[Render
     failed = [(row.name, row.reason) for row in report.adapters if row.status == "failed"]
     yield from _failures(failed, everything=everything)
     yield Text(_sum(report, done), style="bold")
+
+
+def render_catalog(report: CatalogReport, *, everything: bool) -> Iterator[RenderableType]:
+    """What failed, and the sums."""
+    yield from _failures(report.failures, everything=everything)
+    counts = [f"{count} {status}" for status, count in sorted(report.counts.items())]
+    counts += [f"{report.missing} without a receipt yet"] if report.missing else []
+    size = sizes(report.bytes_before, report.bytes) if report.bytes_before else format_size(report.bytes)
+    yield Text(f"{', '.join(counts) or 'no adapters'}: {size} in {plain(report.hub)}", style="bold")
 
 
 def _sum(report: HubRunReport, done: Sequence[Row]) -> str:

@@ -50,7 +50,10 @@ def discover(hub: Path, *, without: Path | None = None) -> Iterator[Found | Refu
 def _walk(hub: Path, inside: Path, folder: Path, without: Path | None) -> Iterator[Found | Refused]:
     if without is not None and folder.resolve() == without:
         return
-    entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    try:
+        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    except (FileNotFoundError, NotADirectoryError):  # gone since its own folder was read
+        return
     files = [e.name for e in entries if not e.is_symlink() or _stays(Path(e.path), inside)]
     name = folder.relative_to(hub).as_posix()
     whole = any(weights in files for weights in WEIGHTS_NAMES) and name != "."

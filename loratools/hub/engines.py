@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from loratools.errors import MissingExtraError, UsageError
@@ -71,7 +72,7 @@ def _begin(threads: int) -> None:
 def outcomes(
     make: Callable[[], Executor],
     work: Callable[[T], R],
-    jobs: Iterable[T],
+    jobs: Iterable[T | None],
     *,
     workers: int,
     given_up: Callable[[T, str], R],
@@ -79,7 +80,8 @@ def outcomes(
     """work(job) of every job as it is done, a few in hand at a time; `given_up` makes what comes of a hopeless one.
 
     Where a worker of this machine dies the pool is made anew: the jobs that were in hand are done again one at a time,
-    so that the one that kills its worker is known, and no other is lost. A cluster sees to that itself.
+    so that the one that kills its worker is known, and no other is lost. A cluster sees to that itself. A None among
+    the jobs puts off the next one until something in hand is done.
     """
     waiting = iter(jobs)
     executor = make()
@@ -104,6 +106,68 @@ def outcomes(
                 executor = make()
     finally:
         _stop(executor)
+
+
+def in_order(
+    make: Callable[[], Executor],
+    work: Callable[[T], R],
+    jobs: Iterable[T],
+    *,
+    workers: int,
+    given_up: Callable[[T, str], R],
+    ready: Callable[[T], R | None] = lambda job: None,
+    ahead: int = 1024,
+) -> Iterator[R]:
+    """What `outcomes` gives, in the order of the jobs, none of which gets more than `ahead` places before a slow one.
+
+    What `ready` knows of a job needs no worker; without any other no worker is started.
+    """
+    done: dict[int, R] = {}
+    following = 0
+
+    def numbered() -> Iterator[tuple[int, T] | None]:
+        for number, job in enumerate(jobs):
+            while number >= following + ahead:
+                yield None  # for the moment: the slow one is in hand, and `outcomes` asks again after it
+            yield number, job
+
+    for number, outcome in outcomes(
+        lambda: _Prepared(make, lambda job: ready(job[1])),
+        partial(_keeping_number, work),
+        numbered(),
+        workers=workers,
+        given_up=lambda job, reason: (job[0], given_up(job[1], reason)),
+    ):
+        done[number] = outcome
+        while following in done:
+            yield done.pop(following)
+            following += 1
+
+
+def _keeping_number(work: Callable[[T], R], job: tuple[int, T]) -> tuple[int, R]:
+    return job[0], work(job[1])
+
+
+class _Prepared(Executor):
+    """An executor that is made when there is work for it: of which no outcome is known already."""
+
+    def __init__(self, make: Callable[[], Executor], ready: Callable[[Any], Any]) -> None:
+        self._make, self._ready = make, ready
+        self._inner: Executor | None = None
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        (job,) = args
+        if (outcome := self._ready(job)) is not None:
+            known: Future[Any] = Future()
+            known.set_result((job[0], outcome))
+            return known
+        if self._inner is None:
+            self._inner = self._make()
+        return self._inner.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._inner is not None:
+            self._inner.shutdown(wait=wait, cancel_futures=cancel_futures)
 
 
 def _outcome(future: Future[R], job: T, given_up: Callable[[T, str], R]) -> R:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.errors import InputError, LoratoolsError
@@ -53,16 +54,31 @@ def status(out: Path) -> HubRunReport:
 
     InputError where no run has written there.
     """
-    try:
-        stated = json.loads((out / FOLDER / "run.json").read_text(encoding="utf-8"))
-        hub, recipe = Path(stated["hub"]), tuple(str(step) for step in stated["recipe"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"{printable(out)}: no run of `loratools hub run` has written here") from None
+    stated = stated_run(out)
     rows = sorted((row_of(receipt, receipt.status) for receipt in receipts(out)), key=lambda row: row.name)
     known = {row.name for row in rows}
-    return HubRunReport(str(out), recipe, tuple(rows), tuple(name for name in _names(hub, out) if name not in known))
+    missing = tuple(name for name in names_of(stated, out) if name not in known)
+    return HubRunReport(str(out), stated.recipe, tuple(rows), missing)
 
 
-def _names(hub: Path, out: Path) -> Iterator[str]:
-    if hub.is_dir():
-        yield from (found.name for found in discover(hub, without=out) if isinstance(found, Found))
+@dataclass(frozen=True)
+class Stated:
+    """What a run was: the hub that it read, and its recipe."""
+
+    hub: Path
+    recipe: tuple[str, ...]
+
+
+def stated_run(out: Path) -> Stated:
+    """What the run into `out` was; InputError where none has written there."""
+    try:
+        stated = json.loads((out / FOLDER / "run.json").read_text(encoding="utf-8"))
+        return Stated(Path(stated["hub"]), tuple(str(step) for step in stated["recipe"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{printable(out)}: no run of `loratools hub run` has written here") from None
+
+
+def names_of(stated: Stated, out: Path) -> Iterator[str]:
+    """The adapters of the hub that was run, as it is now; none where it is gone."""
+    if stated.hub.is_dir():
+        yield from (found.name for found in discover(stated.hub, without=out) if isinstance(found, Found))

@@ -66,19 +66,49 @@ def read_receipt(path: Path) -> Receipt | None:
         fields = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
         for name in ("sources", "outputs"):
             fields[name] = {key: Stamp(**stamp) for key, stamp in fields[name].items()}
-        return Receipt(**{**fields, "warnings": tuple(fields["warnings"])})
+        receipt = Receipt(**{**fields, "warnings": tuple(fields["warnings"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    return receipt if _is_sound(receipt) else None
+
+
+def _is_sound(receipt: Receipt) -> bool:
+    """Whether all is of the kind that it should be: somebody may have edited the file."""
+    texts = (receipt.name, receipt.recipe, receipt.version, receipt.reason, *receipt.warnings)
+    numbers = (receipt.seconds, 0 if receipt.relative_error is None else receipt.relative_error)
+    stamps = (*receipt.sources.values(), *receipt.outputs.values())
+    sizes = (receipt.bytes_before, receipt.bytes_after, *(n for s in stamps for n in (s.size, s.mtime_ns)))
+    return (
+        receipt.status in ("done", "failed")
+        and all(isinstance(text, str) for text in texts)
+        and all(type(number) in (int, float) for number in numbers)
+        and all(type(size) is int and abs(size) < 1 << 63 for size in sizes)
+        and all(isinstance(stamp.sha256, str) for stamp in stamps)
+    )
+
+
+def receipt_stems(out: Path) -> Iterator[str]:
+    """What the outputs of all receipts are called, in no order; nothing is read."""
+    top = str(out / FOLDER / "receipts")
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.name.endswith(".json") and not entry.name.startswith("."):
+                        yield os.path.relpath(entry.path, top).removesuffix(".json").replace(os.sep, "/")
+        except OSError:  # gone since, or none yet
+            continue
 
 
 def receipts(out: Path) -> Iterator[Receipt]:
-    """All that can be read, in the order of their names."""
-    top = out / FOLDER / "receipts"
-    for folder, folders, files in os.walk(top):
-        folders.sort()
-        for file in sorted(files):
-            if file.endswith(".json") and (found := read_receipt(Path(folder) / file)) is not None:
-                yield found
+    """All that can be read, in the order of their stems."""
+    for stem in sorted(receipt_stems(out)):
+        if (found := read_receipt(place_of(out, stem))) is not None:
+            yield found
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -96,12 +126,15 @@ def _digest(file: Any) -> Any:
     return digest
 
 
-def is_unchanged(path: Path, stamp: Stamp) -> bool:
-    """Whether a file is what it was; it is read only where its time of change says that it may not be."""
+def is_unchanged(path: Path, stamp: Stamp, *, read: bool = True) -> bool:
+    """Whether a file is what it was; it is read only where its time of change says that it may not be.
+
+    Without `read` such a file counts as changed.
+    """
     try:
         now = path.stat()
         if now.st_size != stamp.size:
             return False
-        return now.st_mtime_ns == stamp.mtime_ns or stamp_of(path).sha256 == stamp.sha256
+        return now.st_mtime_ns == stamp.mtime_ns or (read and stamp_of(path).sha256 == stamp.sha256)
     except OSError:
         return False

@@ -43,7 +43,7 @@ def process(job: Job) -> Receipt:
     sources: dict[str, Stamp] = {}
     try:
         _clear(job)
-        sources = {str(p.relative_to(job.hub)): stamp_of(p) for p in _sources(job.path)}
+        sources = {str(p.relative_to(job.hub)): stamp_of(p) for p in sources_of(job.path)}
         with load(job.path) as adapter:
             worked = job.recipe.run(adapter)
             before = adapter.file_nbytes
@@ -92,7 +92,7 @@ def is_fresh(job: Job) -> bool:
     if receipt is None or (receipt.status, receipt.recipe, receipt.version) != ("done", job.recipe.digest, __version__):
         return False
     try:
-        now = {str(p.relative_to(job.hub)) for p in _sources(job.path)}
+        now = {str(p.relative_to(job.hub)) for p in sources_of(job.path)}
     except (LoratoolsError, OSError):
         return False
     return (
@@ -103,7 +103,7 @@ def is_fresh(job: Job) -> bool:
     )
 
 
-def _sources(path: Path) -> Iterator[Path]:
+def sources_of(path: Path) -> Iterator[Path]:
     """The files that an adapter is read from."""
     weights, _ = locate(path)
     yield weights

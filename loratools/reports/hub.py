@@ -123,3 +123,23 @@ class HubRunReport:
         from loratools.reports.frames import to_frame
 
         return to_frame(self)
+
+
+@dataclass(frozen=True)
+class CatalogReport:
+    """The catalog of a hub that was written: adapters by status, sums of their bytes, and what failed with its reason.
+
+    `missing` are adapters of the hub that was run which have no receipt yet.
+    """
+
+    output: str
+    hub: str
+    counts: Mapping[str, int]
+    bytes_before: int
+    bytes: int
+    failures: tuple[tuple[str, str], ...] = ()
+    missing: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"counts": dict(self.counts), "failures": dict(self.failures)}
