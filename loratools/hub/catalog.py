@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -262,7 +263,7 @@ def _values(column: Any, name: str) -> list[Any]:
         return _arrays(column)
     if name == "singular_values":
         flat, ends = _arrays(column.flatten()), column.offsets.to_numpy() - column.offsets[0].as_py()
-        return [tuple(flat[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        return [tuple(flat[a:b]) for a, b in pairwise(ends)]
     return [tuple(value) if isinstance(value, list) else value for value in column.to_pylist()]
 
 
@@ -271,7 +272,7 @@ def _arrays(lists: Any) -> list[NDArray[np.float32] | None]:
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     np.cumsum(lengths, out=ends[1:])
     valid = lists.is_valid().to_numpy(zero_copy_only=False)
-    return [numbers[a:b] if ok else None for a, b, ok in zip(ends, ends[1:], valid, strict=False)]
+    return [numbers[a:b] if ok else None for (a, b), ok in zip(pairwise(ends), valid, strict=True)]
 
 
 def _batches(file: Any, columns: list[str], path: Path) -> Iterator[pa.RecordBatch]:

@@ -53,15 +53,13 @@ def ready(place: Place) -> CatalogRow | None:
     except _FAILURES:
         return None
     stamps = [place.stamps.get(name) for name in names]
-    if any(
-        s is None or not is_unchanged(place.hub / n, s, read=False) for n, s in zip(names, stamps, strict=True)
-    ):
+    if any(s is None or not is_unchanged(place.hub / n, s, read=False) for n, s in zip(names, stamps, strict=True)):
         return None
     return _reused(place, tuple(_source(n, s.sha256) for n, s in zip(names, stamps, strict=True) if s is not None))
 
 
 def measured(place: Place) -> CatalogRow:
-    """The row of an adapter: from an earlier catalog where its files are the same, else measured; a failure has its reason."""
+    """The row of an adapter, measured unless its known row is of the same files; a failure is a row with its reason."""
     try:
         stamps = {name: stamp_of(path) for name, path in _files(place)}
         sources = tuple(_source(name, stamp.sha256) for name, stamp in stamps.items())

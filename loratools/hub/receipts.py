@@ -49,10 +49,14 @@ class Receipt:
     seconds: float = 0.0
     reason: str = ""
 
+    def to_json(self) -> bytes:
+        """What its file holds."""
+        text = json.dumps(asdict(self), sort_keys=True, indent=1, ensure_ascii=False)
+        return text.encode("utf-8", "surrogatepass")
+
     def save(self, out: Path, stem: str) -> None:
         """Write it, whole or not at all."""
-        text = json.dumps(asdict(self), sort_keys=True, indent=1, ensure_ascii=False)
-        write_whole(place_of(out, stem), text.encode("utf-8", "surrogatepass"))
+        write_whole(place_of(out, stem), self.to_json())
 
 
 def place_of(out: Path, stem: str) -> Path:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from loratools._version import __version__
 from loratools.reports.compare import CompareReport, FineTune, PairNumbers
 from loratools.reports.output import checked, require
+from loratools.reports.pages import SUFFIXES, page, presentable
 from loratools.storage.atomic import write_whole
 
-SUFFIXES = (".html",)
-DIGITS = 6  # of numbers on the page; tables and JSON have all
-
-_SCRIPTS: Final = ("page_data.js", "page_plots.js", "page_sections.js", "page_table.js", "page.js")
-
-# Nothing is fetched, and no script runs but the two of the page, whose hashes are known. Styles are not as strict:
-# Plotly writes its own.
-_POLICY: Final = (
-    "default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'"
+_SCRIPTS: Final = (
+    "page_elements.js",
+    "page_data.js",
+    "page_plots.js",
+    "page_sections.js",
+    "page_table.js",
+    "page.js",
 )
 
 
@@ -52,35 +43,8 @@ def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:
 def _page(report: CompareReport) -> str:
     from plotly.offline import get_plotlyjs
 
-    script = "(() => {\n" + '"use strict";\n' + "\n".join(_part(name) for name in _SCRIPTS) + "})();"
-    plotly, script = _inline(get_plotlyjs()), _inline(script)
-    return Template(_part("page.html")).substitute(
-        policy=_POLICY.format(hashes=f"{_hash(plotly)} {_hash(script)}"),
-        style=_part("page.css"),
-        data=_json(_data(report)),
-        plotly=plotly,
-        script=script,
-    )
-
-
-def _part(name: str) -> str:
-    return files("loratools.reports").joinpath(name).read_text(encoding="utf-8")
-
-
-def _inline(script: str) -> str:
-    """A script as it may stand between its tags: nothing in it ends it, and its line ends are those of the parser."""
-    script = script.replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"<(?=/script|!--)", r"\\x3c", script, flags=re.IGNORECASE)
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _json(value: Any) -> str:
-    """JSON that a script element can hold: ASCII, without the signs that HTML looks for."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    data = {key: presentable(value) for key, value in _data(report).items()}
+    return page("page.html", styles=("page.css",), data=data, scripts=_SCRIPTS, libraries={"plotly": get_plotlyjs()})
 
 
 def _data(report: CompareReport) -> dict[str, Any]:
@@ -89,7 +53,7 @@ def _data(report: CompareReport) -> dict[str, Any]:
     targets = {name: i for i, name in enumerate(report.targets)}
     rows = list(report.rows())
     columns = [name for name, kind in report.columns.items() if kind != "numbers"]
-    data = {
+    return {
         "version": __version__,
         "base": report.base,
         "topK": report.top_k,
@@ -112,7 +76,6 @@ def _data(report: CompareReport) -> dict[str, Any]:
         "skipped": list(report.skipped.items()),
         "warnings": report.warnings,
     }
-    return {key: _presentable(value) for key, value in data.items()}
 
 
 def _fine_tune(name: str, tune: FineTune) -> dict[str, Any]:
@@ -122,14 +85,3 @@ def _fine_tune(name: str, tune: FineTune) -> dict[str, Any]:
 
 def _pair(pair: PairNumbers, fine_tunes: Mapping[str, int]) -> dict[str, Any]:
     return asdict(pair) | {"a": fine_tunes[pair.a], "b": fine_tunes[pair.b]}
-
-
-def _presentable(value: Any) -> Any:
-    """Floats in DIGITS digits, null for those that JSON lacks; what cannot be seen in a text as an escape."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-    if isinstance(value, Mapping):
-        return {key: _presentable(item) for key, item in value.items()}
-    return [_presentable(item) for item in value] if isinstance(value, Iterable) else value

@@ -40,44 +40,17 @@ const OWN = {
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "pentagon", "star", "cross"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
-const byId = (id) => document.getElementById(id);
-const theme = () => (document.documentElement.dataset.theme === "dark" ? "dark" : "light");
 const own = (f) => OWN[theme()][f % OWN.light.length];
 // Shifted with each round of colours, so that no two look the same for long.
 const round = (f) => f + Math.floor(f / OWN.light.length);
 const symbol = (f) => SYMBOLS[round(f) % SYMBOLS.length];
 const dash = (f) => DASHES[round(f) % DASHES.length];
-const colour = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
-
-function el(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== "") element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
 /** Plotly reads tags, entities and formulas in its texts: `<b>`, `<a href>`, `&lt;`, `$x$`. */
 const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" };
 const esc = (text) => text.replace(/[&<>$]/g, (sign) => ENTITIES[sign]);
 
-function short(text, most) {
-  const letters = [...text];
-  if (letters.length <= most) return text;
-  const half = Math.floor((most - 1) / 2);
-  return `${letters.slice(0, half).join("")}…${letters.slice(letters.length - (most - 1 - half)).join("")}`;
-}
-
 const hover = (target, lines) =>
   [`<b>${esc(short(target, 80))}</b>`, ...lines.map(([name, value]) => `${esc(short(name, 40))}: ${esc(short(value, 60))}`)].join("<br>");
-
-function fmt(value) {
-  if (value === null || value === undefined) return "–";
-  if (Number.isInteger(value) && Math.abs(value) < 1e6) return value.toLocaleString("en");
-  const size = Math.abs(value);
-  if (value < 0) return `−${fmt(size)}`;
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
-  return value >= 100 ? value.toFixed(1) : value.toPrecision(3);
-}
 
 /** A number of a column; factors differ from 1 in later digits. */
 const told = (key, value) =>

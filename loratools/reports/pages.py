@@ -1,0 +1,73 @@
+"""Pages that are one HTML file: nothing is loaded, no script runs but their own, and all text of a report is data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
+from typing import Any, Final
+
+SUFFIXES = (".html",)
+DIGITS = 6  # of numbers on a page; tables and JSON have all
+
+# Nothing is fetched, and no script runs but those of the page, whose hashes are known. Styles are not as strict:
+# Plotly writes its own.
+_POLICY: Final = (
+    "default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def page(
+    template: str,
+    *,
+    styles: Sequence[str],
+    data: Any,
+    scripts: Sequence[str],
+    libraries: Mapping[str, str] | None = None,
+) -> str:
+    """A whole page: `data` as JSON, `scripts` as one, `libraries` under the names that they have in the template."""
+    script = "(() => {\n" + '"use strict";\n' + "\n".join(_part(name) for name in scripts) + "})();"
+    parts = {name: _inline(text) for name, text in [*(libraries or {}).items(), ("script", script)]}
+    return Template(_part(template)).substitute(
+        parts,
+        policy=_POLICY.format(hashes=" ".join(map(_hash, parts.values()))),
+        style="".join(map(_part, styles)),
+        data=_json(data),
+    )
+
+
+def presentable(value: Any) -> Any:
+    """Floats in DIGITS digits, null for those that JSON lacks; what cannot be seen in a text as an escape."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, Mapping):
+        return {key: presentable(item) for key, item in value.items()}
+    return [presentable(item) for item in value] if isinstance(value, Iterable) else value
+
+
+def _part(name: str) -> str:
+    return files("loratools.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _inline(script: str) -> str:
+    """A script as it may stand between its tags: nothing in it ends it, and its line ends are those of the parser."""
+    script = script.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"<(?=/script|!--)", r"\\x3c", script, flags=re.IGNORECASE)
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON that a script element can hold: ASCII, without the signs that HTML looks for."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
