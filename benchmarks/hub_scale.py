@@ -34,7 +34,7 @@ _BASES = ("meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3", "meta-llama/Ll
 
 
 def simulated_rows(count: int, seed: int = 0) -> Iterator[CatalogRow]:
-    """Rows as a hub of many authors has them: mixed sizes, ranks and spectra, in the order of names; one in 500 failed."""
+    """Rows as a hub of many authors has them: mixed sizes, ranks and spectra, by name; one in 500 failed."""
     sys.path.insert(0, str(ROOT))
     from loratools.hub.catalog import CatalogRow
 

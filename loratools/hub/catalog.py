@@ -27,7 +27,7 @@ Status = Literal["done", "found", "failed"]
 _SCHEMA_KEY: Final = b"loratools.catalog"  # in the metadata of the file; its value is the version of the schema
 _VERSION_KEY: Final = b"loratools.version"
 _GROUP_ROWS: Final = 4096
-_GROUP_NUMBERS: Final = 1 << 22  # singular values and sketches of a row group: 16 MiB
+_GROUP_NUMBERS: Final = 1 << 20  # singular values and sketches of a row group: 4 MiB
 _BATCH_ROWS: Final = 1024
 
 
@@ -229,8 +229,17 @@ def _batch(rows: Sequence[CatalogRow], layout: pa.Schema) -> pa.RecordBatch:
             inner = _lists([spectrum for spectra in values for spectrum in spectra])
             columns.append(pa.ListArray.from_arrays(pa.array(ends), inner))
         else:
-            columns.append(pa.array(_encodable(values), field.type))
+            columns.append(_column(values, field.type))
     return pa.RecordBatch.from_arrays(columns, schema=layout)
+
+
+def _column(values: list[Any], kind: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array(_encodable(values), kind)
 
 
 def _lists(parts: Sequence[NDArray[np.float32] | None]) -> Any:

@@ -42,33 +42,40 @@ def discover(hub: Path, *, without: Path | None = None) -> Iterator[Found | Refu
     if not hub.is_dir():
         raise InputError(f"{printable(hub)}: is no folder of adapters")
     try:
-        yield from _walk(hub, hub.resolve(), hub, None if without is None else without.resolve())
+        inside = hub.resolve()
+        yield from _walk(hub, "", inside, None if without is None else _name_within(inside, without.resolve()))
     except PermissionError as error:
         raise InputError(f"{printable(Path(str(error.filename or hub)))}: permission denied") from error
 
 
-def _walk(hub: Path, inside: Path, folder: Path, without: Path | None) -> Iterator[Found | Refused]:
-    if without is not None and folder.resolve() == without:
+def _name_within(inside: Path, place: Path) -> str | None:
+    if not place.is_relative_to(inside):
+        return None
+    return "" if place == inside else place.relative_to(inside).as_posix()
+
+
+def _walk(folder: Path, name: str, inside: Path, without: str | None) -> Iterator[Found | Refused]:
+    """What lies in one folder, whose own name within the hub is `name`."""
+    if name == without:
         return
     try:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
     except (FileNotFoundError, NotADirectoryError):  # gone since its own folder was read
         return
     files = [e.name for e in entries if not e.is_symlink() or _stays(Path(e.path), inside)]
-    name = folder.relative_to(hub).as_posix()
-    whole = any(weights in files for weights in WEIGHTS_NAMES) and name != "."
+    whole = any(weights in files for weights in WEIGHTS_NAMES) and name != ""
     if whole:
         yield Found(name, folder)
     for entry in entries:
-        path, own = Path(entry.path), Path(entry.path).relative_to(hub).as_posix()
-        if entry.is_symlink() and not _stays(path, inside):
+        own = f"{name}/{entry.name}" if name else entry.name
+        if entry.is_symlink() and not _stays(Path(entry.path), inside):
             yield Refused(own, "a symbolic link that leads out of the hub, or nowhere")
         elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(hub, inside, path, without)
+            yield from _walk(Path(entry.path), own, inside, without)
         elif entry.is_dir():
             yield Refused(own, "a symbolic link to a folder of the hub, which is found by its own name")
         elif not whole and _is_weights(entry.name) and entry.is_file():
-            yield Found(own, path)
+            yield Found(own, Path(entry.path))
 
 
 def _stays(path: Path, inside: Path) -> bool:

@@ -103,7 +103,7 @@ def receipt_stems(out: Path) -> Iterator[str]:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
                     elif entry.name.endswith(".json") and not entry.name.startswith("."):
-                        yield os.path.relpath(entry.path, top).removesuffix(".json").replace(os.sep, "/")
+                        yield entry.path[len(top) + 1 : -len(".json")].replace(os.sep, "/")
         except OSError:  # gone since, or none yet
             continue
 

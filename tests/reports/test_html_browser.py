@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
+from browsers import launched, opened
 from compare_reports import HOSTILE, compare_report, gaps
 
 from loratools.reports.compare import CompareReport
 from loratools.reports.html import write_html
 
 pytest.importorskip("plotly")
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 
 NAMES = (*HOSTILE, "plain", "\ud800 half a pair")
 PLOTS = 8
@@ -24,42 +22,17 @@ Open = Callable[..., AbstractContextManager[Any]]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    with sync_api.sync_playwright() as play:
-        # Root in a container has no sandbox to give; the page under test is our own.
-        browser = play.chromium.launch(executable_path=found[0], args=["--no-sandbox", "--disable-gpu"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
 def open_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """Open a report from disk for a while; what went wrong on the page, or left it, is its `trouble`."""
+    """Open a report from disk for a while."""
     folder = tmp_path_factory.mktemp("pages")
-
-    @contextmanager
-    def open_(report: CompareReport, **settings: Any) -> Iterator[Any]:
-        path = write_html(report, folder / "a.html", force=True)
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | settings))
-        context.set_default_timeout(120_000)  # a machine with other things to do
-        trouble: list[str] = []
-        page = context.new_page()
-        page.on("console", lambda message: trouble.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: trouble.append(request.url) if request.url != path.as_uri() else None)
-        page.trouble = trouble
-        try:
-            page.goto(path.as_uri())
-            page.wait_for_selector("html[data-ready]", state="attached")
-            yield page
-            assert not trouble
-        finally:
-            context.close()
-
-    return open_
+    return lambda report, **settings: opened(
+        browser, write_html(report, folder / "a.html", force=True), **settings
+    )
 
 
 # Before the large page, which stays open for the tests after these.
