@@ -130,7 +130,9 @@ def write_catalog(rows: Iterable[CatalogRow], path: Path) -> int:
     file = AtomicFile(path)
     try:
         sink = _Sink(file)
-        with parquet.ParquetWriter(sink, layout, compression="zstd", use_dictionary=_REPEATED) as writer:
+        with parquet.ParquetWriter(
+            sink, layout, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True
+        ) as writer:
             for group in _groups(rows):
                 writer.write_batch(_batch(group, layout))
                 count += len(group)
@@ -151,7 +153,7 @@ def read_catalog(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 
     wanted = list(COLUMNS if columns is None else columns)
     with _explained(path):
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
         _check(file.schema_arrow, layout, wanted, path)
     return _batches(file, wanted, path)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST: Final = 64  # singular values of an adapter on the page
-_DECADES: Final = 6  # below the largest
+_DECADES: Final = 4  # below the largest
 _LEVELS: Final = 255
 
 _COLUMNS: Final = {

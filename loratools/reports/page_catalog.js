@@ -152,11 +152,8 @@ function makeTable() {
   view.addEventListener("scroll", () => drawRows(false), { passive: true });
   addEventListener("resize", () => drawRows(true));
   draw();
-  const first = body.querySelector("tr[data-row]");
-  if (first && first.offsetHeight && first.offsetHeight !== height) {
-    height = first.getBoundingClientRect().height;
-    drawRows(true);
-  }
+  height = body.querySelector("tr[data-row]").getBoundingClientRect().height || height;
+  drawRows(true);
 }
 
 // The controls.
@@ -224,7 +221,7 @@ function drawing(values, top) {
   for (let decade = 0; decade <= data.decades; decade += 2) {
     const y = 6 + ((tall - 20) * decade) / data.decades;
     picture.append(mark("line", { x1: left, x2: width, y1: y, y2: y }));
-    picture.append(mark("text", { x: left - 4, y: y + 3, "text-anchor": "end" }, decade ? `10⁻${"⁰¹²³⁴⁵⁶"[decade]}` : "1"));
+    picture.append(mark("text", { x: left - 4, y: y + 3, "text-anchor": "end" }, decade ? `10⁻${"⁰¹²³⁴"[decade]}` : "1"));
   }
   const step = (width - left) / Math.max(values.length, 8);
   values.forEach((value, i) => {
@@ -248,7 +245,7 @@ function reveal(line) {
   } else {
     const values = valuesOf(row);
     byId("drawing").replaceChildren(top > 0 ? drawing(values, top) : "");
-    byId("numbers").textContent = top > 0 ? `Largest ${fmt(top)}; in ${data.decades} decades below it.` : "All updates are zero.";
+    byId("numbers").textContent = top > 0 ? `Root mean square over the targets; the largest is ${fmt(top)}.` : "All updates are zero.";
   }
   card.hidden = false;
   const box = line.getBoundingClientRect();

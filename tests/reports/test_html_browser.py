@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,9 +31,7 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Open:
     """Open a report from disk for a while."""
     folder = tmp_path_factory.mktemp("pages")
-    return lambda report, **settings: opened(
-        browser, write_html(report, folder / "a.html", force=True), **settings
-    )
+    return lambda report, **settings: opened(browser, write_html(report, folder / "a.html", force=True), **settings)
 
 
 # Before the large page, which stays open for the tests after these.
