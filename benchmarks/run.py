@@ -28,6 +28,7 @@ PAGES = {
     "recover_real": ("recover_real",),
     "nested_real": ("nested_real",),
     "routing": ("routing",),
+    "hub_scale": ("hub_scale",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -48,6 +49,7 @@ TITLES = {
     "recover_real": "",
     "nested_real": "",
     "routing": "",
+    "hub_scale": "",
 }
 
 
