@@ -11,6 +11,7 @@ from typer import Argument, Option
 from loratools_cli import options
 from loratools_cli.hub_mixture import mixture
 from loratools_cli.hub_route import route, route_fit
+from loratools_cli.hub_similar import similar
 
 if TYPE_CHECKING:
     from loratools.hub.recipe import Recipe
@@ -158,6 +159,9 @@ def catalog(
     shown.show(report)
     if report.counts.get("failed"):
         raise typer.Exit(ExitCode.INPUT)
+
+
+hub.command()(similar)
 
 
 def _recipe_and_places(places: list[Path], steps: list[str]) -> tuple[Recipe, Path, Path]:

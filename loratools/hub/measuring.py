@@ -13,6 +13,7 @@ from loratools.errors import AdapterError, InputError, LoratoolsError
 from loratools.files import load
 from loratools.hub.catalog import CatalogRow
 from loratools.hub.receipts import Stamp, is_unchanged, stamp_of
+from loratools.hub.sketches import SEED, sketch
 from loratools.hub.work import facts_of, reason_of, sources_of
 from loratools.linalg.norms import frobenius_norm
 from loratools.ops.spectra import measure
@@ -181,5 +182,8 @@ def _measured(adapter: Adapter, targets: list[str], reasons: dict[str, str]) -> 
 
 
 def _sketch(adapter: Adapter) -> dict[str, Any]:
-    """The sketch of an adapter and what it is of: `sketch`, `sketch_targets` and `sketch_seed`; none is made yet."""
-    return {}
+    """The sketch of an adapter and what it is of; none where its delta cannot be had."""
+    try:
+        return {"sketch": sketch(adapter), "sketch_targets": tuple(adapter.entries), "sketch_seed": SEED}
+    except AdapterError:
+        return {}
