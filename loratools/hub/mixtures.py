@@ -38,12 +38,10 @@ def mixtures(units: Tensor, suspects: Sequence[int], threshold: float) -> list[M
     Where y is a sum of a and b, a is one of y and b as well: of rows that depend on each other one is told, that which
     needs no negative weight, or else the least weights. Terms that are such sums themselves are avoided if others do.
     """
-    found = _preferred(_pursued(units, suspects, threshold, set()))
-    made = {m.row for m in found}
-    if not made:
-        return []
-    again = {m.row: m for m in _pursued(units, sorted(made), threshold, made)}
-    return [again.get(m.row, m) for m in found]
+    found = _pursued(units, suspects, threshold, set())
+    made = {m.row: m for m in _preferred(found) if m.is_positive}
+    again = {m.row: m for m in _pursued(units, [m.row for m in found], threshold, set(made))}
+    return _preferred([*(made | again).values()])
 
 
 def _preferred(found: Sequence[Mixture]) -> list[Mixture]:

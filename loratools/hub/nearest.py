@@ -18,6 +18,7 @@ MOST = 32  # relatives kept for each adapter, of those after it
 _SHORT = 128  # numbers of a shortened sketch, which tells what is not alike at an eighth of the cost
 _SHORTEN_ABOVE = 4096  # sketches: below, the full ones are compared at once
 _ROWS, _COLUMNS = 1024, 8192  # of a block
+_LIKELY = 0.3  # of a shortened estimate, from which on the full one is looked at for the best of a row
 _SIGMAS = 4.0
 _GATHERED = 16384  # pairs whose full sketches are compared at once
 
@@ -27,7 +28,7 @@ class Candidates:
     """Pairs of rows, i < j, whose estimated cosine may reach the threshold, by magnitude; the nearest come first.
 
     `crowded` rows have more relatives after them than are kept. `best` is the greatest magnitude of a row's estimated
-    cosine with any other, exact to float32 where it is at least `LEAST_TERM`.
+    cosine with any other; of very many rows 0 where a shortened estimate says that it is small.
     """
 
     first: Tensor  # (c,) int64
@@ -101,7 +102,7 @@ def _of_rows(
         block = (used[start:stop] @ used[left:right].T).abs_()
         if left < stop:  # each pair once, none of a row with itself
             block.masked_fill_(torch.arange(left, right).unsqueeze(0) <= torch.arange(start, stop).unsqueeze(1), 0.0)
-        _note_best(units, block, start, left, best, exact=short is None)
+        _note_best(best, units, block, start, left, exact=short is None)
         hit = (block.amax(1) >= least).nonzero().squeeze(1)
         if len(hit):
             rows, columns = _at_most(block[hit], least)
@@ -142,13 +143,15 @@ def _nearest(rows: Tensor, columns: Tensor, cosines: Tensor) -> tuple[Tensor, Te
     return rows[kept], columns[kept], cosines[kept], int((counts > MOST).sum())
 
 
-def _note_best(units: Tensor, block: Tensor, start: int, left: int, best: Tensor, *, exact: bool) -> None:
+def _note_best(best: Tensor, units: Tensor, block: Tensor, start: int, left: int, *, exact: bool) -> None:
     """Raise `best` of the rows and of the columns of a block."""
     for dim, (own, other) in enumerate(((left, start), (start, left))):
-        values, at = block.max(dim)
+        values = block.amax(dim)
         mine = torch.arange(own, own + len(values))
         if not exact:  # the full sketches of the likeliest say how near they are
-            values = _cosines(units, mine, at + other).abs()
+            hit = (values >= _LIKELY).nonzero().squeeze(1)
+            at = block.index_select(1 - dim, hit).argmax(dim)
+            mine, values = mine[hit], _cosines(units, mine[hit], at + other).abs()
         best[mine] = torch.maximum(best[mine], values)
 
 

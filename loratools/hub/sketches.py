@@ -29,8 +29,8 @@ def sketch(adapter: Adapter) -> NDArray[np.float32]:
 
     The same delta has the same sketch, up to rounding, whatever its factors, rank, family and dialect. The inner
     product of two sketches estimates that of the deltas without bias, and a cosine c with a standard error near
-    (1 - c^2) / sqrt(LENGTH) where many targets change, at most (1 - c^2) sqrt(2 / SIDE) where a single one of rank 1
-    does. AdapterError for what has no delta without its base, and for NaN and infinity.
+    (1 - c^2) / sqrt(LENGTH) where many targets of sides far above SIDE change, at most (1 - c^2) sqrt(2 / SIDE) where a
+    single one of rank 1 does. AdapterError for what has no delta without its base, and for NaN and infinity.
     """
     refuse_unknown(adapter)
     total = torch.zeros(LENGTH, dtype=torch.float64)

@@ -3,8 +3,9 @@
 L^T D R with L (m, k) and R (n, k) of independent random signs. For two maps D and E of one key the mean of
 <L^T D R, L^T E R> / k^2 over the signs is <D, E>; for maps of different keys it is 0, so that such numbers may be added
 up over the targets of an adapter. One matrix of signs is shared by all maps of a size, with signs of its own for every
-row and key: each L is then as random as if it were drawn alone, and the errors of different keys are uncorrelated, for
-what they have in common is the diagonal of L L^T, which does not vary.
+row and key: each L is then as random as if it were drawn alone, the errors of different keys are uncorrelated, for what
+they have in common is the diagonal of L L^T, which does not vary, and what two keys add to each other's error is larger
+by 1 + k / m and 1 + k / n alone.
 """
 
 from __future__ import annotations
