@@ -56,7 +56,7 @@ def _pairs(pairs: Sequence[Related], *, named: bool) -> Table:
 def _relation(pair: Related) -> str:
     if pair.relation == "scaled copy" and pair.scale is not None:
         return f"scaled copy (x{number(pair.scale)})"
-    return f"{pair.relation}, same bytes" if pair.same_bytes and pair.relation != "same bytes" else pair.relation
+    return "copy, same bytes" if pair.relation == "copy" and pair.same_bytes else pair.relation
 
 
 def _cosine(value: float | None) -> str:
@@ -86,11 +86,20 @@ def _more(rows: Sequence[T], everything: bool) -> Iterator[Text]:
 
 
 def _sum(report: HubSimilarReport) -> str:
+    adapters = _counted(report.adapters, "adapter", "adapters")
     if report.to is not None:
-        return f"{report.adapters} adapters compared with {plain(report.to)}"
-    plurals = {"copy": "copies", "scaled copy": "scaled copies", "derivative": "derivatives"}
-    said = [f"{report.counts[one]} {many}" for one, many in plurals.items() if report.counts[one]]
-    said += [f"{len(report.merges)} merges"] if report.merges else []
-    said += [f"{len(report.clusters)} clusters"] if report.clusters else []
-    found = ", ".join(said) or f"none alike to a cosine of {report.threshold:g}"
-    return f"{report.adapters} adapters: {found}"
+        return f"{adapters} compared with {plain(report.to)}"
+    counts = report.counts
+    said = [
+        _counted(counts["copy"], "copy", "copies"),
+        _counted(counts["scaled copy"], "scaled copy", "scaled copies"),
+        _counted(counts["derivative"], "derivative", "derivatives"),
+        _counted(len(report.merges), "merge", "merges"),
+        _counted(len(report.clusters), "cluster", "clusters"),
+    ]
+    there = [text for text in said if not text.startswith("0 ")]
+    return f"{adapters}: {', '.join(there) or f'none alike to a cosine of {report.threshold:g}'}"
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, UsageError
+from loratools.errors import UsageError
 from loratools.files import locate
 from loratools.hub.comparing import MergeJob, PairJob, confirm, confirm_merge, merge_given_up, pairs_given_up
 from loratools.hub.engines import local_executor, outcomes
@@ -19,9 +19,8 @@ from loratools.hub.mixtures import LEAST_TERM, mixtures
 from loratools.hub.nearest import MOST, Candidates, candidates, unit
 from loratools.hub.pairs import Regression, Shared
 from loratools.hub.sketches import LENGTH
-from loratools.hub.sketching import Member, members_of, named_in, sketched, sketched_members
+from loratools.hub.sketching import Member, members_of, queried, sketched_members
 from loratools.reports.hub_similar import Cluster, HubSimilarReport, LeftOut, MergeFound, Related, Term
-from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,19 +67,15 @@ def similar(hub: Path, how: Similar = Similar(), *, steps: Steps | None = None) 
     tensors that belong to no update do not count, and are noted of copies. Raises InputError for a hub or catalog that
     cannot be read, and AdapterError where `to` has no delta of its own.
     """
+    query = None if how.to is None else queried(how.to)
     known = members_of(hub, how.catalog)
-    query = None
     if how.to is not None:
         weights = locate(how.to)[0].resolve()
         known = [m for m in known if m.path is None or not _is_at(m.path, weights)]
-        query = Member(str(how.to), how.to)
     found = sketched_members(known, how.pool, how.workers, steps)
     good = [m for m in found if m.sketch is not None]
     left_out = [m for m in found if m.sketch is None]
     if query is not None:
-        query = sketched(query)
-        if query.sketch is None:
-            raise AdapterError(named_in(query.reason, printable(Path(query.name))))
         return _ranked(hub, how, query, good, left_out, steps)
     return _grouped(hub, how, good, left_out, steps)
 

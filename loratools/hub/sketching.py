@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratools.errors import LoratoolsError
+from loratools.errors import AdapterError, LoratoolsError, naming
 from loratools.files import load
 from loratools.hub.discover import Refused, discover
 from loratools.hub.engines import outcomes
 from loratools.hub.sketches import LENGTH, SEED, sketch
 from loratools.hub.work import reason_of
+from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,6 +101,16 @@ def sketched(member: Member) -> Member:
         return replace(member, sha256=digest, reason=reason_of(error))
 
 
+def queried(path: Path) -> Member:
+    """An adapter that others are compared with; AdapterError where it has no delta of its own, or one of zero."""
+    with load(path) as adapter, naming(printable(path)):
+        digest = adapter.origin.sha256() if adapter.origin else None
+        member = checked(Member(str(path), path, sketch(adapter), digest))
+        if member.sketch is None:
+            raise AdapterError(member.reason)
+    return member
+
+
 def sketched_members(
     members: list[Member], pool: Callable[[int], Callable[[], Executor]], workers: int, steps: Steps | None
 ) -> list[Member]:
@@ -117,8 +128,3 @@ def sketched_members(
 
 def _given_up(member: Member, reason: str) -> Member:
     return replace(member, reason=reason)
-
-
-def named_in(reason: str, name: str) -> str:
-    """The reason, with the name of the adapter before it where it does not begin so."""
-    return reason if reason.startswith(name) else f"{name}: {reason}"

@@ -19,8 +19,9 @@ Relation = Literal["copy", "scaled copy", "derivative", "other", "same bytes"]
 class Related:
     """Two adapters, by their exact deltas: `other` is nearest to `scale` times `adapter`.
 
-    `least_cosine` is that of the module in which they differ most; null where they share none. `same bytes` are files
-    whose deltas are not known, and all of whose numbers are then null. `note` says what else the files hold.
+    `least_cosine` is that of the module in which they differ most; null where they share none. `same_bytes`: their
+    weights files are the same, whatever their configs say; a relation by that name is of adapters whose deltas are not
+    known, and has no numbers. `note` says what else the files hold.
     """
 
     adapter: str
