@@ -29,6 +29,7 @@ PAGES = {
     "nested_real": ("nested_real",),
     "routing": ("routing",),
     "hub_scale": ("hub_scale",),
+    "hub_similar": ("hub_similar",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -50,6 +51,7 @@ TITLES = {
     "nested_real": "",
     "routing": "",
     "hub_scale": "",
+    "hub_similar": "",
 }
 
 
