@@ -155,7 +155,7 @@ def _side_by_side(readers: Sequence[Deltas]) -> Iterator[list[Operator | None]]:
     """The deltas of each module, and of each shape that it has, in float64; None where an adapter has no such."""
     modules = dict.fromkeys(module for reader in readers for module in reader.modules)
     for module in modules:
-        found = [reader.of(module) for reader in readers]
+        found = [reader.find(module) for reader in readers]
         for shape in dict.fromkeys(op.shape for op in found if op is not None):
             yield [None if op is None or op.shape != shape else op.to(torch.float64) for op in found]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -13,9 +13,11 @@ from loratools.linalg.projection import SIDE, projected
 from loratools.operators import Dense, LowRank, Operator, sum_of
 from loratools.ops.matching import modules_changed
 from loratools.ops.spectra import is_finite_update, nonfinite_error
+from loratools.pipeline import ordered_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from loratools.adapter import Adapter
     from loratools.formats.modules import Module, Rows
@@ -33,9 +35,14 @@ def sketch(adapter: Adapter) -> NDArray[np.float32]:
     single one of rank 1 does. AdapterError for what has no delta without its base, and for NaN and infinity.
     """
     refuse_unknown(adapter)
+    deltas = Deltas(adapter)
+
+    def work(module: Module) -> Tensor:
+        return projected(deltas.of(module), str(module), SEED).flatten().double()
+
     total = torch.zeros(LENGTH, dtype=torch.float64)
-    for module, op in Deltas(adapter).items():
-        total += projected(op, str(module), SEED).flatten().double()
+    for part in ordered_map(work, deltas.modules, workers=1):  # on one core, so that all machines add alike
+        total += part
     found: NDArray[np.float32] = total.float().numpy()
     if not np.isfinite(found).all():
         raise AdapterError("its numbers are too large to be multiplied in float32")
@@ -69,19 +76,13 @@ class Deltas:
         """In the order of the targets."""
         return tuple(self._modules)
 
-    def items(self) -> Iterator[tuple[Module, Operator]]:
-        """Every module with its delta."""
-        for module in self._modules:
-            op = self.of(module)
-            assert op is not None  # it is one of its own
-            yield module, op
+    def find(self, module: Module) -> Operator | None:
+        """The delta of a module; None where it is not changed."""
+        return self.of(module) if module in self._modules else None
 
-    def of(self, module: Module) -> Operator | None:
-        """The delta of one module; None where it is not changed."""
-        places = self._modules.get(module)
-        if places is None:
-            return None
-        parts = [self._rows(target, rows) for target, rows in places]
+    def of(self, module: Module) -> Operator:
+        """The delta of one of the modules."""
+        parts = [self._rows(target, rows) for target, rows in self._modules[module]]
         with naming(str(module)):
             if len({part.shape for part in parts}) > 1:
                 raise AdapterError("two targets change this module, and have different shapes")

@@ -28,6 +28,7 @@ from loratools.hub.listing import status
 from loratools.hub.receipts import place_of
 from loratools.hub.recipe import parse_steps
 from loratools.hub.run import Run, run
+from loratools.hub.sketches import SEED, sketch
 from loratools.ops.inspect import inspect
 
 pytest.importorskip("pyarrow")
@@ -80,7 +81,10 @@ def test_a_hub_without_receipts(make_hub: Make, tmp_path: Path) -> None:
         assert row.bytes == (hub / row.path).stat().st_size
         assert row.path == f"{name}/adapter_model.safetensors"
         assert (row.recipe, row.version, row.bytes_before, row.relative_error, row.seconds) == (None,) * 5
-        assert (row.sketch, row.sketch_targets, row.sketch_seed) == (None,) * 3
+        with load(hub / name) as adapter:
+            assert row.sketch is not None
+            assert row.sketch.tobytes() == sketch(adapter).tobytes()
+        assert (row.sketch_targets, row.sketch_seed) == (row.targets, SEED)
         for values, norm, truth in zip(row.singular_values, row.target_norms, expected(hub / name), strict=True):
             assert values == pytest.approx(truth, rel=1e-6)
             assert norm == pytest.approx(np.linalg.norm(truth), rel=1e-12)
