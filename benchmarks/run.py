@@ -30,6 +30,7 @@ PAGES = {
     "routing": ("routing",),
     "hub_scale": ("hub_scale",),
     "hub_similar": ("hub_similar",),
+    "hub_plan": ("hub_plan",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -52,6 +53,7 @@ TITLES = {
     "routing": "",
     "hub_scale": "",
     "hub_similar": "",
+    "hub_plan": "",
 }
 
 

@@ -12,6 +12,7 @@ from loratools_cli import options
 from loratools_cli.hub_mixture import mixture
 from loratools_cli.hub_route import route, route_fit
 from loratools_cli.hub_similar import similar
+from loratools_cli.hub_plan import plan
 
 if TYPE_CHECKING:
     from loratools.hub.recipe import Recipe
@@ -162,6 +163,7 @@ def catalog(
 
 
 hub.command()(similar)
+hub.command()(plan)
 
 
 def _recipe_and_places(places: list[Path], steps: list[str]) -> tuple[Recipe, Path, Path]:

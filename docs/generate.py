@@ -163,6 +163,8 @@ def servers() -> str:
         if server.max_ranks:
             ranks = ", ".join(map(str, server.max_ranks))
             parts += [f"`{server.max_rank_setting}` may be {ranks}; ranks above its default of 16 need it."]
+        if server.memory:
+            parts += [f"{server.memory} `loratools hub plan --server {name}` counts that."]
         parts += [_table(("requirement", "otherwise", "why", "what helps", "source"), rows)]
     return _page(parts)
 

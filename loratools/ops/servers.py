@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -33,7 +35,8 @@ class Requirement:
 class Server:
     """A server or library: the dialect that it reads, its requirements, and whether it wants one rank and scale 1.
 
-    `max_ranks`: the values that its setting for the largest rank may have, where there is such a setting.
+    `max_ranks`: the values that its setting for the largest rank may have, where there is such a setting. `memory`:
+    what an adapter takes of its memory, where `loratools hub plan` counts that.
     """
 
     title: str
@@ -42,6 +45,7 @@ class Server:
     portable: bool = False
     max_ranks: tuple[int, ...] = ()
     max_rank_setting: str = ""
+    memory: str = ""
 
 
 def _dialect(*names: str) -> Test:
@@ -54,10 +58,6 @@ def _families(*names: str) -> Test:
 
 def _families_are(*names: str) -> Test:
     return lambda a: (t for t, e in a.entries.items() if e.family.family in names)
-
-
-def _modules(*names: str) -> Test:
-    return lambda a: (t for t in a.entries if t.rpartition(".")[2] not in names)
 
 
 def _rank_above(limit: int) -> Test:
@@ -133,7 +133,34 @@ def _incomplete_qkv(a: Adapter) -> Iterable[str]:
     return (f"{b}.{leaf}" for b, found in blocks.items() for leaf in sorted(_QKV - found))
 
 
+def outside_attention(targets: Iterable[str]) -> Iterable[str]:
+    """Those that are not q, k, v or o of the attention of a numbered layer."""
+    return (t for t in targets if not _ATTENTION.fullmatch(t))
+
+
+def not_square(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
+    """Targets whose inputs or outputs are not as many as most have."""
+    sides = Counter(side for shape in shapes.values() for side in shape)
+    hidden = sides.most_common(1)[0][0] if sides else 0
+    return (f"{t} ({' x '.join(map(str, shape))})" for t, shape in shapes.items() if set(shape) != {hidden})
+
+
+def missing_projections(targets: Iterable[str]) -> Iterable[str]:
+    """Projections of attention that are not there, of every layer up to the last that has any."""
+    found: dict[tuple[str, str], dict[int, set[str]]] = {}
+    for match in filter(None, map(_ATTENTION.fullmatch, targets)):
+        found.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(match[4])
+    return (
+        f"{before}{layer}{after}{leaf}"
+        for (before, after), layers in found.items()
+        for layer in range(max(layers) + 1)
+        for leaf in sorted(SLORA_MODULES - layers.get(layer, set()))
+    )
+
+
 _QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+SLORA_MODULES: Final = frozenset({*_QKV, "o_proj"})
+_ATTENTION: Final = re.compile(r"(.*\blayers\.)(\d{1,4})(\.self_attn\.)([qkvo]_proj)")
 _MAX_VLLM: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _PORTABLE = "loratools convert --to peft --portable (or check --fix)"
@@ -219,6 +246,7 @@ def _plain_lora(source: str) -> tuple[Requirement, ...]:
 _VLLM = "vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py"
 _SGLANG = "sglang/srt/lora/lora_config.py, sglang/srt/lora/lora.py"
 _SLORA = "slora/models/peft/lora_adapter.py, slora/models/peft/layer_weights"
+_SLORA_POOL = "slora/common/mem_allocator.py, slora/server/router/model_infer/infer_adapter.py"
 _LLAMACPP = "llama.cpp src/llama-adapter.cpp, convert_lora_to_gguf.py"
 _PEFT = "peft/tuners/lora/model.py, peft/utils/save_and_load.py"
 _DIFFUSERS = "diffusers/loaders/lora_base.py, diffusers/loaders/lora_conversion_utils.py"
@@ -245,6 +273,11 @@ SERVERS: Final[Mapping[str, Server]] = {
         portable=True,
         max_ranks=_MAX_VLLM,
         max_rank_setting="--max-lora-rank",
+        memory=(
+            "Every one of `--max-loras` slots is set aside at the start, for `--max-lora-rank` R: R (inputs + outputs) "
+            "numbers for each module, zeros where an adapter has less. `--max-cpu-loras` keeps further adapters in "
+            "host memory, at their own ranks."
+        ),
     ),
     "sglang": Server(
         "SGLang",
@@ -285,7 +318,23 @@ SERVERS: Final[Mapping[str, Server]] = {
                 "it applies LoRA to q, k, v and o of the attention and to nothing else",
                 _SLORA,
                 _FUSE,
-                _modules("q_proj", "k_proj", "v_proj", "o_proj"),
+                lambda a: outside_attention(a.entries),
+            ),
+            Requirement(
+                "square",
+                "refused",
+                "its pool has rows of the hidden size alone, so that k and v of grouped queries have no place",
+                _SLORA_POOL,
+                _FUSE,
+                lambda a: not_square({t: e.base_shape for t, e in a.entries.items() if e.base_shape is not None}),
+            ),
+            Requirement(
+                "all-projections",
+                "refused",
+                "it stacks q, k, v and o of every layer, and fails where one is missing",
+                _SLORA,
+                "train q_proj, k_proj, v_proj and o_proj in all layers, or loratools fuse and serve the fused model",
+                lambda a: missing_projections(a.entries),
             ),
             _one_rank(_SLORA),
             Requirement(
@@ -293,6 +342,12 @@ SERVERS: Final[Mapping[str, Server]] = {
             ),
         ),
         portable=True,
+        memory=(
+            "An adapter of rank r takes 4 r cells of a pool that it shares with the cache of keys and values. A cell "
+            "is a vector of hidden numbers for each layer in both buffers, the room of one token: 16 x layers x r x "
+            "hidden bytes in all, at any rank and in any place, without padding. Ranks of a batch are padded to the "
+            "largest."
+        ),
     ),
     "llamacpp": Server(
         "llama.cpp",

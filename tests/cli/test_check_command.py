@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 import loratools
 from loratools.ops.servers import SERVERS
@@ -44,8 +45,14 @@ def test_json_is_the_report(run: Run, peft: Make) -> None:
     assert done.json["findings"][0]["severity"] == "old"
 
 
+def attention(tensors: dict[str, torch.Tensor]) -> None:
+    """Make it one of q, k, v and o in every layer, all square, as S-LoRA wants them."""
+    q = {key: tensor for key, tensor in tensors.items() if "q_proj" in key}
+    tensors |= {key.replace("q_proj", f"{leaf}_proj"): tensor.clone() for key, tensor in q.items() for leaf in "kvo"}
+
+
 def test_fix_writes_what_loads(run: Run, peft: Make, tmp_path: Path) -> None:
-    source = peft(use_rslora=True)
+    source = peft(use_rslora=True, edit=attention, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     done = run("check", source, "--for", "slora", "--fix", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.out.splitlines()[-2:] == ["loads in S-LoRA", f"wrote {tmp_path / 'out'}"]
@@ -57,7 +64,8 @@ def test_fix_writes_what_loads(run: Run, peft: Make, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(run: Run, peft: Make, tmp_path: Path) -> None:
-    done = run("check", peft(use_rslora=True), "--for", "slora", "--fix", "-o", tmp_path / "out", "--dry-run")
+    source = peft(use_rslora=True, edit=attention, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    done = run("check", source, "--for", "slora", "--fix", "-o", tmp_path / "out", "--dry-run")
     assert done.code == 0
     assert not (tmp_path / "out").exists()
 

@@ -32,6 +32,7 @@ def peft(
     *,
     targets: tuple[str, ...] = ATTENTION,
     ranks: Mapping[str, int] | None = None,
+    outputs: Mapping[str, int] | None = None,
     more: Mapping[str, torch.Tensor] | None = None,
     with_config: bool = True,
     rank: int = 4,
@@ -42,7 +43,7 @@ def peft(
     for target in targets:
         r = (ranks or {}).get(target, rank)
         tensors[f"base_model.model.{target}.lora_A.weight"] = rand(r, 24)
-        tensors[f"base_model.model.{target}.lora_B.weight"] = rand(16, r)
+        tensors[f"base_model.model.{target}.lora_B.weight"] = rand((outputs or {}).get(target, 24), r)
     save_file(tensors, folder / "adapter_model.safetensors")
     if with_config:
         leaves = sorted({t.rpartition(".")[2] for t in targets})
@@ -72,7 +73,7 @@ def convolution(folder: Path) -> Path:
 
 
 def magnitudes(targets: tuple[str, ...] = ATTENTION) -> dict[str, torch.Tensor]:
-    return {f"base_model.model.{t}.lora_magnitude_vector": rand(16) for t in targets}
+    return {f"base_model.model.{t}.lora_magnitude_vector": rand(24) for t in targets}
 
 
 def experts(folder: Path) -> Path:
@@ -101,7 +102,7 @@ def paca(folder: Path) -> Path:
 
 
 def lora_bias(folder: Path) -> Path:
-    more = {f"base_model.model.{t}.lora_B.bias": rand(16) for t in ATTENTION}
+    more = {f"base_model.model.{t}.lora_B.bias": rand(24) for t in ATTENTION}
     return peft(folder, more=more, lora_bias=True)
 
 
@@ -132,6 +133,8 @@ BREAKS: dict[str, Callable[[Path, Samples], Path]] = {
     "no-rslora": lambda p, s: peft(p / "x", use_rslora=True),
     "qkv-together": lambda p, s: peft(p / "x", targets=ATTENTION[:2]),
     "attention-only": lambda p, s: peft(p / "x", targets=MLP),
+    "square": lambda p, s: peft(p / "x", outputs=dict.fromkeys(ATTENTION[1:3], 8)),
+    "all-projections": lambda p, s: peft(p / "x", targets=ATTENTION[::2]),
 }
 ROWS = [(server, r.name) for server, row in SERVERS.items() for r in row.requirements]
 
@@ -158,6 +161,21 @@ def test_a_plain_adapter_loads_everywhere(tmp_path: Path, server: str) -> None:
     report = check(load(peft(tmp_path / "x")), server)
     assert report.loads
     assert report.findings == ()
+
+
+def test_what_s_lora_stacks_is_named(tmp_path: Path) -> None:
+    layers = [t.replace("layers.0", f"layers.{i}") for i in (0, 2) for t in ATTENTION]
+    findings = {f.requirement: f for f in check(load(peft(tmp_path / "gap", targets=tuple(layers))), "slora").findings}
+    assert list(findings) == ["all-projections"]
+    assert findings["all-projections"].where == tuple(
+        f"model.layers.1.self_attn.{leaf}_proj" for leaf in ("k", "o", "q", "v")
+    )
+    elsewhere = ("model.h.0.attn.q_proj",)
+    assert [f.requirement for f in check(load(peft(tmp_path / "h", targets=elsewhere)), "slora").findings] == [
+        "attention-only"
+    ]
+    grouped = check(load(peft(tmp_path / "g", outputs=dict.fromkeys(ATTENTION[1:3], 8))), "slora").findings
+    assert [(f.requirement, f.where) for f in grouped] == [("square", tuple(f"{t} (8 x 24)" for t in ATTENTION[1:3]))]
 
 
 @pytest.mark.parametrize(("rank", "setting"), [(1, 1), (4, 8), (16, 16), (17, 32), (300, 320), (512, 512)])
