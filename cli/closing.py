@@ -130,5 +130,7 @@ def _(report: MixtureReport, planned: Path | None = None) -> str:
 @closing.register(RouteFitReport)
 def _(report: RouteReport | RouteFitReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}\n" if report.output else ""
+
+
 def _(report: CatalogReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {sum(report.counts.values())} rows\n"

@@ -10,22 +10,23 @@ from typer import Argument, Option
 
 from loratools_cli import options
 from loratools_cli.hub_mixture import mixture
+from loratools_cli.hub_plan import plan
 from loratools_cli.hub_route import route, route_fit
 from loratools_cli.hub_similar import similar
-from loratools_cli.hub_plan import plan
 
 if TYPE_CHECKING:
     from loratools.hub.recipe import Recipe
+    from loratools.storage.places import Place
 
 hub = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Work on a whole folder of adapters, and lose nothing."
 )
-HubPath = Annotated[Path, Argument(metavar="HUB", help="Folder with adapters in it, at any depth.")]
+HubPlace = Annotated[str, Argument(metavar="HUB", help="Folder with adapters in it, at any depth, or its URL.")]
 
 
 @hub.command()
 def ls(
-    path: HubPath,
+    place: HubPlace,
     table: options.TablePath = None,
     force: options.Force = False,
     everything: options.Everything = False,
@@ -37,12 +38,13 @@ def ls(
     Example: loratools hub ls adapters/
     """
     from loratools.hub.listing import listed
+    from loratools.storage.places import parse_place
     from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.output import Output
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     check_exports(table=table, force=force)
-    report = listed(path)
+    report = listed(parse_place(place))
     write_exports(report, table=table, force=force)
     shown.show(report)
 
@@ -50,7 +52,11 @@ def ls(
 @hub.command()
 def run(
     places: Annotated[
-        list[Path], Argument(metavar="[RECIPE] HUB OUT", help="Recipe as a TOML file, unless --step says it all.")
+        list[str],
+        Argument(
+            metavar="[RECIPE] HUB OUT",
+            help="Recipe as a TOML file, unless --step says it all; then folders, or URLs such as s3://bucket/folder.",
+        ),
     ],
     step: Annotated[
         list[str] | None, Option(metavar="STEP", help="A verb with options, such as 'squeeze rank=8'; repeated.")
@@ -74,6 +80,7 @@ def run(
     Examples:
       loratools hub run adapters/ small/ --step "squeeze rank=8" --workers 2
       loratools hub run recipe.toml adapters/ small/ --resume
+      loratools hub run recipe.toml s3://bucket/adapters s3://bucket/small
     """
     from loratools.errors import UsageError
     from loratools.hub.engines import dask_executor
@@ -98,7 +105,7 @@ def run(
 
 @hub.command()
 def status(
-    path: Annotated[Path, Argument(metavar="OUT", help="What hub run writes to.")],
+    place: Annotated[str, Argument(metavar="OUT", help="What hub run writes to.")],
     table: options.TablePath = None,
     force: options.Force = False,
     everything: options.Everything = False,
@@ -110,12 +117,13 @@ def status(
     Example: loratools hub status small/
     """
     from loratools.hub.listing import status as status_of
+    from loratools.storage.places import parse_place
     from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.output import Output
 
     shown = Output(as_json=as_json, quiet=quiet, everything=everything)
     check_exports(table=table, force=force)
-    report = status_of(path)
+    report = status_of(parse_place(place))
     write_exports(report, table=table, force=force)
     shown.show(report)
 
@@ -123,6 +131,8 @@ def status(
 hub.command()(mixture)
 hub.command()(route)
 hub.command("route-fit")(route_fit)
+
+
 @hub.command()
 def catalog(
     path: Annotated[Path, Argument(metavar="OUT", help="What hub run writes to, or any folder of adapters.")],
@@ -166,14 +176,15 @@ hub.command()(similar)
 hub.command()(plan)
 
 
-def _recipe_and_places(places: list[Path], steps: list[str]) -> tuple[Recipe, Path, Path]:
+def _recipe_and_places(places: list[str], steps: list[str]) -> tuple[Recipe, Place, Place]:
     from loratools.errors import UsageError
     from loratools.hub.recipe import parse_steps, read_recipe
+    from loratools.storage.places import parse_place
 
     if len(places) == 3 and not steps:
-        return read_recipe(places[0]), places[1], places[2]
+        return read_recipe(Path(places[0])), parse_place(places[1]), parse_place(places[2])
     if len(places) == 2 and steps:
-        return parse_steps(steps), places[0], places[1]
+        return parse_steps(steps), parse_place(places[0]), parse_place(places[1])
     raise UsageError("name a recipe, a hub and an output; or give --step, and name a hub and an output")
 
 

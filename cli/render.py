@@ -28,8 +28,8 @@ from loratools.reports.diff import DiffReport
 from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
 from loratools.reports.hub import CatalogReport, HubListReport, HubRunReport
-from loratools.reports.hub_similar import HubSimilarReport
 from loratools.reports.hub_plan import HubPlanReport
+from loratools.reports.hub_similar import HubSimilarReport
 from loratools.reports.info import InfoReport
 from loratools.reports.inspect import InspectReport
 from loratools.reports.intruders import IntrudersReport
@@ -51,8 +51,8 @@ from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
 from loratools_cli.render_families import render_bakeoff, render_families, render_reparameterize
 from loratools_cli.render_hub import render_catalog, render_hub_list, render_hub_run
-from loratools_cli.render_hub_similar import render_hub_similar
 from loratools_cli.render_hub_plan import render_hub_plan
+from loratools_cli.render_hub_similar import render_hub_similar
 from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_mixture import render_mixture
@@ -410,6 +410,8 @@ def _(report: HubRunReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: HubSimilarReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_hub_similar(report, everything=everything)
+
+
 def _(report: HubPlanReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_hub_plan(report)
 

@@ -12,6 +12,8 @@ from loratools.errors import InputError
 from loratools.storage.atomic import printable
 
 CONFIG_NAME = "adapter_config.json"
+# All that the dialects look for beside weights.
+BESIDE = (CONFIG_NAME, "config.json", "hyperparameters.yaml", "model_config.yaml", "thresholds.json")
 _MAX_BYTES = 64 << 20
 _SETTING = re.compile(r"^([A-Za-z_]\w*):(?:\s+(.*))?$")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")

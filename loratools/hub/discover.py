@@ -74,7 +74,7 @@ def _walk(folder: Path, name: str, inside: Path, without: str | None) -> Iterato
             yield from _walk(Path(entry.path), own, inside, without)
         elif entry.is_dir():
             yield Refused(own, "a symbolic link to a folder of the hub, which is found by its own name")
-        elif not whole and _is_weights(entry.name) and entry.is_file():
+        elif not whole and is_weights(entry.name) and entry.is_file():
             yield Found(own, Path(entry.path))
 
 
@@ -85,5 +85,6 @@ def _stays(path: Path, inside: Path) -> bool:
         return False
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file of this name could hold an adapter."""
     return name.endswith((*SUFFIXES, ".safetensors.index.json"))

@@ -5,24 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from loratools.storage.atomic import write_whole
+from loratools.storage.places import Place, put_whole
+from loratools.storage.remote import Remote
 
 FOLDER = ".loratools"  # in the output: receipts, and what the run was
+RECEIPTS = f"{FOLDER}/receipts"
+UPLOADS = f"{FOLDER}/uploads"  # of a remote output: what is being uploaded, where that is seen while it grows
+RUN = f"{FOLDER}/run.json"
+_AT_ONCE = 64  # receipts elsewhere that are read together
+_LARGEST = 16 << 20  # of a receipt elsewhere
 Status = Literal["done", "failed"]
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether a file has changed: its size and time of change first, its hash where those differ."""
+    """What tells whether a file has changed: its size and time of change first, its hash where those differ.
+
+    Of a file elsewhere, the server's `etag` goes before its time.
+    """
 
     size: int
     mtime_ns: int
     sha256: str
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,24 +65,50 @@ class Receipt:
         text = json.dumps(asdict(self), sort_keys=True, indent=1, ensure_ascii=False)
         return text.encode("utf-8", "surrogatepass")
 
-    def save(self, out: Path, stem: str) -> None:
+    def save(self, out: Place, stem: str) -> None:
         """Write it, whole or not at all."""
-        write_whole(place_of(out, stem), self.to_json())
+        put_whole(place_of(out, stem), self.to_json(), upload_place(out, stem))
 
 
-def place_of(out: Path, stem: str) -> Path:
+@overload
+def place_of(out: Path, stem: str) -> Path: ...
+@overload
+def place_of(out: Remote, stem: str) -> Remote: ...
+def place_of(out: Place, stem: str) -> Place:
     """Where the receipt of an adapter lies."""
-    return out / FOLDER / "receipts" / f"{stem}.json"
+    return out / f"{RECEIPTS}/{stem}.json"
+
+
+@overload
+def upload_place(out: Path, stem: str) -> Path: ...
+@overload
+def upload_place(out: Remote, stem: str) -> Remote: ...
+def upload_place(out: Place, stem: str) -> Place:
+    """Where a file of an adapter may lie while it is uploaded; its name begins with `upload_mark`."""
+    return out / f"{UPLOADS}/{upload_mark(stem)}.{secrets.token_hex(4)}.tmp"
+
+
+def upload_mark(stem: str) -> str:
+    """Tells whose an upload is, whatever characters are in its name."""
+    return hashlib.sha256(stem.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def read_receipt(path: Path) -> Receipt | None:
     """The receipt in a file; None where there is none, or nothing that could be one."""
     try:
-        fields = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        return parse_receipt(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_receipt(data: bytes) -> Receipt | None:
+    """The receipt of these bytes; None where they can be none."""
+    try:
+        fields = json.loads(data.decode("utf-8", "surrogatepass"))
         for name in ("sources", "outputs"):
             fields[name] = {key: Stamp(**stamp) for key, stamp in fields[name].items()}
         receipt = Receipt(**{**fields, "warnings": tuple(fields["warnings"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return receipt if _is_sound(receipt) else None
 
@@ -87,13 +124,13 @@ def _is_sound(receipt: Receipt) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(type(number) in (int, float) for number in numbers)
         and all(type(size) is int and abs(size) < 1 << 63 for size in sizes)
-        and all(isinstance(stamp.sha256, str) for stamp in stamps)
+        and all(isinstance(text, str) for stamp in stamps for text in (stamp.sha256, stamp.etag))
     )
 
 
 def receipt_stems(out: Path) -> Iterator[str]:
     """What the outputs of all receipts are called, in no order; nothing is read."""
-    top = str(out / FOLDER / "receipts")
+    top = str(out / RECEIPTS)
     folders = [top]
     while folders:
         folder = folders.pop()
@@ -108,11 +145,26 @@ def receipt_stems(out: Path) -> Iterator[str]:
             continue
 
 
-def receipts(out: Path) -> Iterator[Receipt]:
+def receipts(out: Place) -> Iterator[Receipt]:
     """All that can be read, in the order of their stems."""
+    if isinstance(out, Remote):
+        names = [name for name in (out / RECEIPTS).listing() if name.endswith(".json")]
+        yield from (found for found in read_receipts(out, [n.removesuffix(".json") for n in names]) if found)
+        return
     for stem in sorted(receipt_stems(out)):
         if (found := read_receipt(place_of(out, stem))) is not None:
             yield found
+
+
+def read_receipts(out: Place, stems: list[str]) -> Iterator[Receipt | None]:
+    """The receipts of these adapters, one for each; None where there is none."""
+    if isinstance(out, Path):
+        yield from (read_receipt(place_of(out, stem)) for stem in stems)
+        return
+    for first in range(0, len(stems), _AT_ONCE):
+        names = [f"{stem}.json" for stem in stems[first : first + _AT_ONCE]]
+        for data in (out / RECEIPTS).read_many(names, _LARGEST):
+            yield None if data is None else parse_receipt(data)
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ from loratools._version import __version__
 from loratools.errors import OutputError, UsageError
 from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.engines import local_executor, outcomes
-from loratools.hub.receipts import FOLDER, Receipt, place_of, read_receipt
+from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, upload_place
+from loratools.hub.remote import Held, discover_remote
+from loratools.hub.scratch import sweep
 from loratools.hub.work import Job, check_names, failed, is_fresh, process, refuse_results
 from loratools.reports.hub import HubRunReport, Row
-from loratools.storage.atomic import write_whole
+from loratools.storage.places import Place, check_output, put_whole, shown
+from loratools.storage.remote import Remote
 
 if TYPE_CHECKING:
     from loratools.hub.recipe import Recipe
@@ -48,8 +52,8 @@ class Run:
 
 def run(
     recipe: Recipe,
-    hub: Path,
-    out: Path,
+    hub: Place,
+    out: Place,
     how: Run = Run(),
     *,
     steps: Callable[[int, str], Callable[[], None]] | None = None,
@@ -60,14 +64,14 @@ def run(
     changed or stale, and ends with the same bytes. Raises InputError for a hub that cannot be read, UsageError where
     `out` holds results and neither `resume` nor `force` is given.
     """
-    if hub.resolve() == out.resolve():
-        raise UsageError(f"{out}: is the hub itself; write elsewhere")
-    found = list(discover(hub, without=out))
+    check_output(out)
+    if _is_same(hub, out):
+        raise UsageError(f"{shown(out)}: is the hub itself; write elsewhere")
+    jobs, refused = _jobs(recipe, hub, out)
     refuse_results(out, resume=how.resume, force=how.force)
-    jobs = [Job(f.name, f.stem, f.path, hub, out, recipe) for f in found if isinstance(f, Found)]
     clashes = check_names(jobs)
     mine = [job for job in jobs if _is_mine(job.name, how.shard)]
-    rows = [Row(f.name, "failed", f.reason) for f in found if isinstance(f, Refused) and _is_mine(f.name, how.shard)]
+    rows = [Row(f.name, "failed", f.reason) for f in refused if _is_mine(f.name, how.shard)]
     rows += [
         Row(job.name, "failed", f"its output would lie where that of {clashes[job.name]} does; rename one")
         for job in mine
@@ -76,21 +80,52 @@ def run(
     mine = [job for job in mine if job.name not in clashes]
     step = steps(len(mine), "adapters") if steps else lambda: None
     _state(out, recipe, hub)
-    fresh = [job for job in mine if how.resume and not how.force and is_fresh(job)]
-    kept = {job.name for job in fresh}
-    for job in fresh:
-        receipt = read_receipt(place_of(out, job.stem))
-        assert receipt is not None  # it was fresh a moment ago
+    kept = _fresh(mine, out) if how.resume and not how.force else {}
+    for receipt in kept.values():
         rows.append(row_of(receipt, "kept"))
         step()
     todo = [job for job in mine if job.name not in kept]
     make = how.executor or (lambda: local_executor(min(how.workers, max(1, len(todo)))))
+    if any(isinstance(place, Remote) and place.protocol == "memory" for place in (hub, out)):
+        make = partial(ThreadPoolExecutor, 1)  # other processes have memories of their own
+    if any(isinstance(place, Remote) for place in (hub, out)):
+        sweep()
     if todo:
         for receipt in outcomes(make, process, todo, workers=how.workers, given_up=_given_up):
             rows.append(row_of(receipt, receipt.status))
             step()
     rows.sort(key=lambda row: row.name)
     return HubRunReport(str(out), tuple(recipe.spelt()), tuple(rows))
+
+
+def _is_same(hub: Place, out: Place) -> bool:
+    if isinstance(hub, Path) and isinstance(out, Path):
+        return hub.resolve() == out.resolve()
+    return isinstance(hub, Remote) and isinstance(out, Remote) and hub.url == out.url
+
+
+def _jobs(recipe: Recipe, hub: Place, out: Place) -> tuple[list[Job], list[Refused]]:
+    """What is to be done, and the places that are not looked into."""
+    found: list[Found | Held | Refused] = []
+    if isinstance(hub, Path):
+        found += discover(hub, without=out if isinstance(out, Path) else None)
+    else:
+        hub, held = discover_remote(hub, without=out if isinstance(out, Remote) else None)
+        found += held
+    jobs = [
+        Job(f.name, f.stem, hub, out, recipe, f.files if isinstance(f, Held) else {})
+        for f in found
+        if not isinstance(f, Refused)
+    ]
+    return jobs, [f for f in found if isinstance(f, Refused)]
+
+
+def _fresh(jobs: list[Job], out: Place) -> dict[str, Receipt]:
+    """The receipts of what an earlier run did, and nothing has changed since."""
+    there = out.listing() if isinstance(out, Remote) else {}
+    known = [job for job in jobs if isinstance(out, Path) or f"{RECEIPTS}/{job.stem}.json" in there]
+    found = zip(known, read_receipts(out, [job.stem for job in known]), strict=True)
+    return {job.name: receipt for job, receipt in found if receipt is not None and is_fresh(job, receipt, there)}
 
 
 def _given_up(job: Job, reason: str) -> Receipt:
@@ -121,7 +156,8 @@ def _is_mine(name: str, shard: tuple[int, int]) -> bool:
     )
 
 
-def _state(out: Path, recipe: Recipe, hub: Path) -> None:
-    """What the run is, for `status`; the same for all shards."""
-    stated = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": str(hub.absolute())}
-    write_whole(out / FOLDER / "run.json", json.dumps(stated, sort_keys=True, indent=1).encode())
+def _state(out: Place, recipe: Recipe, hub: Place) -> None:
+    """What the run is, for `status`; the same for all shards. Of a URL, what may be known of it."""
+    where = str(hub.absolute() if isinstance(hub, Path) else hub)
+    stated = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": where}
+    put_whole(out / RUN, json.dumps(stated, sort_keys=True, indent=1).encode(), upload_place(out, ""))

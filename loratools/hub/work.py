@@ -4,54 +4,90 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools._version import __version__
 from loratools.adapter import Adapter
-from loratools.configs import CONFIG_NAME
+from loratools.configs import BESIDE
 from loratools.errors import AdapterError, LoratoolsError, UsageError
 from loratools.files import destination_weights, is_folder_adapter, load, locate, save
-from loratools.hub.receipts import FOLDER, Receipt, Stamp, is_unchanged, place_of, read_receipt, stamp_of
+from loratools.hub.receipts import (
+    FOLDER,
+    RUN,
+    UPLOADS,
+    Receipt,
+    Stamp,
+    is_unchanged,
+    place_of,
+    stamp_of,
+    upload_mark,
+    upload_place,
+)
 from loratools.hub.recipe import Recipe, Worked
+from loratools.hub.remote import fetched, is_same
+from loratools.hub.scratch import scratch
 from loratools.ops.pareto import relative_error
 from loratools.ops.quantize import quantize_file
 from loratools.storage.atomic import explained
+from loratools.storage.places import Place, shown
+from loratools.storage.remote import Entry, Remote
 
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of work; `stem` is what its output is called within `out`."""
+    """One unit of work; `stem` is what its output is called in `out`, `files` are those to fetch of a hub elsewhere."""
 
     name: str
     stem: str
-    path: Path
-    hub: Path
-    out: Path
+    hub: Place
+    out: Place
     recipe: Recipe
+    files: Mapping[str, Entry] = field(default_factory=dict)
 
 
 def process(job: Job) -> Receipt:
     """Do the work and write the receipt; a failure is a receipt with its reason, never an exception of the work.
 
-    OutputError alone is raised where not even the receipt can be written.
+    OutputError alone is raised where not even the receipt can be written. Between places elsewhere the work is done on
+    copies in a private folder, which is removed.
     """
+    if isinstance(job.hub, Path) and isinstance(job.out, Path):
+        receipt = _processed(job, job.hub, job.out)
+    else:
+        with scratch() as folder:
+            hub = job.hub if isinstance(job.hub, Path) else folder / "hub"
+            out = job.out if isinstance(job.out, Path) else folder / "out"
+            receipt = _processed(job, hub, out)
+    receipt.save(job.out, job.stem)
+    return receipt
+
+
+def _processed(job: Job, hub: Path, out: Path) -> Receipt:
+    """The work, from files in `hub` to files in `out`, which are called by what they are copies of."""
+
+    def told(text: str) -> str:
+        return text.replace(str(hub), str(job.hub)).replace(str(out), str(job.out))
+
     began = time.monotonic()
     sources: dict[str, Stamp] = {}
     try:
         _clear(job)
-        sources = {str(p.relative_to(job.hub)): stamp_of(p) for p in sources_of(job.path)}
-        with load(job.path) as adapter:
+        if isinstance(job.hub, Remote):
+            sources = fetched(job.hub, job.files, hub)
+        else:
+            sources = {str(p.relative_to(hub)): stamp_of(p) for p in sources_of(hub / job.name)}
+        with load(hub / job.name) as adapter:
             worked = job.recipe.run(adapter)
             before = adapter.file_nbytes
-            outputs = _written(job, worked)
+            outputs = _written(out / job.stem, worked)
             error = _error(adapter, worked, outputs[0])
-        stamps = {p.relative_to(job.out).as_posix(): stamp_of(p) for p in outputs}
+        stamps = _delivered(job, out, outputs)
         size = sum(stamp.size for stamp in stamps.values())
-        receipt = Receipt(
+        return Receipt(
             job.name,
             "done",
             job.recipe.digest,
@@ -63,13 +99,20 @@ def process(job: Job) -> Receipt:
             error,
             dict(worked.errors),
             facts_of(worked.adapter),
-            worked.warnings,
+            tuple(told(text) for text in worked.warnings),
             round(time.monotonic() - began, 3),
         )
     except (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError) as error:
-        receipt = failed(job, reason_of(error), sources, time.monotonic() - began)
-    receipt.save(job.out, job.stem)
-    return receipt
+        return failed(job, told(reason_of(error)), sources, time.monotonic() - began)
+
+
+def _delivered(job: Job, out: Path, outputs: list[Path]) -> dict[str, Stamp]:
+    """The stamps of the outputs where they belong, by name. Weights come last: they make an adapter of a folder."""
+    stamps = {path.relative_to(out).as_posix(): stamp_of(path) for path in outputs}
+    if isinstance(job.out, Path):
+        return stamps
+    told = {name: (job.out / name).put(out / name, upload_place(job.out, job.stem)) for name in reversed(stamps)}
+    return {name: Stamp(s.size, told[name].mtime_ns, s.sha256, told[name].etag) for name, s in stamps.items()}
 
 
 def failed(job: Job, reason: str, sources: dict[str, Stamp] | None = None, seconds: float = 0.0) -> Receipt:
@@ -86,21 +129,33 @@ def reason_of(error: BaseException) -> str:
     return text if isinstance(error, LoratoolsError | OSError) else f"{type(error).__name__}: {text}"
 
 
-def is_fresh(job: Job) -> bool:
-    """Whether an earlier run did this very work, and both its sources and its outputs are what they were then."""
-    receipt = read_receipt(place_of(job.out, job.stem))
+def is_fresh(job: Job, receipt: Receipt | None, there: Mapping[str, Entry]) -> bool:
+    """Whether an earlier run did this very work, and both its sources and its outputs are what they were then.
+
+    `there` is what lies in an output elsewhere. InputError where that cannot be told.
+    """
     if receipt is None or (receipt.status, receipt.recipe, receipt.version) != ("done", job.recipe.digest, __version__):
         return False
-    try:
-        now = {str(p.relative_to(job.hub)) for p in sources_of(job.path)}
-    except (LoratoolsError, OSError):
-        return False
+    if isinstance(job.hub, Remote):
+        now = set(job.files)
+    else:
+        try:
+            now = {str(p.relative_to(job.hub)) for p in sources_of(job.hub / job.name)}
+        except (LoratoolsError, OSError):
+            return False
     return (
         receipt.name == job.name
         and now == set(receipt.sources)
-        and all(is_unchanged(job.hub / name, stamp) for name, stamp in receipt.sources.items())
-        and all(is_unchanged(job.out / name, stamp) for name, stamp in receipt.outputs.items())
+        and all(_is_still(job.hub, name, job.files, stamp) for name, stamp in receipt.sources.items())
+        and all(name in there or isinstance(job.out, Path) for name in receipt.outputs)
+        and all(_is_still(job.out, name, there, stamp) for name, stamp in receipt.outputs.items())
     )
+
+
+def _is_still(place: Place, name: str, there: Mapping[str, Entry], stamp: Stamp) -> bool:
+    if isinstance(place, Path):
+        return is_unchanged(place / name, stamp)
+    return is_same(place / name, there.get(name), stamp)
 
 
 def sources_of(path: Path) -> Iterator[Path]:
@@ -109,13 +164,11 @@ def sources_of(path: Path) -> Iterator[Path]:
     yield weights
     if weights.name.endswith(".index.json"):
         yield from sorted(p for p in weights.parent.glob("*.safetensors") if p.is_file())
-    if (config := weights.parent / CONFIG_NAME).is_file():
-        yield config
+    yield from (config for name in BESIDE if (config := weights.parent / name).is_file())
 
 
-def _written(job: Job, worked: Worked) -> list[Path]:
-    """The files of the output."""
-    place = job.out / job.stem
+def _written(place: Path, worked: Worked) -> list[Path]:
+    """The files of the output, weights first."""
     if worked.packing is not None:
         saved, _ = quantize_file(worked.adapter, _named(place), worked.packing, force=True)
         return [saved.path]
@@ -159,6 +212,10 @@ def facts_of(adapter: Adapter) -> dict[str, Any]:
 
 def _clear(job: Job) -> None:
     """Remove what an interrupted run left of this very output, and its receipt."""
+    if isinstance(job.out, Remote):
+        place_of(job.out, job.stem).delete()
+        _clear_uploads(job.out, job.stem)
+        return
     place = job.out / job.stem
     with explained(place):
         for name in (place.name, f"{place.name}.safetensors", f"{place.name}.gguf"):
@@ -170,6 +227,17 @@ def _clear(job: Job) -> None:
             left.unlink()
     with suppress(FileNotFoundError):
         receipt.unlink()  # from here on the output is in no state that a receipt vouches for
+
+
+def _clear_uploads(out: Remote, stem: str) -> None:
+    if out.has_whole_puts:
+        files = (f"{stem}.safetensors", f"{stem}.gguf")
+        out.abort_uploads(lambda name: name in files or name.rpartition("/")[0] == stem)
+        return
+    uploads = out / UPLOADS
+    for name in uploads.files():
+        if name.startswith(f"{upload_mark(stem)}."):
+            (uploads / name).delete()
 
 
 def _escaped(name: str) -> str:
@@ -189,9 +257,11 @@ def check_names(jobs: list[Job]) -> dict[str, str]:
     return clashes
 
 
-def refuse_results(out: Path, *, resume: bool, force: bool) -> None:
+def refuse_results(out: Place, *, resume: bool, force: bool) -> None:
     """UsageError where an earlier run has left receipts and nobody said what to do with them."""
-    if not (resume or force) and (out / FOLDER).exists():
+    if resume or force:
+        return
+    if (out / FOLDER).exists() if isinstance(out, Path) else (out / RUN).stat() is not None:
         raise UsageError(
-            f"{out}: holds results of an earlier run; pass --resume to go on with it, or --force to redo it"
+            f"{shown(out)}: holds results of an earlier run; pass --resume to go on with it, or --force to redo it"
         )

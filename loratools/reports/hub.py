@@ -80,7 +80,10 @@ class Row:
 
 @dataclass(frozen=True)
 class HubRunReport:
-    """All rows, in the order of names; `missing` are adapters of the hub without any receipt, where that was asked."""
+    """All rows, in the order of names; `missing` are adapters of the hub without any receipt, where that was asked.
+
+    A warning says so where the hub could not be asked.
+    """
 
     columns: ClassVar[Mapping[str, Kind]] = {
         "name": "text",
@@ -97,6 +100,7 @@ class HubRunReport:
     recipe: tuple[str, ...]
     adapters: tuple[Row, ...]
     missing: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -111,6 +115,7 @@ class HubRunReport:
             "counts": dict(self.counts),
             "adapters": [asdict(row) for row in self.adapters],
             "missing": list(self.missing),
+            "warnings": list(self.warnings),
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:

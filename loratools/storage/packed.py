@@ -49,6 +49,7 @@ from loratools.storage.safetensors import SafetensorsSink, SafetensorsSource
 if TYPE_CHECKING:
     from torch import Tensor
 
+INDEX: Final = "index"  # the tensor that holds it
 MARK: Final = "loratools.packed"  # in the metadata of the file; its value is the version
 VERSION: Final = "1"
 CONFIG_KEY: Final = "loratools.config"  # in the metadata as they are shown: the adapter_config.json
@@ -189,7 +190,7 @@ class PackedSink(TensorSink):
             "crc": 1,
         }
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
-        self._sink.write("index", torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8))
+        self._sink.write(INDEX, torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8))
         return self._sink.commit({MARK: VERSION, **record})
 
     def abort(self) -> None:
@@ -246,7 +247,7 @@ class PackedSource(TensorSource):
     def _read_index(self) -> None:
         stretcher = zlib.decompressobj()
         try:
-            text = stretcher.decompress(self._file.read_bytes("index"), _MAX_INDEX)
+            text = stretcher.decompress(self._file.read_bytes(INDEX), _MAX_INDEX)
         except zlib.error as error:
             raise ValueError(f"its index cannot be inflated: {error}") from None
         if not stretcher.eof:

@@ -20,11 +20,11 @@ from loratools.errors import InputError, UsageError
 from loratools.files import Saved, load, packed_place, save
 from loratools.ops.convert import Convert, convert
 from loratools.ops.quantize import Quantize, quantize_file
-from loratools.peft import load_adapter
 from loratools.reports.recover import RecoverReport
 from loratools.storage.atomic import refuse_existing
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
+from loratools.training.peft_model import load_adapter
 from loratools.training.qat import Grid, Quantiser, quantization_aware, rounding
 
 _FORM = 'give rows such as {"prompt": "...", "answer": "..."} or {"text": "..."}'
