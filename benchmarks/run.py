@@ -31,6 +31,7 @@ PAGES = {
     "hub_scale": ("hub_scale",),
     "hub_similar": ("hub_similar",),
     "hub_plan": ("hub_plan",),
+    "hub_pack": ("hub_pack",),
 }
 TITLES = {
     "speed": "# Speed, memory and allocation\n\n",
@@ -54,6 +55,7 @@ TITLES = {
     "hub_scale": "",
     "hub_similar": "",
     "hub_plan": "",
+    "hub_pack": "",
 }
 
 

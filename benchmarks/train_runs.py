@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _base(place: Path) -> dict[str, Any]:
-    model, tokenizer = _load()
+    model, tokenizer = load_model()
     _save_whole(model, place)
     return {"eval": _evaluated(model, tokenizer)}
 
@@ -93,10 +93,10 @@ def _trained(run: Run, steps: int, place: Path) -> dict[str, Any]:
     from evaluate import answer_loss, collate, encode, read_rows
     from real.smollm2 import ADAPTERS
 
-    model, tokenizer = _load()
+    model, tokenizer = load_model()
     torch.manual_seed(SEED)
     if run.rank:
-        model = _with_adapter(model, run)
+        model = with_adapter(model, run)
     rows = read_rows(ADAPTERS / "data" / "numwords_en_train.jsonl")
     random.Random(SEED).shuffle(rows)
     encoded = [encode(tokenizer, row) for row in rows[: steps * BATCH]]
@@ -107,7 +107,7 @@ def _trained(run: Run, steps: int, place: Path) -> dict[str, Any]:
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate * _schedule(step, steps)
+            group["lr"] = run.learning_rate * schedule(step, steps)
         loss, _ = answer_loss(model, *collate(tokenizer, encoded[step * BATCH : (step + 1) * BATCH]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -133,14 +133,14 @@ def _trained(run: Run, steps: int, place: Path) -> dict[str, Any]:
     }
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """The share of the learning rate: a linear warm-up, then a cosine."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
 
 
-def _load() -> tuple[Any, Any]:
+def load_model() -> tuple[Any, Any]:
     import real_models
     import torch
 
@@ -151,7 +151,7 @@ def _load() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _with_adapter(model: Any, run: Run) -> Any:
+def with_adapter(model: Any, run: Run) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the GGUF was made from

@@ -15,6 +15,7 @@ from loratools.reports.hub import CatalogReport
 from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.mixture import MixtureReport
+from loratools.reports.pack import PackAddReport, PackReport, UnpackReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
 from loratools.reports.recover import RecoverReport
@@ -134,3 +135,19 @@ def _(report: RouteReport | RouteFitReport, planned: Path | None = None) -> str:
 
 def _(report: CatalogReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {sum(report.counts.values())} rows\n"
+
+
+def _(report: PackReport, planned: Path | None = None) -> str:
+    share = percent(report.bytes_after / report.bytes_before) if report.bytes_before else "0"
+    return f"wrote {plain(report.output)}: {sizes(report.bytes_before, report.bytes_after)}, {share} % of it\n"
+
+
+@closing.register
+def _(report: PackAddReport, planned: Path | None = None) -> str:
+    name, size = plain(report.adapter.name), sizes(report.bytes_before, report.bytes_after)
+    return f"added {name} to {plain(report.output)}: {size}\n"
+
+
+@closing.register
+def _(report: UnpackReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {format_size(report.bytes)}\n"

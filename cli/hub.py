@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from loratools_cli import options
 from loratools_cli.hub_mixture import mixture
+from loratools_cli.hub_pack import pack, pack_add, unpack
 from loratools_cli.hub_plan import plan
 from loratools_cli.hub_route import route, route_fit
 from loratools_cli.hub_similar import similar
@@ -22,6 +23,10 @@ hub = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Work on a whole folder of adapters, and lose nothing."
 )
 HubPlace = Annotated[str, Argument(metavar="HUB", help="Folder with adapters in it, at any depth, or its URL.")]
+hub.command()(pack)
+hub.command()(unpack)
+hub.command("pack-add")(pack_add)
+HubPath = Annotated[Path, Argument(metavar="HUB", help="Folder with adapters in it, at any depth.")]
 
 
 @hub.command()

@@ -36,6 +36,7 @@ from loratools.reports.intruders import IntrudersReport
 from loratools.reports.merge import MergeReport
 from loratools.reports.mixture import MixtureReport
 from loratools.reports.neurons import NeuronsReport
+from loratools.reports.pack import PackAddReport, PackReport, UnpackReport
 from loratools.reports.pareto import ParetoReport
 from loratools.reports.prune_neurons import PruneNeuronsReport
 from loratools.reports.quantize import QuantizeReport
@@ -57,6 +58,7 @@ from loratools_cli.render_inspect import render_inspect
 from loratools_cli.render_intruders import render_intruders
 from loratools_cli.render_mixture import render_mixture
 from loratools_cli.render_neurons import bottlenecks_line, render_neurons, render_prune_neurons
+from loratools_cli.render_pack import render_pack, render_pack_add, render_unpack
 from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.render_recover import render_recover
 from loratools_cli.render_resize import render_resize
@@ -419,6 +421,20 @@ def _(report: HubPlanReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: CatalogReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_catalog(report, everything=everything)
+
+
+def _(report: PackReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_pack(report, everything=everything)
+
+
+@blocks.register
+def _(report: PackAddReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_pack_add(report)
+
+
+@blocks.register
+def _(report: UnpackReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_unpack(report)
 
 
 @blocks.register

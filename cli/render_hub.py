@@ -28,7 +28,7 @@ def render_hub_list(report: HubListReport, *, everything: bool) -> Iterator[Rend
     if len(good) > _SHOWN and not everything:
         yield Text(f"... and {len(good) - _SHOWN} more; see --all")
     bad = [(a.name, a.reason) for a in report.adapters if a.reason]
-    yield from _failures(bad, everything=everything)
+    yield from failures(bad, everything=everything)
     total = format_size(sum(a.bytes for a in good))
     yield Text(f"{len(good)} adapters, {total}" + (f"; {len(bad)} places cannot be read" if bad else ""), style="bold")
 
@@ -46,13 +46,13 @@ def render_hub_run(report: HubRunReport, *, everything: bool) -> Iterator[Render
     if len(done) > _SHOWN and not everything:
         yield Text(f"... and {len(done) - _SHOWN} more; see --all")
     failed = [(row.name, row.reason) for row in report.adapters if row.status == "failed"]
-    yield from _failures(failed, everything=everything)
+    yield from failures(failed, everything=everything)
     yield Text(_sum(report, done), style="bold")
 
 
 def render_catalog(report: CatalogReport, *, everything: bool) -> Iterator[RenderableType]:
     """What failed, and the sums."""
-    yield from _failures(report.failures, everything=everything)
+    yield from failures(report.failures, everything=everything)
     counts = [f"{count} {status}" for status, count in sorted(report.counts.items())]
     counts += [f"{report.missing} without a receipt yet"] if report.missing else []
     size = sizes(report.bytes_before, report.bytes) if report.bytes_before else format_size(report.bytes)
@@ -66,7 +66,8 @@ def _sum(report: HubRunReport, done: Sequence[Row]) -> str:
     return f"{', '.join(counts) or 'nothing to do'}: {sizes(before, after)} in {plain(report.output)}"
 
 
-def _failures(rows: Sequence[tuple[str, str]], *, everything: bool) -> Iterator[RenderableType]:
+def failures(rows: Sequence[tuple[str, str]], *, everything: bool) -> Iterator[RenderableType]:
+    """Names and reasons of what could not be done."""
     for name, reason in rows if everything else rows[:_SHOWN]:
         text = plain(reason) if everything else shortened(reason, _REASON)
         yield Text.assemble((plain(name), "bold red"), f": {text}")

@@ -56,6 +56,7 @@ REPORTS = {
     "loratools hub": "hub",
     "loratools hub mixture": "mixture",
     "loratools hub route, loratools hub route-fit": "route",
+    "loratools hub pack, unpack, pack-add": "pack",
     "loratools neurons": "neurons",
     "loratools prune-neurons": "prune_neurons",
     "loratools convert": "convert",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.adapter import RECORD_KEY, Adapter, Entry, Extra, Origin, entry_of
@@ -79,33 +79,52 @@ def load(
     mismatched updates, naming file and target.
     """
     weights, config_path = locate(Path(path))
+    hints = Hints(
+        alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora), thresholds=thresholds
+    )
+    if base is not None:
+        hints = replace(hints, base_shape=base.shape_of, base_config=base.config)
     source = open_petl(weights, petl) or open_source(weights)
-    metadata = dict(source.metadata)
-    # a packed file holds the config of its adapter
-    stated = metadata.pop(CONFIG_KEY, None) if source.container == "packed" else None
     try:
-        config = json.loads(stated) if stated else read_config(config_path) if config_path else None
-        header = Header(weights, source.specs, metadata, config, partial(config_beside, weights.parent))
-        hints = Hints(
-            alpha, scaling, enable_lora=None if enable_lora is None else tuple(enable_lora), thresholds=thresholds
-        )
-        if base is not None:
-            hints = replace(hints, base_shape=base.shape_of, base_config=base.config)
-        bound = recognise(header).bind(header, hints)
-        entries, zeros = {}, []
-        for target, keys in bound.keys.items():
-            try:
-                alpha_stored = _stored_alpha(source, bound, target)
-                entries[target] = _entry(source, bound, target, keys, alpha_stored)
-            except AdapterError as error:
-                raise type(error)(f"{printable(weights)}: {target}: {error}") from error
-            if alpha_stored == 0.0 and entries[target].rank:
-                zeros.append(target)
+        config = config_of(source, config_path)
+        return adapter_of(source, config, beside=partial(config_beside, weights.parent), hints=hints)
     except BaseException:
         source.close()
         raise
+
+
+def config_of(source: TensorSource, config_path: Path | None) -> dict[str, Any] | None:
+    """The config of an adapter: a packed file holds its own, others have it in a file beside them."""
+    stated = source.metadata.get(CONFIG_KEY) if source.container == "packed" else None
+    if stated:
+        config: dict[str, Any] = json.loads(stated)
+        return config
+    return read_config(config_path) if config_path else None
+
+
+def adapter_of(
+    source: TensorSource,
+    config: Mapping[str, Any] | None,
+    *,
+    beside: Callable[[str], Mapping[str, Any] | None] = lambda name: None,
+    hints: Hints | None = None,
+) -> Adapter:
+    """The adapter whose tensors are in a container; errors as `load`."""
+    weights, metadata = source.path, dict(source.metadata)
+    if source.container == "packed":
+        metadata.pop(CONFIG_KEY, None)
+    header = Header(weights, source.specs, metadata, config, beside)
+    bound = recognise(header).bind(header, hints or Hints())
+    entries, zeros = {}, []
+    for target, keys in bound.keys.items():
+        try:
+            alpha_stored = _stored_alpha(source, bound, target)
+            entries[target] = _entry(source, bound, target, keys, alpha_stored)
+        except AdapterError as error:
+            raise type(error)(f"{printable(weights)}: {target}: {error}") from error
+        if alpha_stored == 0.0 and entries[target].rank:
+            zeros.append(target)
     if not entries and not bound.unsupported and not bound.replacements():
-        source.close()
         raise InputError(f"{printable(weights)}: no adapter weights in it, only {len(bound.extras)} other tensors")
     warnings = [*bound.warnings]
     if zeros:

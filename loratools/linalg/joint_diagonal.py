@@ -30,7 +30,9 @@ class Joint:
     coefficients: Tensor
 
 
-def jointly_diagonal(deltas: Sequence[Operator], k: int, *, threshold: float = 0.0, seed: int = 0) -> Joint:
+def jointly_diagonal(
+    deltas: Sequence[Operator], k: int, *, threshold: float = 0.0, seed: int = 0, sweeps: int = _SWEEPS
+) -> Joint:
     """Factors that no small change brings nearer to all `deltas` of one shape (m, n), by alternating least squares.
 
     Starts: the largest singular vectors of all deltas, each with its partner; and the common eigenvectors of two random
@@ -43,7 +45,7 @@ def jointly_diagonal(deltas: Sequence[Operator], k: int, *, threshold: float = 0
     total = sum(frobenius(delta) ** 2 for delta in deltas)
     starts = [_strongest(lows, k), _common(lows, k, seed)]
     tried = [_alternated(deltas, start, total, _TRIED) for start in starts]
-    captured, found = _alternated(deltas, max(tried, key=lambda end: end[0])[1], total, _SWEEPS)
+    captured, found = _alternated(deltas, max(tried, key=lambda end: end[0])[1], total, sweeps)
     if threshold > 0 and captured > 0:
         found = _sparse(deltas, found, threshold)
     return found
@@ -115,8 +117,13 @@ def _sparse(deltas: Sequence[Operator], found: Joint, threshold: float) -> Joint
     """Coefficients of the lasso, those that are not zero fitted again without the penalty."""
     gram = (found.left.T @ found.left) * (found.right @ found.right.T)
     sides = torch.stack([projected(delta, found.left, found.right) for delta in deltas])
-    penalty, s = threshold * float(sides.abs().max()), found.coefficients.clone()
-    for _ in range(_LASSO):
+    return replace(found, coefficients=shrunk(gram, sides, found.coefficients, threshold * float(sides.abs().max())))
+
+
+def shrunk(gram: Tensor, sides: Tensor, start: Tensor, penalty: float, *, passes: int = _LASSO) -> Tensor:
+    """Coefficients (t, k) of the lasso for the normal equations gram s = side, those left fitted again without it."""
+    s = start.clone()
+    for _ in range(passes):
         before = s.clone()
         for j in range(s.shape[1]):
             rest = sides[:, j] - s @ gram[j] + s[:, j] * gram[j, j]
@@ -127,4 +134,4 @@ def _sparse(deltas: Sequence[Operator], found: Joint, threshold: float) -> Joint
         kept = row.nonzero().flatten()
         if len(kept):
             s[t, kept] = solved(gram[kept][:, kept], sides[t, kept])
-    return replace(found, coefficients=s)
+    return s

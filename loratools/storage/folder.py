@@ -17,11 +17,13 @@ class AtomicFolder:
     """A temporary folder beside `path`; `commit` puts it in place, leaving the block without it removes every trace.
 
     Files of an existing folder at `path` that were not written anew are carried into the new one, so that replacing an
-    adapter keeps the tokenizer and the notes beside it. A symbolic link at `path` is replaced, not followed.
+    adapter keeps the tokenizer and the notes beside it; unless `carry` is off. A symbolic link at `path` is replaced,
+    not followed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, carry: bool = True) -> None:
         self.path = path
+        self._carry = carry
         self._final = path.absolute()
         self.temporary = self._final.parent / f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"
         self._retired = self.temporary.with_suffix(".old")
@@ -54,7 +56,7 @@ class AtomicFolder:
         """Put the folder in place; OutputError leaves the destination as it was."""
         with explained(self.path):
             if self._final.is_dir():
-                for item in self._final.iterdir():
+                for item in self._final.iterdir() if self._carry else ():
                     _carry_over(item, self.temporary / item.name)
                 self._final.rename(self._retired)
             self.temporary.rename(self._final)

@@ -1,0 +1,130 @@
+"""A further adapter into a pack, whose bases stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loratools.errors import OutputError, naming
+from loratools.hub.pack.coding import Pair, decoded, encoded
+from loratools.hub.pack.layout import Numbers, PackTarget, Part, Shared
+from loratools.hub.pack.members import Delta, Member, Size, delta_of, member_of, opened
+from loratools.hub.pack.reader import INDEX, Index, Listing, Pack
+from loratools.hub.pack.writer import Job, write_member
+from loratools.linalg.inner import frobenius
+from loratools.operators import LowRank, sum_of
+from loratools.reports.pack import PackAddReport
+from loratools.storage.atomic import printable, write_whole
+from loratools.storage.header import quoted
+
+
+def add(path: Path, adapter: Path, *, name: str | None = None, force: bool = False) -> PackAddReport:
+    """Let an adapter join the pack at `path` without a new fit; `name` is its file's or folder's by default.
+
+    Of each target it gets coefficients on the bases that there are, by least squares; or as many components of its own
+    as take no more bytes than these, one at least, where that errs less. Targets that the pack does not know get what
+    the pack's adapters have of theirs on average. Its file appears whole, then the index that names it. Raises
+    OutputError where the pack has the name and `force` is not given.
+    """
+    with Pack(path) as pack:
+        called = name or (adapter.name if adapter.is_dir() else adapter.stem)
+        if called in pack and not force:
+            raise OutputError(f"{printable(path)}: holds {quoted(called)} already; give another --name or pass --force")
+        before = _nbytes(path)
+        member = member_of(called, adapter)
+        numbers = Numbers(member.dtype, pack.index.numbers.bits)
+        targets, where = _extended(pack.index, member)
+        usual = _usual_bytes(pack)
+        jobs = _jobs(pack, member, numbers, targets, where, usual)
+        file = f"adapters/{_next_number(pack.index):05}.safetensors"
+
+        def pair(key: tuple[str, Size], group: int) -> Pair:
+            return pack.pair(where[key], group)
+
+        row = write_member(path / file, member, jobs, pair, numbers)
+        listing = Listing(called, file, row.relative_error or 0.0, member.nbytes)
+        kept = tuple(a for a in pack.index.adapters if a.name != called)
+        index = replace(pack.index, targets=targets, adapters=(*kept, listing))
+        try:
+            write_whole(path / INDEX, index.to_text().encode("utf-8"))
+        except BaseException:
+            (path / file).unlink(missing_ok=True)
+            raise
+        for old in (a for a in pack.index.adapters if a.name == called):
+            (path / old.file).unlink(missing_ok=True)
+        return PackAddReport(str(path), row, before, _nbytes(path))
+
+
+def _nbytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _next_number(index: Index) -> int:
+    numbers = [int(stem) for a in index.adapters if (stem := Path(a.file).stem).isdecimal()]
+    return max(numbers, default=-1) + 1
+
+
+def _extended(index: Index, member: Member) -> tuple[tuple[PackTarget, ...], dict[tuple[str, Size], int]]:
+    """The targets of the pack with those that are new, and where each is."""
+    known = [(t.name, t.shape) for t in index.targets]
+    new = [key for key in member.places if key not in set(known)]
+    where = {key: i for i, key in enumerate([*known, *new])}
+    return (*index.targets, *(PackTarget(*key) for key in new)), where
+
+
+def _usual_bytes(pack: Pack) -> float:
+    """Bytes of a number of a delta, of the adapters that are in the pack, for targets that no base serves."""
+    spent = numbers = 0.0
+    for name in list(pack)[:16]:
+        for record, part, size in pack.parts(name):
+            if record.shared is None:
+                spent, numbers = spent + size, numbers + sum(record.shape)
+    return spent / numbers if numbers else 0.0
+
+
+def _jobs(
+    pack: Pack,
+    member: Member,
+    numbers: Numbers,
+    targets: tuple[PackTarget, ...],
+    where: Mapping[tuple[str, Size], int],
+    usual: float,
+) -> dict[tuple[str, Size], Job]:
+    jobs = {}
+    with opened(member.path) as (adapter, _, _):
+        for key, place in member.places.items():
+            target = targets[where[key]]
+            with naming(place.target):
+                delta = delta_of(adapter[place.target])
+            most = min(len(delta.s), *target.shape)
+            if target.shared is None:
+                room = usual * sum(target.shape)
+                jobs[key] = Job(target, _own(target, numbers, room, most))
+                continue
+            shared = _least_sparse(target.shared)
+            options = [Part(group, 0, shared) for group in range(target.shared.groups)]
+            room = options[0].size(target.shape, target.shared, numbers)
+            options.append(_own(target, numbers, room, most))
+            errors = [_error(delta, target, part, pack, where[key], numbers) for part in options]
+            jobs[key] = Job(target, options[errors.index(min(errors))])
+    return jobs
+
+
+def _least_sparse(shared: Shared) -> int:
+    """How many coefficients a new adapter gets: half of all, where they are sparse."""
+    return max(1, shared.width // 2) if shared.method == "sparse" else 0
+
+
+def _own(target: PackTarget, numbers: Numbers, room: float, most: int) -> Part:
+    """As many components as take no more than `room`, one at least, if there is any."""
+    rank = min(1, most)
+    while rank < most and Part(-1, rank + 1).size(target.shape, None, numbers) <= room:
+        rank += 1
+    return Part(-1, rank)
+
+
+def _error(delta: Delta, target: PackTarget, part: Part, pack: Pack, index: int, numbers: Numbers) -> float:
+    pair = pack.pair(index, part.group) if part.group >= 0 else None
+    low = decoded(encoded(delta, target, part, pair, numbers, 0.0), target, part, pair, numbers)
+    return frobenius(sum_of([LowRank(delta.u * (delta.s * delta.norm), delta.vt), -low]))
