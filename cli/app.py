@@ -18,6 +18,7 @@ from loratools_cli.compare import compare
 from loratools_cli.convert import convert
 from loratools_cli.delta import delta
 from loratools_cli.diff import diff
+from loratools_cli.eval import eval as evaluation
 from loratools_cli.exit_codes import ExitCode, exit_code_lines
 from loratools_cli.explore import explore
 from loratools_cli.extract import extract
@@ -38,6 +39,7 @@ from loratools_cli.reparameterize import reparameterize
 from loratools_cli.resize import expand, restrict
 from loratools_cli.squeeze import squeeze
 from loratools_cli.tables import families, formats
+from loratools_cli.transfer import transfer
 from loratools_cli.truncate import truncate
 
 # rich_markup_mode: help is plain text, which costs no import and reads the same in a pipe.
@@ -48,11 +50,12 @@ app = typer.Typer(
     epilog="\n".join(["\b", "Exit codes:", *exit_code_lines()]),
 )
 GROUPS = {
-    "Look at an adapter": (info, inspect, explore, diff),
+    "Look at an adapter": (info, inspect, explore, diff, evaluation),
     "Make it smaller": (squeeze, truncate, quantize, dequantize, pareto, calibrate, neurons, prune_neurons),
     "Write it otherwise": (convert, check, reparameterize, bakeoff, expand, restrict),
     "Adapters and whole models": (merge, extract, fuse, delta, intruders, compare),
     "Train it": (recover,),
+    "Adapters and whole models": (merge, extract, fuse, delta, transfer, intruders, compare),
     "What there is": (formats, families, cache),
 }
 for title, commands in GROUPS.items():

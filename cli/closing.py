@@ -23,6 +23,8 @@ from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
 from loratools.reports.route import RouteFitReport, RouteReport
 from loratools.reports.squeeze import SqueezeReport
+from loratools.reports.transfer import KitReport, TransferReport
+from loratools.reports.weight_transfer import WeightTransferReport
 from loratools.sizes import format_size
 from loratools_cli.text import percent, plain, sizes
 
@@ -62,6 +64,22 @@ def _(report: CalibrateReport, planned: Path | None = None) -> str:
     seen = f"from {report.tokens} tokens of {report.texts} texts" if report.tokens else "from the base's norms alone"
     seen += ", the adapter not applied" if report.bare else ""
     return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}, {seen}\n"
+
+
+@closing.register
+def _(report: TransferReport, planned: Path | None = None) -> str:
+    what = f"{report.method} of rank {report.rank}, {format_size(report.bytes)}"
+    return f"wrote {plain(report.output)}: {what}; stages in {plain(report.work)}\n"
+
+
+@closing.register
+def _(report: WeightTransferReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: {len(report.targets)} targets, {format_size(report.bytes)}\n"
+
+
+@closing.register
+def _(report: KitReport, planned: Path | None = None) -> str:
+    return f"wrote {plain(report.output)}: a discriminator and {report.seeds} seeds\n"
 
 
 @closing.register

@@ -27,16 +27,31 @@ class Progress:
         self._lock = threading.Lock()
         self._total = self._read = self._width = 0
         self._what = "targets"
+        self._note = ""
 
     def steps(self, total: int, what: str) -> Callable[[], None]:
         """To be called after each of `total` things; what was counted before is over."""
-        self._total, self._read, self._what = total, 0, what
+        self._total, self._read, self._what, self._note = total, 0, what, ""
         return self._step
+
+    def meter(self, total: int, what: str) -> Callable[[int], None]:
+        """As `steps`, to be called with the tokens of each: the rate is shown, and what is left of the time."""
+        step, began, tokens = self.steps(total, what), time.monotonic(), 0
+
+        def measured(taken: int) -> None:
+            nonlocal tokens
+            tokens += taken
+            elapsed = max(time.monotonic() - began, 1e-9)
+            left = elapsed / (self._read + 1) * max(total - self._read - 1, 0)
+            self._note = f", {tokens / elapsed:.0f} tokens/s, {_duration(left)} left"
+            step()
+
+        return measured
 
     def watch(self, adapter: Adapter) -> Adapter:
         """The same adapter, whose reading is counted."""
         if self._what != "targets":
-            self._total, self._read, self._what = 0, 0, "targets"
+            self._total, self._read, self._what, self._note = 0, 0, "targets", ""
         self._total += len(adapter.entries)
         entries = {t: replace(e, read=self._counted(e.read)) for t, e in adapter.entries.items()}
         return replace(adapter, entries=entries)
@@ -71,9 +86,13 @@ class Progress:
             return
         self._next = now + _BETWEEN_SECONDS
         turn, done = divmod(self._read - 1, self._total)  # spectra first and factors after are two turns
-        self._write(f"{done + 1} of {self._total} {self._what}" + (f", turn {turn + 1}" if turn else ""))
+        self._write(f"{done + 1} of {self._total} {self._what}" + (f", turn {turn + 1}" if turn else "") + self._note)
 
     def _write(self, text: str) -> None:
         self._stream.write(f"\r{text:<{self._width}}" + ("" if text else "\r"))
         self._stream.flush()
         self._width = len(text)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -25,6 +25,7 @@ from loratools.reports.compare import CompareReport
 from loratools.reports.convert import ConvertReport
 from loratools.reports.delta import DeltaReport
 from loratools.reports.diff import DiffReport
+from loratools.reports.evaluate import EvalReport
 from loratools.reports.extract import ExtractReport
 from loratools.reports.fuse import FuseReport
 from loratools.reports.hub import CatalogReport, HubListReport, HubRunReport
@@ -46,10 +47,13 @@ from loratools.reports.resize import ResizeReport
 from loratools.reports.route import RouteFitReport, RouteReport
 from loratools.reports.squeeze import SqueezeReport, TargetChange
 from loratools.reports.tables import FamiliesReport, FormatsReport
+from loratools.reports.transfer import KitReport, TransferReport
+from loratools.reports.weight_transfer import WeightTransferReport
 from loratools.sizes import format_size
 from loratools_cli.grids import by_module, new_grid, reasons, some, texts
 from loratools_cli.render_calibrate import render_calibrate
 from loratools_cli.render_compare import render_compare
+from loratools_cli.render_eval import render_eval
 from loratools_cli.render_families import render_bakeoff, render_families, render_reparameterize
 from loratools_cli.render_hub import render_catalog, render_hub_list, render_hub_run
 from loratools_cli.render_hub_plan import render_hub_plan
@@ -63,6 +67,8 @@ from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.render_recover import render_recover
 from loratools_cli.render_resize import render_resize
 from loratools_cli.render_route import render_route, render_route_fit
+from loratools_cli.render_transfer import render_kit, render_transfer
+from loratools_cli.render_weight_transfer import render_weight_transfer
 from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
 
 _GROUP_ABOVE = 24  # targets
@@ -160,6 +166,21 @@ def _(report: CalibrateReport, everything: bool) -> Iterator[RenderableType]:
 
 
 @blocks.register
+def _(report: TransferReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_transfer(report)
+
+
+@blocks.register
+def _(report: WeightTransferReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_weight_transfer(report, everything=everything)
+
+
+@blocks.register
+def _(report: KitReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_kit(report)
+
+
+@blocks.register
 def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
     changes = report.targets
     weighted = [] if report.weighted_error is None else [number(report.weighted_error)]
@@ -196,6 +217,11 @@ def _(report: ResizeReport, everything: bool) -> Iterator[RenderableType]:
 @blocks.register
 def _(report: ParetoReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_pareto(report, everything=everything)
+
+
+@blocks.register
+def _(report: EvalReport, everything: bool) -> Iterator[RenderableType]:
+    yield from render_eval(report, everything=everything)
 
 
 @blocks.register

@@ -48,7 +48,7 @@ REPORTS = {
     "loratools squeeze, loratools truncate": "squeeze",
     "loratools quantize": "quantize",
     "loratools pareto": "pareto",
-    "loratools pareto --eval": "evaluate",
+    "loratools eval, loratools pareto --eval": "evaluate",
     "loratools calibrate": "calibrate",
     "loratools recover": "recover",
     "loratools reparameterize": "reparameterize",
@@ -69,6 +69,7 @@ REPORTS = {
     "loratools compare": "compare",
     "loratools diff": "diff",
     "loratools delta": "delta",
+    "loratools transfer --weights-only": "weight_transfer",
     "loratools formats, loratools families": "tables",
     "loratools cache": "cache",
 }

@@ -24,7 +24,7 @@ SOURCES = {"loratools": ROOT / "loratools", "loratools_cli": ROOT / "cli"}  # pa
 # From the ground up. A room may import itself and what stands on an earlier line, never its neighbour or what is above.
 LAYERS = (
     ("errors",),
-    ("budget", "sizes"),
+    ("bootstrap", "budget", "calibration", "sizes"),
     ("ranks",),
     ("_lazy", "_version"),
     ("quant", "pipeline"),

@@ -48,6 +48,11 @@ def apply(model: Module, adapter: Adapter) -> None:
     _add(model, adapter, dict(model.named_parameters(remove_duplicate=False)), None)
 
 
+def base_of(model: Module) -> BaseWeights:
+    """The weights of a model in memory as the base that DoRA and its like need, each read when it is asked for."""
+    return BaseWeights(_InMemory(dict(model.named_parameters(remove_duplicate=False))))
+
+
 def _add(model: Module, adapter: Adapter, parameters: Mapping[str, Tensor], kept: dict[str, Tensor] | None) -> None:
     try:
         refuse_unfusable(adapter)

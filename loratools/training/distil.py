@@ -170,7 +170,7 @@ def train_rows(
         run.restore_best()
     finally:
         model.train(was_training)
-    left_out = len(rows) - len(items)
+    left_out = sum(row.weight > 0 for row in rows) - len(items)
     warnings = (f"{left_out} rows are longer than {options.max_tokens} tokens and were left out",) if left_out else ()
     early = run.step < run.steps
     return Trained(model, tuple(run.losses), tuple(run.looks), run.best_step, run.tokens, run.seconds, early, warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,16 @@ from loratools.errors import InputError, UsageError
 from loratools.reports.evaluate import Evaluation
 from loratools.training.applied import applied
 from loratools.training.lines import read_json, read_lines
-from loratools.training.prompts import collated, encoded, pad_id, prompt_ids
+from loratools.training.models import library
+from loratools.training.prompts import Encoded, collated, encoded, pad_id, prompt_ids
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loratools.adapter import Adapter
 
 _FORM = 'give rows such as {"prompt": "...", "answer": "..."}'
+Step = Callable[[int], object]  # is told how many tokens a batch had
 
 
 @dataclass(frozen=True)
@@ -72,24 +77,25 @@ def evaluate(
     adapter: Adapter | None = None,
     *,
     options: Evaluate = Evaluate(),
-    step: Callable[[], None] | None = None,
+    step: Step | None = None,
 ) -> Evaluation:
     """How `model`, with `adapter` added to its weights meanwhile, does the task of `rows`.
 
     Deterministic: the model is put into its evaluation mode and back, and answers greedily. `step` is called after each
-    batch. Raises UsageError where there are no rows, or a row has no token that could be foretold.
+    batch, with its tokens. Raises UsageError where there are no rows, or a row has no token that could be foretold.
     """
     chosen = list(rows[: options.max_rows])
     if not chosen:
         raise UsageError(f"there are no rows to evaluate; {_FORM}")
-    with _evaluating(model, adapter):
+    with evaluating(model, adapter):
         nll, tokens = answer_nll(model, tokenizer, chosen, options=options, step=step)
         matched = exact_match(model, tokenizer, chosen, options=options, step=step) if options.match else None
     return Evaluation(nll, matched, len(chosen), tokens)
 
 
 @contextmanager
-def _evaluating(model: Any, adapter: Adapter | None) -> Iterator[None]:
+def evaluating(model: Any, adapter: Adapter | None) -> Iterator[None]:
+    """The model in its evaluation mode, with the adapter if there is one; afterwards as it was."""
     was_training = model.training
     model.eval()
     try:
@@ -108,30 +114,53 @@ def answer_nll(
     rows: Sequence[Row],
     *,
     options: Evaluate = Evaluate(),
-    step: Callable[[], None] | None = None,
+    step: Step | None = None,
 ) -> tuple[float, int]:
     """The mean negative log-likelihood of the tokens of all answers, and how many they are.
 
     An end token, where the tokenizer has one, belongs to the answer to a prompt; without a prompt the first token
     counts for nothing, for nothing foretells it.
     """
-    items = sorted(
-        (encoded(tokenizer, row.prompt, row.answer, chat=options.chat) for row in rows), key=lambda item: len(item[0])
-    )
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(items), options.batch):
-            ids, mask, wanted = collated(items[start : start + options.batch], options.device)
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            kept = wanted[:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
-            total += float(losses.double().sum())
-            count += int(kept.sum())
-            if step is not None:
-                step()
+    found = answer_losses(model, tokenizer, rows, options=options, step=step)
+    total, count = math.fsum(loss.nll for loss in found), sum(loss.tokens for loss in found)
     if not count:
         raise UsageError("the answers have no token that could be foretold; give prompts, or longer answers")
     return total / count, count
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The negative log-likelihood, in nats, of the tokens of one answer together."""
+
+    nll: float
+    tokens: int
+
+
+def answer_losses(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, options: Evaluate = Evaluate(), step: Step | None = None
+) -> list[Loss]:
+    """As `answer_nll`, of each row by itself."""
+    items = [encoded(tokenizer, row.prompt, row.answer, chat=options.chat) for row in rows]
+    return losses(model, items, options=options, step=step)
+
+
+def losses(model: Any, items: Sequence[Encoded], *, options: Evaluate, step: Step | None = None) -> list[Loss]:
+    """What the model makes of the tokens behind each prompt; rows of like lengths go together."""
+    found: list[Loss] = [Loss(0.0, 0)] * len(items)
+    order = sorted(range(len(items)), key=lambda i: len(items[i][0]))
+    with torch.no_grad():
+        for start in range(0, len(order), options.batch):
+            part = order[start : start + options.batch]
+            ids, mask, wanted = collated([items[i] for i in part], options.device)
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            kept = wanted[:, 1:]
+            each = torch.nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
+            counts = kept.sum(1).tolist()
+            for i, own in zip(part, each.double().cpu().split(counts), strict=True):
+                found[i] = Loss(float(own.sum()), len(own))
+            if step is not None:
+                step(int(mask.sum()))
+    return found
 
 
 def exact_match(
@@ -140,23 +169,48 @@ def exact_match(
     rows: Sequence[Row],
     *,
     options: Evaluate = Evaluate(),
-    step: Callable[[], None] | None = None,
+    step: Step | None = None,
 ) -> float | None:
-    """The share of the rows with a prompt whose greedy answer is theirs, but for blanks around it; None without any.
+    """The share of the rows with a prompt whose greedy answer is theirs, but for blanks around it; None without any."""
+    said = [reply for reply in replies(model, tokenizer, rows, options=options, step=step) if reply is not None]
+    return sum(reply.exact for reply in said) / len(said) if said else None
 
-    Prompts of one length go together, so that there is no padding, which changes the last digits.
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy answer, whether it is the row's, and the probability of all of its tokens together."""
+
+    text: str
+    exact: bool
+    confidence: float
+
+
+def replies(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    options: Evaluate = Evaluate(),
+    step: Step | None = None,
+) -> list[Reply | None]:
+    """What the model answers greedily to each prompt; None for a row without one.
+
+    Prompts of one length go together, so that there is no padding, which changes the last digits. An end token is part
+    of what the model is confident of; an answer that was cut off at `max_tokens` has none.
     """
-    groups: dict[int, list[tuple[list[int], str]]] = {}
-    for row in rows:
+    groups: dict[int, list[tuple[int, list[int]]]] = {}
+    for i, row in enumerate(rows):
         if row.prompt:
             asked = prompt_ids(tokenizer, row.prompt, chat=options.chat)
-            groups.setdefault(len(asked), []).append((asked, row.answer))
-    hits, end = 0, tokenizer.eos_token_id
+            groups.setdefault(len(asked), []).append((i, asked))
+    found: list[Reply | None] = [None] * len(rows)
+    end = tokenizer.eos_token_id
     with torch.no_grad():
         for length, group in sorted(groups.items()):
             for start in range(0, len(group), options.batch):
                 part = group[start : start + options.batch]
-                ids = torch.tensor([prompt for prompt, _ in part], device=options.device)
+                ids = torch.tensor([prompt for _, prompt in part], device=options.device)
+                sure = _Confidence(len(part), end)
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -165,14 +219,30 @@ def exact_match(
                     num_beams=1,
                     eos_token_id=end,
                     pad_token_id=pad_id(tokenizer),
+                    logits_processor=library("transformers").LogitsProcessorList([sure]),
                 )
-                for (_, answer), tokens in zip(part, out[:, length:].tolist(), strict=True):
+                for (i, _), tokens, total in zip(part, out[:, length:].tolist(), sure.total.tolist(), strict=True):
                     said = tokenizer.decode(tokens, skip_special_tokens=True)
-                    hits += said.strip() == answer.strip()
+                    found[i] = Reply(said, said.strip() == rows[i].answer.strip(), math.exp(total))
                 if step is not None:
-                    step()
-    count = sum(map(len, groups.values()))
-    return hits / count if count else None
+                    step(out.numel())
+    return found
+
+
+class _Confidence:
+    """Adds up the log-probability of the likeliest token, step by step of a greedy answer, up to its end."""
+
+    def __init__(self, rows: int, end: int | None) -> None:
+        self.total = torch.zeros(rows, dtype=torch.float64)
+        self._going = torch.ones(rows, dtype=torch.bool)
+        self._end = end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best = scores.float().log_softmax(-1).max(-1)
+        self.total += torch.where(self._going, best.values.double().cpu(), 0.0)
+        if self._end is not None:
+            self._going &= best.indices.cpu() != self._end
+        return scores
 
 
 def n_steps(tokenizer: Any, rows: Sequence[Row], options: Evaluate) -> int:

@@ -13,28 +13,37 @@ from loratools.storage.atomic import printable
 
 T = TypeVar("T")
 
+_NAMED = 5  # of lines that are refused
+
 
 def read_lines(
     path: str | os.PathLike[str], limit: int | None, parse: Callable[[str, str], T], *, what: str, form: str
 ) -> list[T]:
     """parse(line, where) of the first `limit` lines that are not blank.
 
-    InputError for a file that is no text, or holds none; `what` the lines are and which `form` would do are said.
+    InputError for a file that is no text, or holds none; `what` the lines are and which `form` would do are said. Of
+    lines that `parse` refuses, the first few are named, with what is wrong with each.
     """
     place = Path(path)
     name = printable(place)
     found: list[T] = []
+    refused: list[str] = []
     try:
         with place.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if limit is not None and len(found) >= limit:
+                if (limit is not None and len(found) + len(refused) >= limit) or len(refused) >= _NAMED:
                     break
                 if line.strip():
-                    found.append(parse(line, f"{name}, line {number}"))
+                    try:
+                        found.append(parse(line, f"line {number}"))
+                    except InputError as error:
+                        refused.append(str(error).removesuffix(f"; {form}"))
     except UnicodeDecodeError:
         raise InputError(f"{name}: is not UTF-8 text; {form}") from None
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}; {form}") from None
+    if refused:
+        raise InputError(f"{name}, {'; '.join(refused)}{'; and so on' if len(refused) >= _NAMED else ''}; {form}")
     if not found:
         raise InputError(f"{name}: holds no {what}; {form}")
     return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import io
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratools._lazy import torch
 from loratools.errors import AdapterError, InputError, MissingExtraError
 from loratools.storage.atomic import printable
 
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from loratools.adapter import Adapter
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def library(name: str) -> Any:
@@ -26,35 +33,73 @@ def library(name: str) -> Any:
         raise MissingExtraError(f"running a model needs {name}: pip install 'loratools[models]'") from error
 
 
-def load_model(folder: str | os.PathLike[str], device: str = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder in Hugging Face's layout; nothing is downloaded."""
-    return load_pretrained(folder, "AutoModelForCausalLM", device)
+def load_model(
+    place: str | os.PathLike[str], device: str = "cpu", *, allow_download: bool = False, dtype: str | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder in Hugging Face's layout, a GGUF file, or a name on the hub.
+
+    Nothing is downloaded unless `allow_download`; a name that transformers has in its cache is found there. `dtype` as
+    torch calls it, by default what the files hold. InputError where there is no such model, or it is not complete.
+    """
+    return load_pretrained(place, "AutoModelForCausalLM", device, allow_download=allow_download, dtype=dtype)
 
 
-def load_pretrained(folder: str | os.PathLike[str], kind: str, device: str = "cpu") -> tuple[Any, Any]:
+def load_pretrained(
+    place: str | os.PathLike[str],
+    kind: str,
+    device: str = "cpu",
+    *,
+    allow_download: bool = False,
+    dtype: str | None = None,
+) -> tuple[Any, Any]:
     """As `load_model`, for another of transformers' automatic classes, such as AutoModel."""
-    place = Path(folder)
-    name = printable(place)
-    if not (place / "config.json").is_file():
-        raise InputError(f"{name}: is no folder of a Hugging Face model; give one that holds config.json")
+    tokenizer = load_tokenizer(place, allow_download=allow_download)
+    stated = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = _from_pretrained(kind, Path(place), allow_download=allow_download, **stated)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(place: str | os.PathLike[str], *, allow_download: bool = False) -> Any:
+    """The tokenizer of a model, named as for `load_model`."""
+    return _from_pretrained("AutoTokenizer", Path(place), allow_download=allow_download)
+
+
+def _from_pretrained(kind: str, path: Path, *, allow_download: bool, **stated: Any) -> Any:
+    name = printable(path)
+    found, keywords = _located(path, name, allow_download=allow_download)
     transformers = library("transformers")
     try:
         with _quiet(transformers.utils.logging):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-            model = getattr(transformers, kind).from_pretrained(place, local_files_only=True)
+            return getattr(transformers, kind).from_pretrained(found, **keywords, **stated)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name}: transformers cannot load it: {reason}; is the folder complete?") from error
-    return model.to(device).eval(), tokenizer
+        advice = "is the folder complete?" if path.exists() else "give a local folder, or pass --allow-download"
+        raise InputError(f"{name}: transformers cannot load it: {reason}; {advice}") from error
+
+
+def _located(path: Path, name: str, *, allow_download: bool) -> tuple[str, dict[str, Any]]:
+    """What transformers is told: a folder or a name, and how to read it."""
+    if path.suffix == ".gguf" and path.is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingExtraError(f"{name}: GGUF files need the package gguf: pip install 'loratools[gguf]'")
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if (path / "config.json").is_file():
+        return str(path), {"local_files_only": True}
+    if path.exists() or not _HUB_NAME.fullmatch(str(path)):
+        raise InputError(
+            f"{name}: is no folder of a Hugging Face model; give one that holds config.json, or a .gguf file"
+        )
+    return str(path), {"local_files_only": not allow_download}
 
 
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-    """Without transformers' own progress bars."""
+    """Without transformers' own progress bars; those of its GGUF reader cannot be turned off, only sent elsewhere."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -71,7 +116,11 @@ def module_of(model: Module, adapter: Adapter, target: str) -> Module:
             f"{target}: its name does not tell which module of the model it changes; convert the adapter first: "
             "loratools convert --to peft"
         )
-    path = placement.pieces[0].module.path
+    return module_at(model, placement.pieces[0].module.path, target)
+
+
+def module_at(model: Module, path: str, target: str) -> Module:
+    """The module of that path, or the only one that ends like it; AdapterError otherwise."""
     modules = dict(model.named_modules())
     if path in modules:
         return modules[path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +39,8 @@ def new_adapter(model: Any, settings: NewAdapter, *, seed: int = 0) -> Any:
         use_dora=settings.method == "dora",
         task_type="CAUSAL_LM",
     )
-    with seeded(seed, "adapter"):
+    with seeded(seed, "adapter"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
         try:
             return peft.get_peft_model(model, config)
         except ValueError as error:

@@ -123,7 +123,8 @@ def test_steps_are_counted_beforehand(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     for how in (Evaluate(batch=2, max_tokens=1), Evaluate(max_rows=3, match=False), Evaluate(batch=1, max_tokens=1)):
         steps: list[int] = []
-        found = evaluate(model, tokenizer, ROWS, options=how, step=lambda steps=steps: steps.append(1))
+        found = evaluate(model, tokenizer, ROWS, options=how, step=steps.append)
+        assert min(steps) > 0
         assert len(steps) == n_steps(tokenizer, ROWS, how)
         assert (found.exact_match is None) != how.match
 

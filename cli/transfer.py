@@ -1,0 +1,167 @@
+"""`loratools transfer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from loratools_cli import options
+
+
+def transfer(
+    path: options.AdapterPath,
+    source: Annotated[
+        str, Option("--from", metavar="BASE", help="The base it was trained on: a folder, a .gguf file.")
+    ],
+    target: Annotated[str | None, Option("--to", metavar="BASE", help="The base to move it to.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", metavar="FOLDER", help="The PEFT folder to write.")] = None,
+    seeds: Annotated[
+        Path | None, Option(metavar="FILE", help="A few real inputs: .jsonl rows with a prompt. Five will do.")
+    ] = None,
+    samples: Annotated[int, Option(metavar="N", help="Inputs to make up and to train on.")] = 500,
+    rank: Annotated[int, Option(metavar="N", help="Of the new adapter.")] = 16,
+    method: Annotated[Literal["lora", "rslora", "dora"], Option(help="Its kind.")] = "lora",
+    squeeze_to: Annotated[int | None, Option(metavar="N", help="Squeeze it to this rank afterwards.")] = None,
+    generator: Annotated[
+        str | None, Option(metavar="BASE", help="The model that makes up inputs, instead of the target.")
+    ] = None,
+    show: Annotated[
+        Literal["inputs", "pairs"], Option(help="Show it the seeds without or with their answers.")
+    ] = "inputs",
+    temperature: Annotated[float, Option(metavar="T", help="Of its sampling.")] = 0.9,
+    top_p: Annotated[float, Option(metavar="P", help="Of its sampling.")] = 0.95,
+    passing: Annotated[
+        Literal["threshold", "ratio", "none"],
+        Option("--filter", help="Which inputs pass the discriminator: probable ones, by their odds, or all."),
+    ] = "threshold",
+    threshold: Annotated[float, Option(metavar="P", help="The least probability that an input is a real one.")] = 0.5,
+    max_input_tokens: Annotated[int, Option(metavar="N", help="The longest input.")] = 64,
+    max_answer_tokens: Annotated[int, Option(metavar="N", help="The longest answer.")] = 128,
+    loss: Annotated[
+        Literal["ce", "kl", "uld"],
+        Option(help="The teacher's words; or also its probabilities, of one vocabulary, or of any two."),
+    ] = "ce",
+    weights: Annotated[
+        Literal["none", "confidence", "robust"], Option(help="Let rows count as the teacher was sure of them.")
+    ] = "none",
+    learning_rate: Annotated[float, Option(metavar="R", help="Of AdamW.")] = 5e-4,
+    epochs: Annotated[int, Option(metavar="N", help="Rounds over the rows, at most.")] = 3,
+    batch: Annotated[int, Option(metavar="N", help="Rows in a step of training; twice as many elsewhere.")] = 8,
+    held_out: Annotated[float, Option(metavar="SHARE", help="Rows that decide when training stops.")] = 0.1,
+    chat: Annotated[bool, Option("--chat", help="Put prompts into the chat templates of both.")] = False,
+    evaluate: Annotated[
+        Path | None, Option("--eval", metavar="FILE", help="Rows with a prompt and an answer: let all models do them.")
+    ] = None,
+    work: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Where the stages' files lie, instead of FOLDER.transfer.")
+    ] = None,
+    prepare_only: Annotated[
+        bool, Option("--prepare-only", help="Learn what real inputs look like, and save that with the adapter.")
+    ] = False,
+    seed: Annotated[int, Option(metavar="N", help="Another one makes other inputs and another start.")] = 0,
+    weights_only: Annotated[
+        bool, Option("--weights-only", help="Train nothing: carry it over by the weights of both bases.")
+    ] = False,
+    align: Annotated[
+        Literal["none", "bases", "activations"],
+        Option(help="For that: as it is; by singular vectors; by what both bases make of --texts."),
+    ] = "bases",
+    texts: Annotated[Path | None, Option(metavar="FILE", help="For --align activations: rows with text.")] = None,
+    device: options.Device = "cpu",
+    allow_download: Annotated[bool, Option("--allow-download", help="Names of models may be fetched.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where an earlier run ended.")] = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Move an adapter to another base, without its training data.
+
+    The target base is shown a few inputs and makes up others; a discriminator drops what does not look real; the source
+    base with the adapter answers them; a new adapter learns the answers (Trans-LoRA). The files of each stage can be
+    read, edited and resumed from. Needs loratools[models].
+
+    \b
+    Examples:
+      loratools transfer my_lora --from base1 --to base2 --seeds five.jsonl -o new
+      loratools transfer my_lora --from base1 --seeds all.jsonl --prepare-only
+      loratools transfer my_lora --from base1 --to base2 --weights-only -o moved
+    """
+    from loratools.errors import UsageError
+    from loratools.training.distil import Train
+    from loratools.training.evaluate import read_rows
+    from loratools.training.new_adapter import NewAdapter
+    from loratools.training.transfer.estimate import estimated
+    from loratools.training.transfer.run import save_kit
+    from loratools.training.transfer.run import transfer as run
+    from loratools.training.transfer.sampling import Sampling
+    from loratools.training.transfer.seed_inputs import read_seeds
+    from loratools.training.transfer.settings import Transfer
+    from loratools_cli.output import Output, say
+    from loratools_cli.progress import Progress
+
+    shown = Output(as_json=as_json, quiet=quiet)
+    options.check_device(device)
+    if weights_only:
+        from loratools_cli.transfer_weights import transfer_weights
+
+        if prepare_only or seeds is not None or evaluate is not None or squeeze_to is not None:
+            raise UsageError("--weights-only needs no seeds, and neither evaluates nor squeezes; see eval and squeeze")
+        if target is None or output is None:
+            raise UsageError("name the base to move to, --to, and what to write, -o")
+        carried = transfer_weights(
+            path, source, target, output, align=align, texts=texts, device=device, allow_download=allow_download,
+            force=force,
+        )  # fmt: skip
+        shown.show(carried)
+        return
+    if align != "bases" or texts is not None:
+        raise UsageError("--align and --texts go with --weights-only")
+    how = Transfer(
+        samples=samples,
+        sampling=Sampling(temperature, top_p),
+        show=show,
+        max_input_tokens=max_input_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch=2 * batch,
+        passing=passing,
+        threshold=threshold,
+        weighing=weights,
+        held_out=held_out,
+        adapter=NewAdapter(method, rank),
+        train=Train(loss=loss, learning_rate=learning_rate, epochs=epochs, batch=batch),
+        squeeze_to=squeeze_to,
+        chat=chat,
+        device=device,
+        seed=seed,
+    )
+    found = [] if seeds is None else read_seeds(seeds)
+    with Progress() as progress:
+        if prepare_only:
+            kit = save_kit(
+                path, source, found, output, how, force=force, allow_download=allow_download, meter=progress.meter
+            )
+            shown.show(kit)
+            return
+        if target is None or output is None:
+            raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
+        rows = [] if evaluate is None else read_rows(evaluate)
+        if not (as_json or quiet):
+            say(estimated(source, target, how).sentence)
+        report = run(
+            path,
+            source,
+            target,
+            found,
+            output,
+            how,
+            generator=generator,
+            work=work,
+            rows=rows,
+            resume=resume,
+            force=force,
+            allow_download=allow_download,
+            meter=progress.meter,
+        )
+    shown.show(report)

@@ -1,0 +1,76 @@
+"""The models of a transfer, each loaded when a stage needs it, and let go when another takes its place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loratools._lazy import torch
+from loratools.errors import LoratoolsError, UsageError
+from loratools.files import load
+from loratools.training.applied import apply
+from loratools.training.models import load_model, load_tokenizer
+from loratools.training.prompts import require_chat
+
+Role = Literal["source", "teacher", "target", "generator"]
+
+
+@dataclass(eq=False)
+class ModelsInTurn:
+    """`teacher` is the source with the adapter in its weights; the generator is often the target or the source."""
+
+    adapter: str
+    places: dict[Role, str]
+    device: str = "cpu"
+    chat: bool = False
+    allow_download: bool = False
+    _held: dict[Role, tuple[Any, Any]] = field(default_factory=dict)
+
+    def take(self, role: Role, *, keep: Sequence[Role] = ()) -> tuple[Any, Any]:
+        """(model, tokenizer); of what was taken before, only `keep` stays in memory."""
+        kept = {self._role(one) for one in keep}
+        role = self._role(role)
+        if role not in self._held:
+            for other in [one for one in self._held if one not in kept]:
+                del self._held[other]
+            gc.collect()
+            self._held[role] = self._loaded(role)
+        return self._held[role]
+
+    def tokenizer(self, role: Literal["source", "target"]) -> Any:
+        """The tokenizer alone, which takes no time."""
+        return load_tokenizer(self.places[role], allow_download=self.allow_download)
+
+    def drop(self) -> None:
+        """Hold no model any more."""
+        self._held.clear()
+        gc.collect()
+
+    def _role(self, role: Role) -> Role:
+        if role == "generator":
+            return next((r for r in ("target", "source") if self.places[r] == self.places["generator"]), role)
+        return role
+
+    def _loaded(self, role: Role) -> tuple[Any, Any]:
+        place = self.places["source" if role == "teacher" else role]
+        model, tokenizer = load_model(Path(place), self.device, allow_download=self.allow_download, dtype=self._dtype())
+        if self.chat:
+            try:
+                require_chat(tokenizer)
+            except UsageError as error:
+                raise UsageError(f"{place}: {error}") from None
+        if role == "teacher":
+            with load(self.adapter) as adapter:
+                try:
+                    apply(model, adapter)
+                except LoratoolsError as error:
+                    raise type(error)(f"{self.adapter} on {place}: {error}") from error
+        return model.requires_grad_(False), tokenizer
+
+    def _dtype(self) -> str:
+        """bfloat16 where the accelerator has it: half the memory, and several times the speed."""
+        on_gpu = self.device.startswith("cuda")
+        return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
