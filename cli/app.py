@@ -53,9 +53,7 @@ GROUPS = {
     "Look at an adapter": (info, inspect, explore, diff, evaluation),
     "Make it smaller": (squeeze, truncate, quantize, dequantize, pareto, calibrate, neurons, prune_neurons),
     "Write it otherwise": (convert, check, reparameterize, bakeoff, expand, restrict),
-    "Adapters and whole models": (merge, extract, fuse, delta, intruders, compare),
-    "Train it": (recover,),
-    "Adapters and whole models": (merge, extract, fuse, delta, transfer, intruders, compare),
+    "Adapters and whole models": (merge, extract, fuse, delta, transfer, recover, intruders, compare),
     "What there is": (formats, families, cache),
 }
 for title, commands in GROUPS.items():

@@ -70,6 +70,7 @@ REPORTS = {
     "loratools diff": "diff",
     "loratools delta": "delta",
     "loratools transfer --weights-only": "weight_transfer",
+    "loratools transfer": "transfer",
     "loratools formats, loratools families": "tables",
     "loratools cache": "cache",
 }

@@ -120,7 +120,9 @@ def fit_discriminator(real: Tensor, made_up: Tensor, *, reads: str, seed: int = 
     strength = _STRENGTHS[chosen]
     weights, bias = _logistic((x - mean) / unit, y, strength)
     counts = len(real), len(made_up)
-    return Discriminator(mean, unit, weights, bias, strength, losses[chosen][0], floor, *counts, reads)
+    return Discriminator(
+        mean, unit, weights, bias, strength, round(losses[chosen][0], 6), round(floor, 6), *counts, reads
+    )
 
 
 def _standard(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,8 @@ def _save(job: Job, trained: Trained, rows: int, held_out: int) -> None:
     with explained(place):
         if place.exists():
             shutil.rmtree(place)
-        trained.model.save_pretrained(place)
+        trained.model.peft_config[trained.model.active_adapter].base_model_name_or_path = job.models.places["target"]
+        trained.model.save_pretrained(place, save_embedding_layers=False)  # none was trained
     figures = {
         "rows": rows,
         "held_out": held_out,

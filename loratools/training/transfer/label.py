@@ -46,7 +46,7 @@ def label(job: Job, *, reuse: bool) -> dict[str, Any]:
     if not any(row["answer"].strip() for row in rows):
         raise AdapterError(
             "the teacher answers nothing: every answer is empty; are --from and the adapter made for each other, and "
-            "do the seeds look as its prompts did?"
+            "do the seeds look as its prompts did? Where answers begin late, raise --max-answer-tokens"
         )
     return {"tokens": tokens}
 

@@ -1,0 +1,59 @@
+"""`loratools transfer`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training.tiny_task import Places, save_places
+
+Run = Callable[..., Any]
+SMALL = ("--samples", 12, "--max-input-tokens", 8, "--max-answer-tokens", 12, "--rank", 2, "--epochs", 1, "--batch", 4)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return save_places(tmp_path_factory.mktemp("places"))
+
+
+def test_transfer(run: Run, places: Places, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "moved"
+    rows.write_text(json.dumps({"prompt": "No: 44\nW:", "answer": " low"}) + "\n")
+    told = ("transfer", places.adapter, "--from", places.first, "--to", places.second, "--seeds", places.seeds)
+    done = run(*told, "-o", out, *SMALL, "--eval", rows)
+    assert done.code == 0, done.err
+    assert "estimated:" in done.err
+    assert all(len(line) <= 80 for line in done.out.splitlines()[:-1])
+    assert f"wrote {out}" in done.out
+    assert run(*told, "-o", out, *SMALL).code == 5
+    done = run(*told, "-o", out, *SMALL, "--eval", rows, "--resume", "--json")
+    assert done.err == ""
+    assert done.json == {k: v for k, v in json.loads((out / "transfer.json").read_text()).items() if k != "loratools"}
+    assert set(done.json["evaluations"]) == {"target", "transferred", "teacher"}
+    info = run("info", out, "--json").json
+    assert "lora" in json.dumps(info)
+
+
+def test_a_kit(run: Run, places: Places, tmp_path: Path) -> None:
+    told = ("transfer", places.adapter, "--from", places.first, "--seeds", places.seeds, "--prepare-only")
+    done = run(*told, "-o", tmp_path / "kit", "--max-input-tokens", 8)
+    assert done.code == 0, done.err
+    assert "a discriminator and 5 seeds" in done.out
+    assert run(*told, "-o", tmp_path / "kit").code == 5
+
+
+def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
+    told = ("transfer", places.adapter, "--from", places.first)
+    assert run(*told).code == 2
+    empty = tmp_path / "seeds.jsonl"
+    empty.write_text("")
+    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--seeds", empty)
+    assert (done.code, done.err.count("\n")) == (3, 1)
+    assert "holds no seeds" in done.err
+    done = run(*told, "--to", "no/such", "-o", tmp_path / "moved", "--seeds", places.seeds)
+    assert done.code == 3
+    assert "--allow-download" in done.err
+    assert run(*told, "--prepare-only").code == 2
