@@ -151,10 +151,12 @@ def _(report: RouteReport | RouteFitReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}\n" if report.output else ""
 
 
+@closing.register
 def _(report: CatalogReport, planned: Path | None = None) -> str:
     return f"wrote {plain(report.output)}: {sum(report.counts.values())} rows\n"
 
 
+@closing.register
 def _(report: PackReport, planned: Path | None = None) -> str:
     share = percent(report.bytes_after / report.bytes_before) if report.bytes_before else "0"
     return f"wrote {plain(report.output)}: {sizes(report.bytes_before, report.bytes_after)}, {share} % of it\n"

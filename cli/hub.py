@@ -23,9 +23,6 @@ hub = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Work on a whole folder of adapters, and lose nothing."
 )
 HubPlace = Annotated[str, Argument(metavar="HUB", help="Folder with adapters in it, at any depth, or its URL.")]
-hub.command()(pack)
-hub.command()(unpack)
-hub.command("pack-add")(pack_add)
 HubPath = Annotated[Path, Argument(metavar="HUB", help="Folder with adapters in it, at any depth.")]
 
 
@@ -133,11 +130,6 @@ def status(
     shown.show(report)
 
 
-hub.command()(mixture)
-hub.command()(route)
-hub.command("route-fit")(route_fit)
-
-
 @hub.command()
 def catalog(
     path: Annotated[Path, Argument(metavar="OUT", help="What hub run writes to, or any folder of adapters.")],
@@ -178,7 +170,13 @@ def catalog(
 
 
 hub.command()(similar)
+hub.command()(pack)
+hub.command()(unpack)
+hub.command("pack-add")(pack_add)
 hub.command()(plan)
+hub.command()(mixture)
+hub.command()(route)
+hub.command("route-fit")(route_fit)
 
 
 def _recipe_and_places(places: list[str], steps: list[str]) -> tuple[Recipe, Place, Place]:

@@ -440,6 +440,7 @@ def _(report: HubSimilarReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_hub_similar(report, everything=everything)
 
 
+@blocks.register
 def _(report: HubPlanReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_hub_plan(report)
 
@@ -449,6 +450,7 @@ def _(report: CatalogReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_catalog(report, everything=everything)
 
 
+@blocks.register
 def _(report: PackReport, everything: bool) -> Iterator[RenderableType]:
     yield from render_pack(report, everything=everything)
 
