@@ -47,7 +47,7 @@ def mixture(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """See what adapters have in common as experts, and merge a routed set.
+    """Compare adapters as experts, and merge a set of them.
 
     The merge weighs the experts equally and is exact, unless a rank is given.
 
