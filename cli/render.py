@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import singledispatch
 from typing import TextIO
@@ -45,7 +45,7 @@ from loratools.reports.recover import RecoverReport
 from loratools.reports.reparameterize import ReparameterizeReport
 from loratools.reports.resize import ResizeReport
 from loratools.reports.route import RouteFitReport, RouteReport
-from loratools.reports.squeeze import SqueezeReport, TargetChange
+from loratools.reports.squeeze import SqueezeReport
 from loratools.reports.tables import FamiliesReport, FormatsReport
 from loratools.reports.transfer import KitReport, TransferReport
 from loratools.reports.weight_transfer import WeightTransferReport
@@ -67,9 +67,10 @@ from loratools_cli.render_quantize import render_pareto, render_quantize
 from loratools_cli.render_recover import render_recover
 from loratools_cli.render_resize import render_resize
 from loratools_cli.render_route import render_route, render_route_fit
+from loratools_cli.render_squeeze import render_squeeze
 from loratools_cli.render_transfer import render_kit, render_transfer
 from loratools_cli.render_weight_transfer import render_weight_transfer
-from loratools_cli.text import counted, number, percent, plain, shortened, sizes, span
+from loratools_cli.text import counted, number, percent, plain, shortened, span
 
 _GROUP_ABOVE = 24  # targets
 _WORST = 10  # differing targets
@@ -182,24 +183,7 @@ def _(report: KitReport, everything: bool) -> Iterator[RenderableType]:
 
 @blocks.register
 def _(report: SqueezeReport, everything: bool) -> Iterator[RenderableType]:
-    changes = report.targets
-    weighted = [] if report.weighted_error is None else [number(report.weighted_error)]
-    titles = ("target", "rank", "energy kept %", "rel. error", *("weighted" for _ in weighted), "size")
-    if weighted:  # which leaves no room for more than 80 columns have
-        titles = ("target", "rank", "kept %", "error", "weighted", "new size")
-    shown_rows = new_grid(*titles)
-    if everything or len(changes) <= _GROUP_ABOVE:
-        for target, change in changes.items():
-            shown_rows.add_row(*texts(target, *_change_cells([change])))
-    else:
-        for module, members in by_module(changes).items():
-            shown_rows.add_row(*texts(f"{module} x{len(members)}", *_change_cells(members)))
-    if changes:
-        total = report.total
-        cells = [percent(total["energy_kept"]), number(total["relative_error"]), *weighted]
-        cells.append(_size(list(changes.values()), after_alone=bool(weighted)))
-        shown_rows.add_row(*texts(f"all {len(changes)}", _ranks(list(changes.values())), *cells, style="bold"))
-        yield shown_rows
+    yield from render_squeeze(report, everything=everything or len(report.targets) <= _GROUP_ABOVE)
     yield from reasons("unchanged", report.unchanged, everything)
 
 
@@ -477,26 +461,6 @@ def _(report: CacheReport, everything: bool) -> Iterator[RenderableType]:
         yield Text(f"... and {more} more; see --all")
     freed = "" if report.freed is None else f", {format_size(report.freed)} freed"
     yield Text(f"{plain(report.folder)}: {len(report.entries)} weights, {format_size(report.bytes)}{freed}")
-
-
-def _change_cells(changes: Sequence[TargetChange]) -> list[str]:
-    weighted = [c.weighted_error for c in changes if c.weighted_error is not None]
-    return [
-        _ranks(changes),
-        span((c.energy_kept for c in changes), percent),
-        span((c.relative_error for c in changes), number),
-        *([span(weighted, number)] if weighted else []),
-        _size(changes, after_alone=bool(weighted)),
-    ]
-
-
-def _size(changes: Sequence[TargetChange], *, after_alone: bool) -> str:
-    after = sum(c.bytes_after for c in changes)
-    return format_size(after) if after_alone else sizes(sum(c.bytes_before for c in changes), after)
-
-
-def _ranks(changes: Sequence[TargetChange]) -> str:
-    return f"{span(c.rank_before for c in changes)} -> {span(c.rank_after for c in changes)}"
 
 
 def _pairs(title: str, entries: Mapping[str, object], everything: bool) -> Iterator[tuple[str, str]]:
