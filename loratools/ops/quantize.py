@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.families.base import Update
 
+Dtype = Literal["f32", "f16", "bf16"]
 Method = Literal["grid", "exact", "balanced", "rtn", "sign", "lloyd", "nf", "petl", "loraquant", "delta-come"]
 _SMALL = 64  # numbers of a tensor below which codes would not pay for their scales
 _NORMS = ("magnitude", "up_bias")
@@ -196,14 +197,24 @@ def arguments(adapter: Adapter, options: Quantize) -> dict[str, Any]:
     return {**told, "dtype": adapter.usual_dtype}
 
 
-def dtype_before(adapter: Adapter) -> Literal["f32", "f16", "bf16"]:
-    """The dtype that most numbers of a packed adapter had before, as its record says; f32 where it does not."""
+def recorded_arguments(adapter: Adapter) -> Mapping[str, Any]:
+    """The choices that made a file, as its record states them; none where it has no record."""
     try:
-        stated = json.loads(adapter.metadata.get(RECORD_KEY, "{}"))["arguments"]["dtype"]
+        found = json.loads(adapter.metadata.get(RECORD_KEY, "{}"))["arguments"]
     except (ValueError, KeyError, TypeError):
-        return "f32"
-    known: dict[str, Literal["f32", "f16", "bf16"]] = {"F16": "f16", "BF16": "bf16"}
-    return known.get(str(stated), "f32")
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def dtype_before(adapter: Adapter) -> Dtype:
+    """The dtype that most numbers of a packed adapter had before, as its record says; f32 where it does not."""
+    return dtype_named(str(recorded_arguments(adapter).get("dtype")))
+
+
+def dtype_named(usual: str) -> Dtype:
+    """What `convert` calls an adapter's usual dtype; f32 for all that it does not write."""
+    known: dict[str, Dtype] = {"F16": "f16", "BF16": "bf16"}
+    return known.get(usual, "f32")
 
 
 def _numbers(adapter: Adapter) -> int:

@@ -6,7 +6,6 @@ them, gradients going straight through the rounding.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter import RECORD_KEY, Adapter
+from loratools.adapter import Adapter
 from loratools.errors import InputError, UsageError
 from loratools.files import Saved, load, packed_place, save
 from loratools.ops.convert import Convert, convert
-from loratools.ops.quantize import Quantize, quantize_file
+from loratools.ops.quantize import Quantize, dtype_named, quantize_file, recorded_arguments
 from loratools.reports.recover import RecoverReport
 from loratools.storage.atomic import refuse_existing
 from loratools.training.distil import Train, TrainRow, train_rows
@@ -132,7 +131,7 @@ def codes_of(adapter: Adapter) -> Codes | None:
     """How a packed adapter is trained in its codes; None for one of plain numbers, UsageError where there is no way."""
     if adapter.origin is None or adapter.origin.container != "packed":
         return None
-    stated = _record(adapter)
+    stated = recorded_arguments(adapter)
     method, fields = stated.get("method"), Quantize.__dataclass_fields__
     if method in ("grid", "exact"):
         return Codes(Grid(), Quantize("exact"))
@@ -145,21 +144,12 @@ def codes_of(adapter: Adapter) -> Codes | None:
     )
 
 
-def _record(adapter: Adapter) -> Mapping[str, Any]:
-    try:
-        found = json.loads(adapter.metadata.get(RECORD_KEY, "{}"))["arguments"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
-
-
 def _written(
     made: Adapter, before: Adapter, codes: Codes | None, place: Path, arguments: Mapping[str, Any], *, force: bool
 ) -> Saved:
     if codes is not None:
         return quantize_file(made, place, codes.pack, force=force)[0]
-    dtype = {"F16": "f16", "BF16": "bf16"}.get(before.usual_dtype, "f32")
-    result, _ = convert(made, "peft", Convert(dtype=dtype))  # type: ignore[arg-type]
+    result, _ = convert(made, "peft", Convert(dtype=dtype_named(before.usual_dtype)))
     return save(result.recorded("recover", arguments), place, force=force)
 
 

@@ -50,6 +50,7 @@ def test_failures_are_rows_and_an_exit_code(run: Run, hub: Path, tmp_path: Path)
     (hub / "bad\n.safetensors").write_bytes(b"xx")
     done = run("hub", "catalog", hub, "-o", path, "--resume")
     assert done.code == 3
+    assert "too few" in " ".join(run("hub", "catalog", hub, "-o", path, "--resume", "--all").out.split())
     assert "1 failed, 2 found" in done.out
     assert f"wrote {path}: 3 rows" in " ".join(done.out.split())
     assert len(done.out.splitlines()) <= 8
