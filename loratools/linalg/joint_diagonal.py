@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from loratools._lazy import torch
 from loratools.linalg.diagonal import projected, solved
@@ -43,12 +43,52 @@ def jointly_diagonal(
     best = [truncate(delta, min(k, *delta.shape), seed=seed).operator for delta in deltas]
     lows = [low for low in best if isinstance(low, LowRank)]
     total = sum(frobenius(delta) ** 2 for delta in deltas)
+    stack = _Stack(deltas)
     starts = [_strongest(lows, k), _common(lows, k, seed)]
-    tried = [_alternated(deltas, start, total, _TRIED) for start in starts]
-    captured, found = _alternated(deltas, max(tried, key=lambda end: end[0])[1], total, sweeps)
+    tried = [_alternated(stack, start, total, _TRIED) for start in starts]
+    captured, found = _alternated(stack, max(tried, key=lambda end: end[0])[1], total, sweeps)
     if threshold > 0 and captured > 0:
-        found = _sparse(deltas, found, threshold)
+        found = _sparse(stack, found, threshold)
     return found
+
+
+@final
+class _Stack:
+    """Several deltas of one shape; the factors of those that have some lie side by side, so that one product sees all.
+
+    A delta of another structure is seen through its own products.
+    """
+
+    def __init__(self, deltas: Sequence[Operator]) -> None:
+        lows = [(i, delta) for i, delta in enumerate(deltas) if isinstance(delta, LowRank)]
+        (m, n), kind = deltas[0].shape, torch.float64
+        self._count = len(deltas)
+        self._left = torch.cat([torch.empty(m, 0, dtype=kind), *(low.left.to(kind) * low.scale for _, low in lows)], 1)
+        self._right = torch.cat([torch.empty(0, n, dtype=kind), *(low.right.to(kind) for _, low in lows)])
+        self._owner = torch.tensor([i for i, low in lows for _ in range(low.rank)], dtype=torch.int64)
+        self._others = [(i, delta) for i, delta in enumerate(deltas) if not isinstance(delta, LowRank)]
+
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """diag(left^T delta_i right^T) for every delta, (t, k)."""
+        both = (self._left.T @ left) * (self._right @ right.T)
+        found = both.new_zeros(self._count, left.shape[1]).index_add_(0, self._owner, both)
+        for i, delta in self._others:
+            found[i] = projected(delta, left, right)
+        return found
+
+    def matmat(self, right: Tensor, s: Tensor) -> Tensor:
+        """The sum of delta_i right^T diag(s_i), (m, k)."""
+        seen = self._left @ ((self._right @ right.T) * s[self._owner])
+        for i, delta in self._others:
+            seen = seen + delta.matmat(right.T) * s[i]
+        return seen
+
+    def rmatmat(self, left: Tensor, s: Tensor) -> Tensor:
+        """The sum of delta_i^T left diag(s_i), (n, k)."""
+        seen = self._right.T @ ((self._left.T @ left) * s[self._owner])
+        for i, delta in self._others:
+            seen = seen + delta.rmatmat(left) * s[i]
+        return seen
 
 
 def _pad(matrix: Tensor, rows: int, seed: int) -> Tensor:
@@ -91,19 +131,15 @@ def _unit(left: Tensor, right: Tensor, coefficients: Tensor) -> Joint:
     return Joint(left / safe[0], right / safe[1].unsqueeze(1), coefficients * lengths[0] * lengths[1])
 
 
-def _alternated(deltas: Sequence[Operator], start: Joint, total: float, sweeps: int) -> tuple[float, Joint]:
+def _alternated(deltas: _Stack, start: Joint, total: float, sweeps: int) -> tuple[float, Joint]:
     """(captured squared norm, factors)."""
     left, right, captured = start.left, start.right, 0.0
     s = start.coefficients
     for _ in range(sweeps):
         gram = (left.T @ left) * (right @ right.T)
-        sides = torch.stack([projected(delta, left, right) for delta in deltas])
-        s = solved(gram, sides)
-        seen = sum(delta.matmat(right.T) * row for delta, row in zip(deltas, s, strict=True))
-        assert isinstance(seen, torch.Tensor)
-        left = solved((right @ right.T) * (s.T @ s), seen)
-        seen = sum(delta.rmatmat(left) * row for delta, row in zip(deltas, s, strict=True))
-        assert isinstance(seen, torch.Tensor)
+        s = solved(gram, deltas.projected(left, right))
+        left = solved((right @ right.T) * (s.T @ s), deltas.matmat(right, s))
+        seen = deltas.rmatmat(left, s)
         rows = solved((left.T @ left) * (s.T @ s), seen)
         before, captured = captured, float((rows * seen).sum())
         unit = _unit(left, rows.T, s)
@@ -113,10 +149,10 @@ def _alternated(deltas: Sequence[Operator], start: Joint, total: float, sweeps: 
     return captured, Joint(left, right, s)
 
 
-def _sparse(deltas: Sequence[Operator], found: Joint, threshold: float) -> Joint:
+def _sparse(deltas: _Stack, found: Joint, threshold: float) -> Joint:
     """Coefficients of the lasso, those that are not zero fitted again without the penalty."""
     gram = (found.left.T @ found.left) * (found.right @ found.right.T)
-    sides = torch.stack([projected(delta, found.left, found.right) for delta in deltas])
+    sides = deltas.projected(found.left, found.right)
     return replace(found, coefficients=shrunk(gram, sides, found.coefficients, threshold * float(sides.abs().max())))
 
 

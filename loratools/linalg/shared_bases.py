@@ -66,20 +66,26 @@ class Bases:
 
 
 def joint(
-    batches: Batches, start: Bases, *, members: Sequence[bool] | None = None, sweeps: int = _SWEEPS
+    batches: Batches,
+    start: Bases,
+    *,
+    members: Sequence[bool] | None = None,
+    sweeps: int = _SWEEPS,
+    near: bool = False,
 ) -> tuple[Bases, list[float]]:
     """Orthonormal u and v that no alternation brings nearer to all `members`, and what each sweep captured.
 
-    Each half of a sweep takes the leading vectors of sum_i delta_i v v^T delta_i^T, or after the first some steps of
-    orthogonal iteration towards them: the captured squared norm never falls.
+    Each half of a sweep takes the leading vectors of sum_i delta_i v v^T delta_i^T, or after the first, and from a
+    start that is `near` already, some steps of orthogonal iteration towards them: the captured squared norm never
+    falls.
     """
     u, v = start.u, start.v
     captured: list[float] = []
     total = sum(float(((x.mT @ x) * (y.mT @ y)).sum()) for x, y in _chosen(batches, members))
     for sweep in range(sweeps):
-        u = _leading(_gram((x @ (y.mT @ v) for x, y in _chosen(batches, members)), u), u, exactly=not sweep)
+        u = _leading(_gram((x @ (y.mT @ v) for x, y in _chosen(batches, members)), u), u, exactly=not (sweep or near))
         gram = _gram((y @ (x.mT @ u) for x, y in _chosen(batches, members)), v)
-        v = _leading(gram, v, exactly=not sweep)
+        v = _leading(gram, v, exactly=not (sweep or near))
         captured.append(float((v * (gram @ v)).sum()))
         before = captured[-2] if len(captured) > 1 else 0.0
         if captured[-1] - before <= _STILL * min(captured[-1], total - captured[-1]):
@@ -114,13 +120,10 @@ def _leading(gram: Tensor, start: Tensor, *, exactly: bool) -> Tensor:
     return start
 
 
-def clustered(
-    batches: Batches, similar: Callable[[int], Tensor], count: int, groups: int, start: Bases, *, seed: int, sweeps: int
-) -> tuple[list[Bases], list[int]]:
-    """Several pairs of bases, and which one serves each of `count` deltas: k-means with a fit for the centre.
+def seeded(similar: Callable[[int], Tensor], count: int, groups: int, *, seed: int) -> Tensor:
+    """Which of at most `groups` groups each of `count` deltas begins in, (count,) int64.
 
-    Seeds as in k-means++ with 1 - cosine^2 for the distance; `similar(i)` are the cosines of delta i with all.
-    Assignment and fit take turns until nothing changes, and neither loses.
+    As in k-means++ with 1 - cosine^2 for the distance; `similar(i)` are the cosines of delta i with all.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(count, (1,), generator=generator))]
@@ -132,18 +135,25 @@ def clustered(
             break
         chosen.append(int(torch.multinomial(far, 1, generator=generator)))
         squares.append(similar(chosen[-1]).square())
-    where = torch.stack(squares).argmax(0)
-    fits = [start for _ in chosen]
-    for _ in range(_ROUNDS):
+    return torch.stack(squares).argmax(0)
+
+
+def clustered(batches: Batches, where: Tensor, start: Bases, *, sweeps: int) -> tuple[list[Bases], Tensor, Tensor]:
+    """Pairs of bases for groups that begin as in `where`, which one serves each delta, and what it captures of it.
+
+    Fit and assignment take turns until nothing changes, and neither loses.
+    """
+    fits = [start] * (int(where.max()) + 1)
+    for turn in range(_ROUNDS):
         for g in range(len(fits)):
             inside = (where == g).tolist()
             if any(inside):
-                fits[g] = joint(batches, fits[g], members=inside, sweeps=sweeps)[0]
-        new = torch.stack([_captured(batches, fit) for fit in fits]).argmax(0)
+                fits[g] = joint(batches, fits[g], members=inside, sweeps=sweeps, near=turn > 0)[0]
+        captured, new = torch.stack([_captured(batches, fit) for fit in fits]).max(0)
         if bool((new == where).all()):
             break
         where = new
-    return fits, where.tolist()
+    return fits, where, captured
 
 
 def _captured(batches: Batches, bases: Bases) -> Tensor:

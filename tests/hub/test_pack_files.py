@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,11 +139,15 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell peak memory")
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
-    """300 against 50: the batches of two targets at a time are larger, up to their limit, and that is all."""
-    peaks = []
+    """300 against 50: the deltas of two targets at a time stay in memory up to their limit, and that is all.
+
+    Blocks of a megabyte and more are given back when they are freed, so that what the program holds is seen, and not
+    what the allocator keeps for later.
+    """
+    peaks, env = [], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     for count in (50, 300):
         hub = write_hub(tmp_path / f"hub{count}", "shared", count, m=160, n=128, layers=2)
         command = [sys.executable, "-c", _MEASURE, str(hub), str(tmp_path / f"pack{count}")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280, env=env)
         peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 100 << 10, peaks  # in KiB
+    assert peaks[1] - peaks[0] < 64 << 10, peaks  # in KiB

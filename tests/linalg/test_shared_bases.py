@@ -18,6 +18,7 @@ from loratools.linalg.shared_bases import (
     diagonals,
     joint,
     left_over,
+    seeded,
 )
 
 
@@ -111,12 +112,14 @@ def test_clusters_are_found() -> None:
     truth = (order >= 5).long()
     outcomes = []
     for seed in range(8):  # restarts: alternation ends in what no single change betters
-        fits, where = clustered(lambda: halves(x, y), cosines, 10, 2, start(14, 12, 3), seed=seed, sweeps=20)
-        found = torch.tensor(where)
+        begin = seeded(cosines, 10, 2, seed=seed)
+        fits, found, captured = clustered(lambda: halves(x, y), begin, start(14, 12, 3), sweeps=20)
         error = 0.0
-        for d, g in zip(x @ y.mT, where, strict=True):
-            u, v = fits[g].u, fits[g].v
-            error += float((d - u @ (u.T @ d @ v) @ v.T).square().sum())
+        for d, g, share in zip(x @ y.mT, found, captured, strict=True):
+            u, v = fits[int(g)].u, fits[int(g)].v
+            lost = float((d - u @ (u.T @ d @ v) @ v.T).square().sum())
+            assert lost == pytest.approx(1 - float(share), abs=1e-12)
+            error += lost
         right = bool((found == truth).all() or (found == 1 - truth).all())
         assert right == (error < 1e-9)
         outcomes.append(right)

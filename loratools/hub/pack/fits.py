@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loratools._lazy import torch
 from loratools.hub.pack.layout import Method, Numbers, Shared
 from loratools.linalg.joint_diagonal import jointly_diagonal, shrunk
-from loratools.linalg.shared_bases import Bases, Batches, atoms, clustered, cores, diagonals, joint, left_over
+from loratools.linalg.shared_bases import Bases, Batches, atoms, clustered, cores, diagonals, joint, left_over, seeded
 from loratools.operators import LowRank
 from loratools.storage.atomic import explained
 
@@ -29,6 +30,7 @@ _PENALTIES: Final = (0.02, 0.1)  # shares of the largest coefficient
 _FITTED: Final = 64  # adapters that a diagonal fit is made on; the rest get coefficients
 _DIAGONAL_SWEEPS: Final = 12
 _RESTARTS: Final = 2
+_CLUSTER_SWEEPS: Final = 3
 # Squared relative error that codes add to a matrix of Gaussian numbers, in planning; what is reported is measured.
 CODED: Final = {0: 0.0, 4: 0.0105, 8: 4e-5}
 
@@ -93,6 +95,7 @@ def _fits(
     widths = [w for w in _WIDTHS if w <= least]
     if least and least not in widths and least <= WIDEST:
         widths.append(least)
+    begins: dict[int, list[Tensor]] = {}  # groups that clusters of so many begin in
     for i, width in enumerate(widths):
         start = Bases(torch.eye(size[0], width, dtype=torch.float64), torch.eye(size[1], width, dtype=torch.float64))
         whole = Shared("joint", width)
@@ -108,7 +111,11 @@ def _fits(
                     yield _Fit(Shared("atoms", width, 1, number), (found,), (all_[:number],))
         if "cluster" in methods and i % 2:
             for groups in (g for g in _GROUPS if 4 * g <= count and fits(Shared("cluster", width, g))):
-                yield _clusters(batches, count, groups, start, seed)
+                if groups not in begins:
+                    similar = partial(_cosines, batches)
+                    begins[groups] = [seeded(similar, count, groups, seed=seed + n) for n in range(_RESTARTS)]
+                clusters, begins[groups] = _clusters(batches, begins[groups], start)
+                yield clusters
         if methods & {"diag", "sparse"} and i % 2 and width <= _WIDEST_DIAGONAL and fits(Shared("diag", width)):
             bases = _diagonal(batches, count, width, seed)
             yield from (_Fit(Shared(m, width), (bases,)) for m in _DIAGONALS if m in methods)
@@ -117,25 +124,11 @@ def _fits(
 _DIAGONALS: Final[tuple[Method, ...]] = ("diag", "sparse")
 
 
-def _clusters(batches: Batches, count: int, groups: int, start: Bases, seed: int) -> _Fit:
-    """The best of some restarts."""
-
-    def similar(index: int) -> Tensor:
-        return _cosines(batches, index)
-
-    best: tuple[float, list[Bases]] | None = None
-    for restart in range(_RESTARTS):
-        found, where = clustered(batches, similar, count, groups, start, seed=seed + restart, sweeps=3)
-        captured = float(_by_group(batches, found, torch.tensor(where)).sum())
-        if best is None or captured > best[0] * (1 + 1e-9):
-            best = captured, found
-    assert best is not None
-    return _Fit(Shared("cluster", start.u.shape[1], len(best[1])), tuple(best[1]))
-
-
-def _by_group(batches: Batches, bases: list[Bases], where: Tensor) -> Tensor:
-    all_ = torch.stack([torch.cat([cores(x, y, b).square().sum((1, 2)) for x, y in batches()]) for b in bases])
-    return all_.gather(0, where.unsqueeze(0))[0]
+def _clusters(batches: Batches, begins: Sequence[Tensor], start: Bases) -> tuple[_Fit, list[Tensor]]:
+    """The best of some beginnings, and the groups that it ended in: where wider bases begin."""
+    ends = [clustered(batches, where, start, sweeps=_CLUSTER_SWEEPS) for where in begins]
+    found, where, _ = max(ends, key=lambda end: float(end[2].sum()))
+    return _Fit(Shared("cluster", start.u.shape[1], len(found)), tuple(found)), [where]
 
 
 def _cosines(batches: Batches, index: int) -> Tensor:
@@ -202,7 +195,7 @@ def _group(
     bases, at = fit.bases[g], 0
     captured, further, kept = [], [], []
     for x, y in batches():
-        squares = spectra[at : at + len(x)].sqrt()
+        squares = spectra[at : at + len(x), : x.shape[2]].sqrt()
         at += len(x)
         core, gained, count = _cores(x, y, fit, g, penalty)
         captured.append(gained.clamp(0, 1))

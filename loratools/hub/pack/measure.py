@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 WIDTH: Final = 256  # common coordinates of a target's deltas on either side, at most
 _STATE: Final = 192 << 20  # bytes of running bases at a time
-_BATCH: Final = 16 << 20  # bytes of deltas in common coordinates at a time
-
+_BATCH: Final = 4 << 20  # bytes of deltas in common coordinates, or on the widest bases, at a time
+_KEPT: Final = 16 << 20  # bytes of a target's deltas up to which they stay in memory
+_PADDING: Final = 1.5  # the largest rank of a batch by the smallest
 
 _PLAIN: Final = Numbers()
 
@@ -71,27 +73,33 @@ class _Target:
     name: str
     shape: Size
     places: dict[int, Place] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+    order: dict[int, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    spectra: list[Tensor] = field(default_factory=list)
+    spectra: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     sides: tuple[RunningBasis, RunningBasis] | None = None
     coordinates: tuple[Tensor, Tensor] | None = None
     scratch: BinaryIO | None = None
-
-    @property
-    def rank(self) -> int:
-        return max(min(p.rank, *self.shape) for p in self.places.values())
 
     @property
     def state(self) -> int:
         return 32 * sum(side * min(side, WIDTH) for side in self.shape)
 
     def begin(self) -> None:
+        """Order the adapters by rank, so that batches of them hold little padding."""
+        self.places = dict(sorted(self.places.items(), key=lambda item: (item[1].rank, item[0])))
+        self.ranks = [min(place.rank, *self.shape) for place in self.places.values()]
+        self.order = {member: at for at, member in enumerate(self.places)}
+        self.norms = [0.0] * len(self.ranks)
+        self.spectra = torch.zeros(len(self.ranks), self.ranks[-1], dtype=torch.float64)
         self.sides = RunningBasis(self.shape[0], WIDTH), RunningBasis(self.shape[1], WIDTH)
 
-    def see(self, delta: Delta) -> None:
+    def see(self, member: int, delta: Delta) -> None:
         assert self.sides is not None
-        self.norms.append(delta.norm)
-        self.spectra.append(torch.nn.functional.pad(delta.s.square(), (0, self.rank - len(delta.s))))
+        at = self.order[member]
+        self.norms[at] = delta.norm
+        self.spectra[at, : len(delta.s)] = delta.s.square()
         if len(self.places) > 1:
             self.sides[0].append(delta.u * delta.s.sqrt())
             self.sides[1].append(delta.vt.T * delta.s.sqrt())
@@ -102,35 +110,59 @@ class _Target:
         if len(self.places) > 1:
             self.coordinates = self.sides[0].vectors(), self.sides[1].vectors()
             self.scratch = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed once the target is measured
+            self.starts = [0, *accumulate(8 * self._width * rank for rank in self.ranks)]
         self.sides = None
 
-    def put(self, delta: Delta) -> None:
+    def put(self, member: int, delta: Delta) -> None:
         if self.scratch is None or self.coordinates is None:
             return
-        root, spare = delta.s.sqrt(), self.rank - len(delta.s)
+        at, root = self.order[member], delta.s.sqrt()
         x = self.coordinates[0].T @ (delta.u * root)
         y = self.coordinates[1].T @ (delta.vt.T * root)
-        row = torch.cat([*(torch.nn.functional.pad(t, (0, spare)).flatten() for t in (x, y))])
-        self.scratch.write(row.numpy().tobytes())
+        both = torch.nn.functional.pad(torch.cat([x, y]), (0, self.ranks[at] - len(root)))
+        self.scratch.seek(self.starts[at])
+        self.scratch.write(both.numpy().tobytes())
+
+    @property
+    def _width(self) -> int:
+        assert self.coordinates is not None
+        return sum(side.shape[1] for side in self.coordinates)
+
+    def nbytes(self) -> int:
+        """Of all deltas in common coordinates."""
+        return self.starts[-1]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left and right factors (b, p, r) and (b, q, r) of some adapters at a time."""
+        """Left and right factors (b, p, r) and (b, q, r) of some adapters of like rank at a time."""
         assert self.scratch is not None
         assert self.coordinates is not None
-        p, q, r = self.coordinates[0].shape[1], self.coordinates[1].shape[1], self.rank
-        row = 8 * (p + q) * r
-        # a batch times the widest bases has to fit too
-        at, count = 0, max(1, _BATCH // max(row, 8 * (p + q) * WIDEST))
+        p, width, at = self.coordinates[0].shape[1], self._width, 0
         self.scratch.flush()
-        while at < len(self.places):
-            n = min(count, len(self.places) - at)
-            data = torch.empty(n * (p + q) * r, dtype=torch.float64)
-            self.scratch.seek(at * row)
-            if self.scratch.readinto(data.numpy().data.cast("B")) != n * row:  # type: ignore[attr-defined]
-                raise AdapterError("the scratch file became shorter while it was read; free some space")
-            both = data.reshape(n, p + q, r)
-            yield both[:, :p], both[:, p:]
-            at += n
+        while at < len(self.ranks):
+            # a batch times the widest bases has to fit too
+            end, least = at + 1, _PADDING * self.ranks[at]
+            while end < len(self.ranks) and self.ranks[end] <= least:
+                if (end - at + 1) * 8 * width * max(self.ranks[end], WIDEST) > _BATCH:
+                    break
+                end += 1
+            yield (both := self._read(at, end, width))[:, :p], both[:, p:]
+            at = end
+
+    def _read(self, at: int, end: int, width: int) -> Tensor:
+        """(end - at, width, the largest rank)."""
+        assert self.scratch is not None
+        data = torch.empty((self.starts[end] - self.starts[at]) // 8, dtype=torch.float64)
+        self.scratch.seek(self.starts[at])
+        if self.scratch.readinto(data.numpy().data.cast("B")) != 8 * len(data):  # type: ignore[attr-defined]
+            raise AdapterError("the scratch file became shorter while it was read; free some space")
+        ranks = self.ranks[at:end]
+        if ranks[0] == ranks[-1]:
+            return data.reshape(end - at, width, ranks[0])
+        both, start = data.new_zeros(end - at, width, ranks[-1]), 0
+        for row, rank in zip(both, ranks, strict=True):
+            row[:, :rank] = data[start : start + width * rank].reshape(width, rank)
+            start += width * rank
+        return both
 
 
 def measured(
@@ -143,12 +175,12 @@ def measured(
     for chunk in _chunks(_targets(members)):
         for target in chunk:
             target.begin()
-        for target, delta in _deltas(members, chunk):
-            target.see(delta)
+        for target, member, delta in _deltas(members, chunk):
+            target.see(member, delta)
         for target in chunk:
             target.turn(scratch)
-        for target, delta in _deltas(members, [t for t in chunk if t.coordinates is not None]):
-            target.put(delta)
+        for target, member, delta in _deltas(members, [t for t in chunk if t.coordinates is not None]):
+            target.put(member, delta)
         work = partial(_measured, ways=ways, scratch=scratch)
         for found in ordered_map(work, chunk, workers=worker_count("cpu")):
             yield found
@@ -179,7 +211,7 @@ def _chunks(targets: Sequence[_Target]) -> Iterator[list[_Target]]:
         yield chunk
 
 
-def _deltas(members: Sequence[Member], targets: Sequence[_Target]) -> Iterator[tuple[_Target, Delta]]:
+def _deltas(members: Sequence[Member], targets: Sequence[_Target]) -> Iterator[tuple[_Target, int, Delta]]:
     """One adapter after the other, each opened once."""
     for i, member in enumerate(members):
         wanted = [t for t in targets if i in t.places]
@@ -191,7 +223,7 @@ def _deltas(members: Sequence[Member], targets: Sequence[_Target]) -> Iterator[t
                     own = target.places[i].target
                     with naming(own):
                         delta = delta_of(adapter[own])
-                    yield target, delta
+                    yield target, i, delta
         except REFUSED as error:
             raise UnusableError(i, unreadable(error)) from error
 
@@ -199,15 +231,14 @@ def _deltas(members: Sequence[Member], targets: Sequence[_Target]) -> Iterator[t
 def _measured(target: _Target, ways: Ways, scratch: Path) -> Measured:
     members = torch.tensor(list(target.places))
     norms = torch.tensor(target.norms, dtype=torch.float64)
-    spectra = torch.stack(target.spectra)
     found: tuple[Candidate, ...] = ()
     if target.coordinates is not None and bool((norms > 0).any()):
-        kept = list(target.batches()) if len(target.places) * target.rank * 16 * WIDTH <= _BATCH else None
+        kept = list(target.batches()) if target.nbytes() <= _KEPT else None
         batches = target.batches if kept is None else lambda: iter(kept)
         found = tuple(
             candidates(
                 batches,
-                spectra,
+                target.spectra,
                 target.coordinates,
                 methods=ways.methods,
                 numbers=ways.numbers,
@@ -220,7 +251,7 @@ def _measured(target: _Target, ways: Ways, scratch: Path) -> Measured:
     if target.scratch is not None:
         target.scratch.close()
     target.coordinates = target.scratch = None
-    return Measured(target.name, target.shape, members, norms, spectra, found)
+    return Measured(target.name, target.shape, members, norms, target.spectra, found)
 
 
 def _plain_bytes(target: _Target, numbers: Numbers) -> int:
