@@ -234,17 +234,21 @@ def check_destination(adapter: Adapter, path: Path, *, force: bool) -> None:
         raise OutputError(f"{printable(taken[0])}: exists already; choose another output or pass --force")
 
 
-def save(adapter: Adapter, path: str | os.PathLike[str], *, force: bool = False) -> Saved:
+def save(adapter: Adapter, path: str | os.PathLike[str], *, force: bool = False, shared: bool = False) -> Saved:
     """Write an adapter in its own dialect: a folder for PEFT with a config, one safetensors file otherwise.
 
     An adapter as loaded is written back tensor for tensor and field for field. Raises OutputError where the destination
-    exists and `force` is not given, or cannot be written; it is then untouched.
+    exists and `force` is not given, or cannot be written; it is then untouched. `shared` is for a folder in which
+    others write at the same time: what lies there is let be, and the config goes there before the weights.
     """
-    return write(adapter, ((t, e.read()) for t, e in adapter.entries.items()), Path(path), force=force)
+    updates = ((t, e.read()) for t, e in adapter.entries.items())
+    return write(adapter, updates, Path(path), force=force, shared=shared)
 
 
-def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *, force: bool = False) -> Saved:
-    """Stream `updates` of the targets of `adapter`, in any order, then its extras, to `path`.
+def write(
+    adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *, force: bool = False, shared: bool = False
+) -> Saved:
+    """Stream `updates` of the targets of `adapter`, in any order, then its extras, to `path`; `shared` as `save`.
 
     Nothing exists at the destination before all of it does. ValueError where a target is missing.
     """
@@ -256,7 +260,7 @@ def write(adapter: Adapter, updates: Iterable[tuple[str, Update]], path: Path, *
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         return Saved(weights, weights, nbytes, None)
-    with AtomicFolder(weights.parent) as folder:
+    with AtomicFolder(weights.parent, shared=shared, last=weights.name) as folder:
         with SafetensorsSink(folder.temporary / weights.name, reserve=header_room(adapter)) as sink:
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))

@@ -16,7 +16,7 @@ from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.engines import in_order, local_executor
 from loratools.hub.listing import names_of, stated_run
 from loratools.hub.measuring import Place, given_up, measured, ready
-from loratools.hub.receipts import FOLDER, Receipt, place_of, read_receipt, receipt_stems
+from loratools.hub.receipts import RUN, Receipt, place_of, read_receipt, receipt_stems
 from loratools.reports.hub import CatalogReport
 from loratools.reports.output import require
 from loratools.storage.atomic import refuse_existing
@@ -54,7 +54,7 @@ def catalog(
     earlier: Iterator[CatalogRow] = iter(())
     if how.resume and not how.force and path.exists() and catalog_version(path) == __version__:
         earlier = catalog_rows(path)
-    stated = stated_run(hub) if (hub / FOLDER / "run.json").is_file() else None
+    stated = stated_run(hub) if (hub / RUN).is_file() else None
     waiting = sorted(discover(hub) if stated is None else receipt_stems(hub), key=_order)
     step = steps(len(waiting), "adapters") if steps else lambda: None
     counts: Counter[str] = Counter()

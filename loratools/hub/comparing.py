@@ -7,12 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratools.errors import LoratoolsError
 from loratools.files import load
 from loratools.hub.pairs import Regression, Shared, regress, shared
-from loratools.hub.work import reason_of
-
-_EXPLAINED = (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError)
+from loratools.hub.work import FAILURES, reason_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def confirm(job: PairJob) -> list[tuple[int, int, Shared | str]]:
     """The numbers of each pair, or why it has none; what fails together is tried one by one."""
     try:
         return _pairs(job, job.others)
-    except _EXPLAINED as error:
+    except FAILURES as error:
         if len(job.others) == 1:
             return pairs_given_up(job, reason_of(error))
         return [found for other in job.others for found in confirm(PairJob(job.row, job.path, (other,)))]
@@ -62,7 +59,7 @@ def confirm_merge(job: MergeJob) -> tuple[MergeJob, Regression | str]:
         with ExitStack() as stack:
             adapter = stack.enter_context(load(job.path))
             return job, regress(adapter, [stack.enter_context(load(path)) for _, path in job.terms])
-    except _EXPLAINED as error:
+    except FAILURES as error:
         return merge_given_up(job, reason_of(error))
 
 

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from loratools.errors import InputError
 from loratools.files import SUFFIXES, WEIGHTS_NAMES
 from loratools.storage.atomic import printable
+
+_DEPTH: Final = 64  # of folders in each other: hubs have a few
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,17 @@ class Refused:
 def discover(hub: Path, *, without: Path | None = None) -> Iterator[Found | Refused]:
     """Every folder and lone file that could be an adapter, in the order of their names; `without` is passed over.
 
-    Symbolic links are not followed out of the hub, nor into folders. Hidden folders and files are passed over. Raises
-    InputError where `hub` is no folder that can be read.
+    Symbolic links are not followed out of the hub, nor into folders. Hidden folders and files are passed over. A folder
+    in it that cannot be read is refused. Raises InputError where `hub` itself is no folder that can be read.
     """
     if not hub.is_dir():
         raise InputError(f"{printable(hub)}: is no folder of adapters")
     try:
-        inside = hub.resolve()
-        yield from _walk(hub, "", inside, None if without is None else _name_within(inside, without.resolve()))
-    except PermissionError as error:
-        raise InputError(f"{printable(Path(str(error.filename or hub)))}: permission denied") from error
+        os.scandir(hub).close()
+    except OSError as error:
+        raise InputError(f"{printable(hub)}: cannot be read: {error.strerror}") from error
+    inside = hub.resolve()
+    yield from _walk(hub, "", inside, None if without is None else _name_within(inside, without.resolve()))
 
 
 def _name_within(inside: Path, place: Path) -> str | None:
@@ -58,9 +62,16 @@ def _walk(folder: Path, name: str, inside: Path, without: str | None) -> Iterato
     """What lies in one folder, whose own name within the hub is `name`."""
     if name == without:
         return
+    if name.count("/") >= _DEPTH:
+        yield Refused(name, f"lies deeper than {_DEPTH} folders")
+        return
     try:
-        entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+        with os.scandir(folder) as there:
+            entries = sorted((e for e in there if not e.name.startswith(".")), key=lambda e: e.name)
     except (FileNotFoundError, NotADirectoryError):  # gone since its own folder was read
+        return
+    except OSError as error:
+        yield Refused(name, f"cannot be read: {error.strerror}")
         return
     files = [e.name for e in entries if not e.is_symlink() or _stays(Path(e.path), inside)]
     whole = any(weights in files for weights in WEIGHTS_NAMES) and name != ""

@@ -89,7 +89,7 @@ def outcomes(
         in_hand: dict[Future[R], T] = {}
         while True:
             while len(in_hand) < _AHEAD * workers and (job := next(waiting, None)) is not None:
-                in_hand[executor.submit(work, job)] = job
+                in_hand[_submitted(executor, work, job)] = job
             if not in_hand:
                 break
             done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
@@ -144,6 +144,16 @@ def in_order(
             following += 1
 
 
+def _submitted(executor: Executor, work: Callable[[T], R], job: T) -> Future[R]:
+    """The future of a job; of a pool that has broken since it was looked at, one that says so as the others do."""
+    try:
+        return executor.submit(work, job)
+    except BrokenProcessPool as error:
+        refused: Future[R] = Future()
+        refused.set_exception(error)
+        return refused
+
+
 def _keeping_number(work: Callable[[T], R], job: tuple[int, T]) -> tuple[int, R]:
     return job[0], work(job[1])
 
@@ -182,7 +192,7 @@ def _alone(make: Callable[[], Executor], work: Callable[[T], R], job: T, given_u
     for _ in range(_CRASHES):
         executor = make()
         try:
-            future = executor.submit(work, job)
+            future = _submitted(executor, work, job)
             if not isinstance(future.exception(), BrokenProcessPool):
                 return _outcome(future, job, given_up)
         finally:

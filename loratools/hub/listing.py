@@ -17,7 +17,7 @@ from loratools.hub.receipts import RUN, receipts
 from loratools.hub.remote import Held, discover_remote, headers
 from loratools.hub.run import row_of
 from loratools.hub.scratch import scratch
-from loratools.hub.work import facts_of, reason_of
+from loratools.hub.work import FAILURES, facts_of, reason_of
 from loratools.reports.hub import HubListReport, HubRunReport, Listed
 from loratools.storage.places import Place, parse_place, shown
 from loratools.storage.remote import Remote
@@ -55,7 +55,7 @@ def _listed_remote(hub: Remote, found: Held | Refused) -> Listed:
     with scratch() as folder:
         try:
             path = headers(hub, found, folder)
-        except (LoratoolsError, OSError) as error:
+        except FAILURES as error:
             return Listed(found.name, reason=reason_of(error).replace(str(folder), str(hub)))
         row = _listed(found.name, Found(found.name, path))
         return replace(row, reason=row.reason.replace(str(folder), str(hub)))
@@ -76,7 +76,7 @@ def _listed(name: str, found: Found | Refused) -> Listed:
                 adapter.file_nbytes,
                 facts["base_model"] or "",
             )
-    except (LoratoolsError, OSError) as error:
+    except FAILURES as error:
         return Listed(name, reason=reason_of(error))
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratools.errors import AdapterError, InputError, LoratoolsError
+from loratools.errors import AdapterError, InputError
 from loratools.files import load
 from loratools.hub.catalog import CatalogRow
 from loratools.hub.receipts import Stamp, is_unchanged, stamp_of
 from loratools.hub.sketches import SEED, sketch
-from loratools.hub.work import facts_of, reason_of, sources_of
+from loratools.hub.work import FAILURES, facts_of, reason_of, sources_of
 from loratools.linalg.norms import frobenius_norm
 from loratools.ops.spectra import measure
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter, Entry
     from loratools.ops.spectra import Measured
 
-_FAILURES = (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError)
 _CHANGED = "has changed since the run; what the receipt says of it may not hold"
 
 
@@ -51,7 +50,7 @@ def ready(place: Place) -> CatalogRow | None:
         return None
     try:
         names = [name for name, _ in _files(place)]
-    except _FAILURES:
+    except FAILURES:
         return None
     stamps = [place.stamps.get(name) for name in names]
     if any(s is None or not is_unchanged(place.hub / n, s, read=False) for n, s in zip(names, stamps, strict=True)):
@@ -74,7 +73,7 @@ def measured(place: Place) -> CatalogRow:
         if not all(is_unchanged(place.hub / name, stamp) for name, stamp in stamps.items()):
             raise InputError(f"{name}: was changed while it was read; do it again")
         return _checked(replace(row, path=name, sha256=stamp.sha256), place)
-    except _FAILURES as error:
+    except FAILURES as error:
         return replace(place.stated, status="failed", reason=reason_of(error))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _LINES = 1 << 18  # of a log, at a time
 _EXAMPLES = 5
+_MOST_COUNT = 1e15  # whose sums are exact to a request, or nearly so
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +159,9 @@ def _is_number(text: str) -> bool:
 
 def _count(text: str, path: Path, number: int) -> float:
     value = float(text) if _is_number(text) else -1.0
-    if not 0 <= value < float("inf"):
-        raise InputError(f"{printable(path)}: line {number}: {text[:40]!r} is no count; give a number from 0")
+    if not 0 <= value <= _MOST_COUNT:
+        wanted = f"give a number from 0 to {_MOST_COUNT:g}"
+        raise InputError(f"{printable(path)}: line {number}: {text[:40]!r} is no count; {wanted}")
     return value
 
 

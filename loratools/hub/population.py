@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from loratools.errors import LoratoolsError, UsageError
+from loratools.errors import UsageError
 from loratools.files import load
 from loratools.hub.discover import Found, discover
+from loratools.hub.work import FAILURES
 from loratools.ops.check import check, server_named
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def population_of_hub(hub: Path, server: str, *, steps: Steps | None = None) -> 
                 raise UsageError(found.reason)
             with load(found.path) as adapter:
                 columns.append(_columns(adapter, row, server, shapes, bases, reasons))
-        except (LoratoolsError, OSError):
+        except FAILURES:
             columns.append((0, shapes(()), bases(""), reasons(UNREADABLE), False))
         step()
     table = np.array(columns, np.int64).reshape(-1, 5)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loratools.errors import InputError
 from loratools.hub.catalog import read_catalog
 from loratools.hub.footprint import unfit_shapes
 from loratools.hub.population import UNREADABLE, Numbered, Population, Shapes, Steps, requirement_text
 from loratools.ops.check import server_named
+from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +24,8 @@ _COLUMNS: Final = (
     *("name", "status", "dialect", "families", "base_model", "rank"),
     *("targets", "target_rows", "target_columns", "target_ranks"),
 )
+_PARALLEL: Final = ("target_rows", "target_columns", "target_ranks")
+_MOST: Final = 1 << 24  # of ranks and sides: sums of their products are to fit into 64 bits
 _CAVEAT: Final = (
     "a catalog does not tell of rsLoRA, biases, convolutions, other tensors and initialisations; "
     "loratools check does, for one adapter"
@@ -29,7 +33,7 @@ _CAVEAT: Final = (
 
 
 def population_of_catalog(path: Path, server: str, *, steps: Steps | None = None) -> Population:
-    """From the columns that matter; InputError for what is no catalog."""
+    """From the columns that matter; InputError for what is no catalog, or holds what no adapter has."""
     row = server_named(server)
     batches = read_catalog(path, _COLUMNS)
     import pyarrow as pa
@@ -49,6 +53,7 @@ def population_of_catalog(path: Path, server: str, *, steps: Steps | None = None
         rules.append((texts.number(requirement_text(row, "rank-at-most-512")), lambda f: f.ranks > row.max_ranks[-1]))
     names, columns = [], []
     for batch in batches:
+        _refuse_misfits(batch, path)
         facts = _Facts.of(batch, texts)
         reasons = texts.shape_reasons(facts.shapes)
         for number, broken in reversed(rules):  # the first that is broken is told
@@ -65,6 +70,20 @@ def population_of_catalog(path: Path, server: str, *, steps: Steps | None = None
         ranks, shapes, bases, whys, mixed.astype(bool),
         texts.shapes.things, texts.bases.things, texts.reasons.things, CatalogSpectra(path), _CAVEAT,
     )  # fmt: skip
+
+
+def _refuse_misfits(batch: pa.RecordBatch, path: Path) -> None:
+    """InputError where the columns of targets are not parallel, or hold numbers that no adapter has."""
+    remedy = "write it again with loratools hub catalog"
+    lengths = _integers(batch.column("targets").value_lengths())
+    for name in _PARALLEL:
+        if not np.array_equal(lengths, _integers(batch.column(name).value_lengths())):
+            raise InputError(f"{printable(path)}: {name} does not go with the targets; {remedy}")
+    for name in ("rank", *_PARALLEL):
+        column = batch.column(name)
+        numbers = _integers(column if name == "rank" else column.flatten())
+        if numbers.min(initial=0) < 0 or numbers.max(initial=0) > _MOST:
+            raise InputError(f"{printable(path)}: {name} holds numbers below 0 or above {_MOST}; {remedy}")
 
 
 class _Texts:

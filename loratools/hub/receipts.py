@@ -67,7 +67,8 @@ class Receipt:
 
     def save(self, out: Place, stem: str) -> None:
         """Write it, whole or not at all."""
-        put_whole(place_of(out, stem), self.to_json(), upload_place(out, stem))
+        # Not fsynced, for the output was: a receipt that a failing machine loses only has the work done again.
+        put_whole(place_of(out, stem), self.to_json(), upload_place(out, stem), durable=False)
 
 
 @overload

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ class Worked:
     """An adapter after a step: how it is to be packed at the end, what was lost so far, and what was said.
 
     `whole` is the relative error of all deltas against the source, where it is known without comparing the files: one
-    step lost something, and told of every target.
+    step lost something, and told of every target. `rounded`: a step has other numbers stored than it was given.
     """
 
     adapter: Adapter
@@ -38,6 +39,7 @@ class Worked:
     errors: tuple[tuple[str, float], ...] = ()  # verb, relative error against what it was given
     warnings: tuple[str, ...] = ()
     whole: float | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,13 @@ class Step:
             if name not in known or name == "worked":
                 there = ", ".join(n for n in known if n != "worked")
                 raise UsageError(f"{self.verb} has no option {name!r} in a recipe; there are {there}")
-            if isinstance(value, dict | list) or value is None:
-                raise UsageError(f"{self.verb}: {name} is {value!r}; give a number, a word or a flag")
+            kinds = _kinds(known[name].annotation)
+            if not _suits(value, kinds):
+                wanted = " or ".join(words for kind, words in _WORDS.items() if kind in kinds)
+                raise UsageError(f"{self.verb}: {name} is {value!r}; give {wanted}")
+        for name, parameter in known.items():
+            if parameter.default is inspect.Parameter.empty and name != "worked" and name not in self.options:
+                raise UsageError(f"{self.verb} needs {name}= in a recipe")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,24 @@ class Recipe:
         for step in self.steps:
             worked = VERBS[step.verb](worked, **step.options)
         return worked
+
+
+_WORDS: Mapping[str, str] = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}
+
+
+def _kinds(annotation: str) -> frozenset[str]:
+    """What an option may be, by its annotation."""
+    return frozenset(annotation.split(" | ")) - {"None"}
+
+
+def _suits(value: Any, kinds: frozenset[str]) -> bool:
+    if isinstance(value, bool):
+        return "bool" in kinds
+    if isinstance(value, int):
+        return bool(kinds & {"int", "float", "str"})  # a size may be a number of bytes
+    if isinstance(value, float):
+        return math.isfinite(value) and bool(kinds & {"float", "str"})
+    return isinstance(value, str) and "str" in kinds
 
 
 def parse_steps(texts: Sequence[str]) -> Recipe:
@@ -192,7 +217,8 @@ def _convert(
     how = Convert(Lowering(exact, rank, energy), portable, fold_alpha, drop=kinds, dtype=dtype)  # type: ignore[arg-type]
     made, report = convert(worked.adapter, to, how)
     error = max((t.relative_error for t in report.targets.values() if t.relative_error is not None), default=None)
-    return _after(worked, made, "convert", error, report.warnings)
+    after = _after(worked, made, "convert", error, report.warnings)
+    return after if dtype is None else replace(after, rounded=True)
 
 
 def _reparameterize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,8 +47,11 @@ def fit(labels: Sequence[str], features: Tensor, *, encoder: str | None = None, 
     """
     units = unit_rows(features, len(labels))
     scenarios = []
-    for name in sorted(set(labels) - {FALLBACK}):
-        rows = units[[i for i, label in enumerate(labels) if label == name]]
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        places[label].append(i)
+    for name in sorted(set(places) - {FALLBACK}):
+        rows = units[places[name]]
         if len(rows) < 2:
             raise InputError(f"{name}: has one example only, from which no threshold can be had; give at least two")
         centroids, members = _clusters(rows, min(options.centroids, len(rows)))
@@ -63,13 +67,13 @@ def held_out(labels: Sequence[str]) -> list[bool]:
 
     InputError for an adapter with fewer than three, which leaves too few to fit.
     """
-    seen: dict[str, int] = {}
-    counts = {label: list(labels).count(label) for label in set(labels)}
+    seen: Counter[str] = Counter()
+    counts = Counter(labels)
     if few := sorted(label for label, count in counts.items() if count < 3 and label != FALLBACK):
         raise InputError(f"{few[0]}: has {counts[few[0]]} examples; give at least three, one of which is held out")
     chosen = []
     for label in labels:
-        seen[label] = seen.get(label, 0) + 1
+        seen[label] += 1
         every = min(_HELD_OUT, counts[label])
         chosen.append(label == FALLBACK or seen[label] % every == 0)
     return chosen

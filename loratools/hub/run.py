@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from loratools._version import __version__
 from loratools.errors import OutputError, UsageError
 from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.engines import local_executor, outcomes
+from loratools.hub.leftovers import clear_leftovers
 from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, upload_place
 from loratools.hub.remote import Held, discover_remote
 from loratools.hub.scratch import sweep
@@ -80,8 +81,11 @@ def run(
     mine = [job for job in mine if job.name not in clashes]
     step = steps(len(mine), "adapters") if steps else lambda: None
     _state(out, recipe, hub)
-    kept = _fresh(mine, out) if how.resume and not how.force else {}
-    for receipt in kept.values():
+    if isinstance(out, Path):
+        clear_leftovers(out, (job.stem for job in mine))
+    kept: set[str] = set()
+    for receipt in _fresh(mine, out) if how.resume and not how.force else ():
+        kept.add(receipt.name)
         rows.append(row_of(receipt, "kept"))
         step()
     todo = [job for job in mine if job.name not in kept]
@@ -94,6 +98,8 @@ def run(
         for receipt in outcomes(make, process, todo, workers=how.workers, given_up=_given_up):
             rows.append(row_of(receipt, receipt.status))
             step()
+        if isinstance(out, Path):
+            clear_leftovers(out, (job.stem for job in todo))  # of workers that died
     rows.sort(key=lambda row: row.name)
     return HubRunReport(str(out), tuple(recipe.spelt()), tuple(rows))
 
@@ -120,12 +126,12 @@ def _jobs(recipe: Recipe, hub: Place, out: Place) -> tuple[list[Job], list[Refus
     return jobs, [f for f in found if isinstance(f, Refused)]
 
 
-def _fresh(jobs: list[Job], out: Place) -> dict[str, Receipt]:
-    """The receipts of what an earlier run did, and nothing has changed since."""
+def _fresh(jobs: list[Job], out: Place) -> Iterator[Receipt]:
+    """The receipts of what an earlier run did, and nothing has changed since; one at a time in memory."""
     there = out.listing() if isinstance(out, Remote) else {}
     known = [job for job in jobs if isinstance(out, Path) or f"{RECEIPTS}/{job.stem}.json" in there]
     found = zip(known, read_receipts(out, [job.stem for job in known]), strict=True)
-    return {job.name: receipt for job, receipt in found if receipt is not None and is_fresh(job, receipt, there)}
+    yield from (receipt for job, receipt in found if receipt is not None and is_fresh(job, receipt, there))
 
 
 def _given_up(job: Job, reason: str) -> Receipt:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loratools.errors import AdapterError, LoratoolsError, naming
+from loratools.errors import AdapterError, naming
 from loratools.files import load
 from loratools.hub.discover import Refused, discover
 from loratools.hub.engines import outcomes
 from loratools.hub.sketches import LENGTH, SEED, sketch
-from loratools.hub.work import reason_of
+from loratools.hub.work import FAILURES, reason_of
 from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def sketched(member: Member) -> Member:
         with load(member.path) as adapter:
             digest = adapter.origin.sha256() if adapter.origin else None
             return checked(replace(member, sketch=sketch(adapter), sha256=digest))
-    except (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError) as error:
+    except FAILURES as error:
         return replace(member, sha256=digest, reason=reason_of(error))
 
 

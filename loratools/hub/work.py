@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loratools._version import __version__
 from loratools.adapter import Adapter
@@ -23,6 +22,7 @@ from loratools.hub.receipts import (
     Stamp,
     is_unchanged,
     place_of,
+    read_receipt,
     stamp_of,
     upload_mark,
     upload_place,
@@ -35,6 +35,9 @@ from loratools.ops.quantize import quantize_file
 from loratools.storage.atomic import explained
 from loratools.storage.places import Place, shown
 from loratools.storage.remote import Entry, Remote
+
+# What bad input and bad luck raise in the work on one adapter; anything else is told by the executor.
+FAILURES: Final = (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,18 @@ def _processed(job: Job, hub: Path, out: Path) -> Receipt:
     began = time.monotonic()
     sources: dict[str, Stamp] = {}
     try:
-        _clear(job)
+        earlier = _clear(job)
         if isinstance(job.hub, Remote):
             sources = fetched(job.hub, job.files, hub)
         else:
             sources = {str(p.relative_to(hub)): stamp_of(p) for p in sources_of(hub / job.name)}
         with load(hub / job.name) as adapter:
-            worked = job.recipe.run(adapter)
+            worked = job.recipe.run(_hashed(adapter, sources))
             before = adapter.file_nbytes
             outputs = _written(out / job.stem, worked)
             error = _error(adapter, worked, outputs[0])
         stamps = _delivered(job, out, outputs)
+        _retire(job, {name: stamp for name, stamp in earlier.items() if name not in stamps})
         size = sum(stamp.size for stamp in stamps.values())
         return Receipt(
             job.name,
@@ -102,8 +106,16 @@ def _processed(job: Job, hub: Path, out: Path) -> Receipt:
             tuple(told(text) for text in worked.warnings),
             round(time.monotonic() - began, 3),
         )
-    except (LoratoolsError, OSError, MemoryError, ValueError, RuntimeError, KeyError) as error:
+    except FAILURES as error:
         return failed(job, told(reason_of(error)), sources, time.monotonic() - began)
+
+
+def _hashed(adapter: Adapter, sources: Mapping[str, Stamp]) -> Adapter:
+    """The adapter with the hash that its stamp has, which the record of the output would read the file again for."""
+    name, stamp = next(iter(sources.items()))  # the weights
+    if adapter.origin is None or name.endswith(".index.json"):  # whose container is all shards
+        return adapter
+    return replace(adapter, origin=replace(adapter.origin, sha256=lambda: stamp.sha256))
 
 
 def _delivered(job: Job, out: Path, outputs: list[Path]) -> dict[str, Stamp]:
@@ -174,13 +186,14 @@ def _written(place: Path, worked: Worked) -> list[Path]:
         return [saved.path]
     if not is_folder_adapter(worked.adapter):
         return [save(worked.adapter, destination_weights(worked.adapter, _named(place)), force=True).weights]
-    saved = save(worked.adapter, place, force=True)
+    saved = save(worked.adapter, place, force=True, shared=True)  # adapters may lie in folders of others
     return [saved.weights, *([saved.config] if saved.config else [])]
 
 
 def _error(before: Adapter, worked: Worked, weights: Path) -> float | None:
     """Of all steps together as written; None where targets have other names now, or their deltas need the base."""
-    if worked.packing is None and (worked.whole is not None or not worked.errors):
+    is_known = worked.packing is None and not worked.rounded
+    if is_known and (worked.whole is not None or not worked.errors):
         return worked.whole
     with load(weights) as after:
         if list(before) != list(after):
@@ -210,23 +223,34 @@ def facts_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _clear(job: Job) -> None:
-    """Remove what an interrupted run left of this very output, and its receipt."""
+def _clear(job: Job) -> Mapping[str, Stamp]:
+    """Remove the receipt: from here on the output is in no state that one vouches for; elsewhere uploads of it too.
+
+    What the receipt vouched for, of an output on this machine.
+    """
     if isinstance(job.out, Remote):
         place_of(job.out, job.stem).delete()
         _clear_uploads(job.out, job.stem)
+        return {}
+    place = place_of(job.out, job.stem)
+    receipt = read_receipt(place)
+    with explained(place), suppress(FileNotFoundError):
+        place.unlink()
+    return {} if receipt is None else receipt.outputs
+
+
+def _retire(job: Job, outputs: Mapping[str, Stamp]) -> None:
+    """Remove outputs of an earlier recipe that this one did not replace, where they are what that one wrote."""
+    if not outputs or not isinstance(job.out, Path):
         return
-    place = job.out / job.stem
-    with explained(place):
-        for name in (place.name, f"{place.name}.safetensors", f"{place.name}.gguf"):
-            for left in place.parent.glob(f".{_escaped(name[:60])}.????????.*"):
-                if left.suffix in (".tmp", ".old"):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-        receipt = place_of(job.out, job.stem)
-        for left in receipt.parent.glob(f".{_escaped(receipt.name[:60])}.????????.tmp"):
-            left.unlink()
-    with suppress(FileNotFoundError):
-        receipt.unlink()  # from here on the output is in no state that a receipt vouches for
+    for name, stamp in outputs.items():
+        folder, _, leaf = name.rpartition("/")
+        own = folder == job.stem and leaf not in ("", ".", "..")
+        if (own or name in (f"{job.stem}.safetensors", f"{job.stem}.gguf")) and is_unchanged(job.out / name, stamp):
+            with explained(job.out / name):
+                (job.out / name).unlink()
+    with suppress(OSError):  # nothing of it, or something of others there
+        (job.out / job.stem).rmdir()
 
 
 def _clear_uploads(out: Remote, stem: str) -> None:
@@ -238,10 +262,6 @@ def _clear_uploads(out: Remote, stem: str) -> None:
     for name in uploads.files():
         if name.startswith(f"{upload_mark(stem)}."):
             (uploads / name).delete()
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def check_names(jobs: list[Job]) -> dict[str, str]:

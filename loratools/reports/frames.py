@@ -36,6 +36,10 @@ class Tabular(Protocol):
 
     def rows(self) -> Iterator[dict[str, Any]]: ...
 
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a pandas frame; MissingExtraError without pandas."""
+        return to_frame(self)
+
 
 def to_frame(report: Tabular) -> pd.DataFrame:
     """The rows as a pandas frame; a gap is <NA>, or NaN in a column of floats. MissingExtraError without pandas."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from loratools.reports.frames import Kind
+from loratools.reports.frames import Kind, Tabular
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class HubListReport:
+class HubListReport(Tabular):
     """Every place that looked like an adapter, in the order of names."""
 
     columns: ClassVar[Mapping[str, Kind]] = {
@@ -54,12 +51,6 @@ class HubListReport:
         for adapter in self.adapters:
             yield asdict(adapter)
 
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -79,7 +70,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class HubRunReport:
+class HubRunReport(Tabular):
     """All rows, in the order of names; `missing` are adapters of the hub without any receipt, where that was asked.
 
     A warning says so where the hub could not be asked.
@@ -122,12 +113,6 @@ class HubRunReport:
         """One row for each adapter, with the keys of `columns`."""
         for row in self.adapters:
             yield asdict(row)
-
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from loratools.reports.frames import Kind
+from loratools.reports.frames import Kind, Tabular
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class HubPlanReport:
+class HubPlanReport(Tabular):
     """The plan for one server and one base model.
 
     `capacity` is in cells for S-LoRA, of `unit_bytes`, after `reserve_tokens`; in bytes for vLLM. `facts` is what the
@@ -139,12 +136,6 @@ class HubPlanReport:
         """One row for each adapter of the hub, with the keys of `columns`."""
         for planned in self.every():
             yield asdict(planned)
-
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)
 
 
 def _plain(value: Any) -> Any:

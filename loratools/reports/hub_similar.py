@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from loratools.reports.frames import Kind
+from loratools.reports.frames import Kind, Tabular
 
 Relation = Literal["copy", "scaled copy", "derivative", "other", "same bytes"]
 
@@ -71,7 +68,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class HubSimilarReport:
+class HubSimilarReport(Tabular):
     """Pairs by magnitude of their cosine, in the order of names where it is the same.
 
     With `to`, every pair is of that adapter, which need not lie in the hub, and there are no clusters.
@@ -129,9 +126,3 @@ class HubSimilarReport:
                     "same_bytes": False,
                     "note": f"one of {len(merge.terms)} terms; relative error {merge.relative_error:.3g}",
                 }
-
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)

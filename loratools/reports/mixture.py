@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from loratools.reports.frames import Kind
+from loratools.reports.frames import Kind, Tabular
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class MixtureTarget:
 
 
 @dataclass(frozen=True)
-class MixtureReport:
+class MixtureReport(Tabular):
     """A mixture target by target; `overlaps` and `cosines` are means over the targets that both experts have."""
 
     columns: ClassVar[Mapping[str, Kind]] = {
@@ -111,9 +108,3 @@ class MixtureReport:
         for target, row in self.targets.items():
             found = asdict(row)
             yield {name: target if name == "target" else found[name] for name in self.columns}
-
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from loratools.reports.frames import Kind
+from loratools.reports.frames import Kind, Tabular
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class RouteReport:
+class RouteReport(Tabular):
     """Every text, in the order given; `quality` where labels are known; `output` is a mixture, if one was written."""
 
     columns: ClassVar[Mapping[str, Kind]] = {
@@ -121,12 +118,6 @@ class RouteReport:
                 "confidence": nearest.confidence,
                 "label": t.label,
             }
-
-    def to_frame(self) -> pd.DataFrame:
-        """`rows` as a pandas frame; MissingExtraError without pandas."""
-        from loratools.reports.frames import to_frame
-
-        return to_frame(self)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -15,6 +16,8 @@ from loratools.errors import OutputError
 from loratools.storage.header import quoted
 
 _CHUNK: Final = 8 << 20  # small enough that Ctrl-C is answered promptly
+
+_MARK: Final = 60  # characters, of four bytes at most: with what is added a name has to fit into 255
 
 _REASONS: Final = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
@@ -41,6 +44,18 @@ def printable(path: Path) -> str:
     return text if text.isprintable() else quoted(text, 400)
 
 
+def temporary_beside(place: Path) -> Path:
+    """A name that nothing has yet, beside `place`."""
+    return place.parent / f".{temporary_mark(place.name)}.{secrets.token_hex(4)}.tmp"
+
+
+def temporary_mark(name: str) -> str:
+    """What tells whose a temporary file is: the name, or of a long one as much as fits and a hash."""
+    if len(name) <= _MARK:
+        return name
+    return f"{name[: _MARK - 17]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
 @final
 class AtomicFile:
     """A temporary file beside `path`, put in place by `commit`, removed without trace by `abort`.
@@ -52,7 +67,7 @@ class AtomicFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._final = path.absolute()
-        self._temporary = self._final.parent / f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"
+        self._temporary = temporary_beside(self._final)
         self._made: list[Path] = []
         self._fd = -1
         try:
@@ -86,12 +101,16 @@ class AtomicFile:
             self.write_at(end - size + by, data)
             end -= size
 
-    def commit(self, size: int) -> None:
-        """Cut the file to `size` bytes, fsync it and put it in place; OutputError leaves the destination as it was."""
+    def commit(self, size: int, *, durable: bool = True) -> None:
+        """Cut the file to `size` bytes, fsync it and put it in place; OutputError leaves the destination as it was.
+
+        What is not `durable` is not fsynced: should the machine fail, there may be an older file, an empty one or none.
+        """
         try:
             with explained(self.path):
                 os.ftruncate(self._fd, size)
-                os.fsync(self._fd)
+                if durable:
+                    os.fsync(self._fd)
                 self._close()
                 os.replace(self._temporary, self._final)
         except BaseException:
@@ -99,7 +118,7 @@ class AtomicFile:
             raise
         folders = [self._final.parent, *(folder.parent for folder in self._made)]
         self._made.clear()
-        for folder in folders:
+        for folder in folders if durable else ():
             fsync_folder(folder)
 
     def abort(self) -> None:
@@ -139,12 +158,12 @@ class AtomicFile:
                 self._made.append(folder)
 
 
-def write_whole(place: Path, data: bytes) -> Path:
-    """Put `data` in place; OutputError leaves what was there as it was."""
+def write_whole(place: Path, data: bytes, *, durable: bool = True) -> Path:
+    """Put `data` in place; OutputError leaves what was there as it was. `durable` as `AtomicFile.commit`."""
     file = AtomicFile(place)
     try:
         file.write_at(0, data)
-        file.commit(len(data))
+        file.commit(len(data), durable=durable)
     finally:
         file.abort()
     return place

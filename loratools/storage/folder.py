@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import final
 
-from loratools.storage.atomic import explained, fsync_folder
+from loratools.storage.atomic import explained, fsync_folder, temporary_beside
 
 
 @final
@@ -19,13 +18,17 @@ class AtomicFolder:
     Files of an existing folder at `path` that were not written anew are carried into the new one, so that replacing an
     adapter keeps the tokenizer and the notes beside it; unless `carry` is off. A symbolic link at `path` is replaced,
     not followed.
+
+    With `shared` a folder at `path` stays, for others may be at work in it: files are put into it one by one, each
+    whole, `last` after the others.
     """
 
-    def __init__(self, path: Path, *, carry: bool = True) -> None:
+    def __init__(self, path: Path, *, carry: bool = True, shared: bool = False, last: str = "") -> None:
         self.path = path
         self._carry = carry
+        self._shared, self._last = shared, last
         self._final = path.absolute()
-        self.temporary = self._final.parent / f".{path.name[:60]}.{secrets.token_hex(4)}.tmp"
+        self.temporary = temporary_beside(self._final)
         self._retired = self.temporary.with_suffix(".old")
         self._made: list[Path] = []
 
@@ -34,8 +37,9 @@ class AtomicFolder:
             with explained(self.path):
                 missing = [p for p in (self._final.parent, *self._final.parent.parents) if not p.exists()]
                 for parent in reversed(missing):
-                    parent.mkdir()
-                    self._made.append(parent)
+                    with contextlib.suppress(FileExistsError):  # made by somebody else meanwhile: not ours to remove
+                        parent.mkdir()
+                        self._made.append(parent)
                 self.temporary.mkdir()
         except BaseException:
             self._remove()
@@ -53,15 +57,29 @@ class AtomicFolder:
             os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Put the folder in place; OutputError leaves the destination as it was."""
+        """Put the folder in place; OutputError leaves the destination as it was, but for files of a `shared` one."""
         with explained(self.path):
-            if self._final.is_dir():
+            if self._shared:
+                self._put_files()
+            elif self._final.is_dir():
                 for item in self._final.iterdir() if self._carry else ():
                     _carry_over(item, self.temporary / item.name)
                 self._final.rename(self._retired)
-            self.temporary.rename(self._final)
+            if not self._shared:
+                fsync_folder(self.temporary)
+                self.temporary.rename(self._final)
+        folders = [self._final.parent, *(folder.parent for folder in self._made)]
         self._made.clear()
-        fsync_folder(self._final.parent)
+        for folder in folders:
+            fsync_folder(folder)
+
+    def _put_files(self) -> None:
+        if self._final.is_symlink():
+            self._final.unlink()
+        self._final.mkdir(exist_ok=True)
+        for item in sorted(self.temporary.iterdir(), key=lambda item: (item.name == self._last, item.name)):
+            os.replace(item, self._final / item.name)
+        fsync_folder(self._final)
 
     def _remove(self) -> None:
         if self._retired.exists() and not self._final.exists():  # interrupted between the two renames

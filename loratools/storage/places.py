@@ -26,20 +26,29 @@ def parse_place(text: str) -> Place:
     try:
         parts = urlsplit(text)
         shown = shown_url(text)
+        if parts.scheme not in _BUCKETS:
+            _ = parts.port  # ValueError: what follows the colon begins a password that a slash or the like cuts off
     except ValueError:
-        raise UsageError("this URL is malformed; write protocol://host/folder") from None
+        raise UsageError(
+            "this URL is malformed; write protocol://host/folder, and %2F and the like for characters of a password"
+        ) from None
     if "::" in text.partition("://")[0]:
         raise UsageError(f"{quoted(parts.scheme)}: chained URLs are not read; name one place")
     if parts.scheme in _LOCAL:
         return Path(unquote(parts.path))
-    if parts.scheme in _BUCKETS and "@" in parts.netloc:
+    if parts.scheme in _BUCKETS and _holds_keys(parts.netloc):
         raise UsageError(
-            f"{quoted(shown, 400)}: keys do not belong into this URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or a profile"
+            f"{parts.scheme}:// names a bucket, and keys do not belong into its URL; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or a profile"
         )
     if not parts.netloc and parts.scheme != "memory":
         raise UsageError(f"{quoted(shown, 400)}: names no host or bucket; write {parts.scheme}://NAME/folder")
     return Remote(urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", "")), parts.query)
+
+
+def _holds_keys(bucket: str) -> bool:
+    """Whether there is more than the name of a bucket; a key with a slash in it ends there. ARNs name buckets too."""
+    return "@" in bucket or (":" in bucket and not bucket.startswith("arn:"))
 
 
 def shown_url(url: str) -> str:
@@ -58,10 +67,13 @@ def check_output(place: Place) -> None:
         raise UsageError(f"{place}: {place.protocol}:// is only read here; write to a folder or a bucket")
 
 
-def put_whole(place: Place, data: bytes, via: Place) -> None:
-    """Put `data` at `place`, whole or not at all; `via` is where it may lie meanwhile, if it grows in sight there."""
+def put_whole(place: Place, data: bytes, via: Place, *, durable: bool = True) -> None:
+    """Put `data` at `place`, whole or not at all; `via` is where it may lie meanwhile, if it grows in sight there.
+
+    Of a file of this machine `durable` as `AtomicFile.commit`.
+    """
     if isinstance(place, Path):
-        write_whole(place, data)
+        write_whole(place, data, durable=durable)
     else:
         assert isinstance(via, Remote)
         place.put_bytes(data, via)

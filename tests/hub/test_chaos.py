@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from loratools.errors import OutputError, UsageError
 from loratools.hub.receipts import FOLDER, place_of, read_receipt
 from loratools.hub.recipe import parse_steps
 from loratools.hub.run import Run, run
+from loratools.hub.work import Job, process
+from loratools.storage.atomic import temporary_beside
 
 Make = Callable[[int], Path]
 RECIPE = parse_steps(["squeeze rank=2"])
@@ -162,6 +165,80 @@ def test_a_file_where_one_output_or_its_receipt_should_be_costs_only_that(make_h
     assert all(rows[name].reason and "\n" not in rows[name].reason for name in ("a0", "a1"))
     assert (out / "a0").read_text() == "in the way"
     assert not leftovers(out)
+
+
+def test_adapters_in_the_folders_of_others_do_not_disturb_them(tmp_path: Path) -> None:
+    """As trainers leave their checkpoints. Each is done again and again while the others are."""
+    hub, out, calm = tmp_path / "hub", tmp_path / "out", tmp_path / "calm"
+    names = ["a", "a/checkpoint-1", "a/checkpoint-2", "a/checkpoint-2/deep"]
+    for i, name in enumerate(names):
+        write_peft(hub / name, i)
+    run(RECIPE, hub, calm, HERE)
+    jobs = [Job(name, name, hub, out, RECIPE) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        reasons = pool.map(lambda job: {process(job).reason for _ in range(25)}, jobs)
+    assert list(reasons) == [{""}] * 4
+    assert contents(out) == contents(calm)
+    assert not leftovers(out)
+
+
+def test_an_output_leaves_what_others_put_beside_it(make_hub: Make, tmp_path: Path) -> None:
+    hub, out = make_hub(1), tmp_path / "out"
+    elsewhere = write_peft(tmp_path / "elsewhere", 5)
+    before = contents(elsewhere)
+    (out / "a0" / "notes").mkdir(parents=True)
+    (out / "a0" / "notes" / "text.md").write_text("mine")
+    assert run(RECIPE, hub, out, HERE).counts == {"done": 2}
+    assert (out / "a0" / "notes" / "text.md").read_text() == "mine"
+    shutil.rmtree(out / "a0")
+    (out / "a0").symlink_to(elsewhere)
+    assert run(RECIPE, hub, out, Run(resume=True, executor=here)).counts == {"done": 1, "kept": 1}
+    assert not (out / "a0").is_symlink()
+    assert contents(elsewhere) == before
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_of_others(make_hub: Make, tmp_path: Path) -> None:
+    hub, out = make_hub(2), tmp_path / "out"
+    long = "x" * 70
+    write_peft(hub / long, 8)
+    run(RECIPE, hub, out, HERE)
+    receipts = out / FOLDER / "receipts"
+    folders = [out / ".a0.0123abcd.tmp", out / ".a1.0123abcd.old", temporary_beside(out / long)]
+    files = [
+        out / ".a0.safetensors.0123abcd.tmp",
+        out / "deep" / "er" / ".k.safetensors.ffffffff.tmp",
+        receipts / ".a0.json.0123abcd.tmp",
+        receipts / "deep" / "er" / ".k.json.0123abcd.tmp",
+        temporary_beside(receipts / f"{long}.json"),
+    ]
+    others = [
+        out / ".b.0123abcd.tmp",
+        temporary_beside(out / f"{long}y"),
+        out / ".a0.notes.tmp",
+        out / "a0.0123abcd.tmp",
+    ]
+    for folder in [*folders, *others]:
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    for file in files:
+        file.write_bytes(b"half")
+    assert run(RECIPE, hub, out, Run(resume=True, executor=here)).counts == {"kept": 4}
+    assert [path for path in [*folders, *files] if path.exists()] == []
+    assert all((other / "adapter_model.safetensors").exists() for other in others)
+
+
+def test_the_output_is_not_looked_through_for_each_adapter(
+    make_hub: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the work of a large hub would grow with its square."""
+    hub, out, seen = make_hub(8), tmp_path / "out", Counter[str]()
+    for name in ("scandir", "listdir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path=".", real=real: (seen.update([str(path)]), real(path))[1])
+    assert run(RECIPE, hub, out, HERE).counts == {"done": 9}
+    assert run(RECIPE, hub, out, Run(force=True, executor=here)).counts == {"done": 9}
+    shared = (out, out / FOLDER / "receipts", out / "deep" / "er", hub)
+    assert 0 < max(seen[str(folder)] for folder in shared) <= 6
 
 
 def test_hostile_inputs_are_rows_and_touch_nothing_else(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub.conftest import write_kohya, write_peft
@@ -42,6 +45,40 @@ def test_links_are_contained(tmp_path: Path) -> None:
     found, refused = names(hub)
     assert found == ["alias.safetensors", "x.safetensors"]
     assert refused == ["dangling.safetensors", "loop", "out.safetensors", "self.safetensors", "up"]
+
+
+def test_a_folder_that_cannot_be_read_costs_only_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, name in enumerate(("a", "closed/b", "z")):
+        write_peft(tmp_path / name, i)
+    scandir = os.scandir
+
+    def closed(path: Path) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert names(tmp_path) == (["a", "z"], ["closed"])
+    with pytest.raises(InputError, match="closed: cannot be read: Permission denied"):
+        list(discover(tmp_path / "closed"))
+
+
+def test_folders_without_end_are_refused(tmp_path: Path) -> None:
+    """Deeper than the stack of the interpreter."""
+    write_peft(tmp_path / "good", 0)
+    here = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(1200):
+            os.mkdir("d", dir_fd=here)
+            below = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+    finally:
+        os.close(here)
+    found, refused = names(tmp_path)
+    assert found == ["good"]
+    assert refused == ["/".join("d" * 65)]
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:

@@ -293,6 +293,31 @@ def test_a_catalog_with_targets_that_are_not_known(tmp_path: Path) -> None:
     assert (rows["zero"]["bucket"], rows["zero"]["error"]) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("target_rows", (32,), "target_rows does not go with the targets"),
+        ("target_columns", (32,) * 9, "target_columns does not go with the targets"),
+        ("target_ranks", (), "target_ranks does not go with the targets"),
+        ("rank", -4, "rank holds numbers below 0"),
+        ("rank", 2**62, "or above"),
+        ("target_rows", (2**62,) * 12, "or above"),
+        ("target_columns", (-1,) * 12, "below 0"),
+    ],
+)
+@pytest.mark.parametrize("server", ["slora", "vllm"])
+def test_a_catalog_that_no_hub_has_is_an_error(
+    hub: Path, tmp_path: Path, server: str, field: str, value: Any, says: str
+) -> None:
+    from loratools.hub.catalog import catalog_rows, write_catalog
+
+    rows = list(catalog_rows(catalogued(hub, tmp_path)))
+    assert len(rows[0].targets) == 12
+    write_catalog([replace(rows[0], **{field: value}), *rows[1:]], tmp_path / "bad.parquet")
+    with pytest.raises(InputError, match=says):
+        plan(tmp_path / "bad.parquet", Plan(server, 10**9))
+
+
 def test_memory_beyond_all_bounds_holds_all(hub: Path) -> None:
     report = plan(hub, replace(SLORA, memory=10**30))
     assert (report.resident, report.bound) == (6, pytest.approx(1))

@@ -58,6 +58,7 @@ def test_long_logs_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("name,count\na,1\n\nb,many\n", "line 4: 'many' is no count"),
         ("a,-1\n", "line 1: '-1' is no count"),
         ("a,nan\n", "line 1: 'nan'"),
+        ("a,1e308\nb,1e308\n", "line 1: '1e308' is no count"),
         ("a,1,2\n", "line 1"),
         (",3\n", "line 1"),
         ('a,1\n"b,2\n', "line "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hub.conftest import write_peft
 
 from loratools.errors import InputError, LoratoolsError, UsageError
 from loratools.files import load
-from loratools.hub.recipe import Recipe, Step, parse_steps, read_recipe
+from loratools.hub.recipe import VERBS, _kinds, parse_steps, read_recipe
 
 TOML = """
 [[step]]
@@ -46,6 +47,14 @@ def test_values_have_the_types_that_they_look_like() -> None:
         (["squeeze depth=2"], "no option 'depth'"),
         (["squeeze worked=2"], "no option 'worked'"),
         (["quantize bits=4", "quantize bits=2"], "twice"),
+        (["squeeze rank=four"], "rank is 'four'; give a whole number"),
+        (["squeeze rank=1.5"], "give a whole number"),
+        (["squeeze rank=true"], "give a whole number"),
+        (["squeeze energy=nan"], "give a number"),
+        (["squeeze uniform=2"], "give true or false"),
+        (["quantize bits=few"], "give a number"),
+        (["convert to=true"], "give a word"),
+        (["truncate nested=keep"], "truncate needs rank="),
     ],
 )
 def test_wrong_words_are_refused(texts: list[str], says: str) -> None:
@@ -55,7 +64,10 @@ def test_wrong_words_are_refused(texts: list[str], says: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[[step]", "x = 1", "step = 5", "step = [1]", '[[step]]\nverb = "squeeze"\nranks = [1]', "[[step]]\nrank = 2", ""],
+    [
+        *("[[step]", "x = 1", "step = 5", "step = [1]", "[[step]]\nrank = 2", ""),
+        *(f'[[step]]\nverb = "squeeze"\n{option}' for option in ("ranks = [1]", "rank = [1]", "rank = 2020-01-01")),
+    ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
@@ -93,5 +105,13 @@ def test_a_step_that_contradicts_itself_says_so(tmp_path: Path) -> None:
             parse_steps([text]).run(adapter)
     with pytest.raises(UsageError, match="nowhere"):
         parse_steps(["convert to=nowhere"]).run(adapter)
-    with pytest.raises(UsageError, match="a number, a word or a flag"):
-        Recipe((Step("squeeze", {"rank": [1]}),))
+
+
+def test_every_option_of_a_recipe_has_kinds_that_can_be_checked() -> None:
+    kinds = {
+        kind
+        for verb in VERBS.values()
+        for p in list(signature(verb).parameters.values())[1:]
+        for kind in _kinds(p.annotation)
+    }
+    assert kinds == {"bool", "int", "float", "str"}

@@ -263,6 +263,9 @@ def test_what_is_shown_of_a_url() -> None:
     assert parse_place("a/b") == Path("a/b")
     for wrong in (
         "s3://KEY:hunter2@bucket/x",
+        "s3://KEY:hun/hunter2@bucket/x",
+        "https://user:hun/hunter2@host/x",
+        "sftp://user:hunter2#x@host/x",
         "simplecache::s3://hunter2/b",
         "s3:///x",
         "https://[hunter2/x",
