@@ -151,7 +151,8 @@ def catalog(
     """
     from loratools.hub.cataloguing import Catalog
     from loratools.hub.cataloguing import catalog as write
-    from loratools.hub.page import check_place, write_page
+    from loratools.hub.page import write_page
+    from loratools.reports.pages import check_place
     from loratools_cli.exit_codes import ExitCode
     from loratools_cli.output import Output, say
     from loratools_cli.progress import Progress

@@ -59,7 +59,7 @@ def _outcomes(report: TransferReport) -> dict[str, str]:
     return {
         "prepare": f"discriminator: {told}",
         "generate": f"{made.generated} inputs, {made.inputs}",
-        "filter": f"{made.kept} kept, {made.duplicate} twice, {made.improbable} improbable",
+        "filter": f"{made.kept} kept, {made.duplicate + made.similar} twice, {made.improbable} improbable",
         "label": f"{taught.used} answers, confidence {taught.confidence:.2f}",
         "train": agreed,
         "evaluate": "" if report.squeezed is None else f"squeezed: error {percent(report.squeezed)} %",

@@ -72,6 +72,12 @@ def transfer(
     device: options.Device = "cpu",
     allow_download: Annotated[bool, Option("--allow-download", help="Names of models may be fetched.")] = False,
     resume: Annotated[bool, Option("--resume", help="Go on where an earlier run ended.")] = False,
+    page: Annotated[
+        Path | None,
+        Option(
+            "--report", metavar="FILE.html", help="Write a page: acceptance, diversity, agreement, curves, samples."
+        ),
+    ] = None,
     force: options.Force = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -89,6 +95,7 @@ def transfer(
       loratools transfer my_lora --from base1 --to base2 --weights-only -o moved
     """
     from loratools.errors import UsageError
+    from loratools.reports.pages import check_place
     from loratools.training.distil import Train
     from loratools.training.evaluate import read_rows
     from loratools.training.new_adapter import NewAdapter
@@ -103,6 +110,10 @@ def transfer(
 
     shown = Output(as_json=as_json, quiet=quiet)
     options.check_device(device)
+    if page is not None:
+        if prepare_only:
+            raise UsageError("--report is of a transfer, which --prepare-only does not make")
+        check_place(page, force=force or resume)
     if weights_only:
         from loratools_cli.transfer_weights import transfer_weights
 
@@ -114,6 +125,11 @@ def transfer(
             path, source, target, output, align=align, texts=texts, device=device, allow_download=allow_download,
             force=force,
         )  # fmt: skip
+        if page is not None:
+            from loratools.reports.weight_transfer_page import write_page as write_weight_page
+
+            write_weight_page(carried, page, force=force or resume)
+            say(f"wrote {page}")
         shown.show(carried)
         return
     if align != "bases" or texts is not None:
@@ -164,4 +180,9 @@ def transfer(
             allow_download=allow_download,
             meter=progress.meter,
         )
+    if page is not None:
+        from loratools.training.transfer.page import write_page
+
+        write_page(report, page, force=force or resume)
+        say(f"wrote {page}")
     shown.show(report)

@@ -66,7 +66,14 @@ def transfer_weights(
             adapter, *bases, maps=maps if align == "activations" else align, search=search, step=step
         )
     saved = loratools.save(made, output, force=force)
-    return replace(report, output=str(saved.path), bytes=saved.nbytes)
+    return replace(
+        report,
+        output=str(saved.path),
+        bytes=saved.nbytes,
+        adapter=str(path),
+        source=source,
+        destination=target,
+    )
 
 
 def _base(place: str, *, allow_download: bool) -> BaseWeights:

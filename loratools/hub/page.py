@@ -10,8 +10,7 @@ import numpy as np
 
 from loratools._version import __version__
 from loratools.hub.catalog import read_catalog
-from loratools.reports.output import checked
-from loratools.reports.pages import SUFFIXES, page, presentable
+from loratools.reports.pages import check_place, page, presentable
 from loratools.storage.atomic import write_whole
 
 if TYPE_CHECKING:
@@ -51,14 +50,9 @@ def write_page(catalog: Path, path: Path, *, force: bool = False) -> Path:
         "page_catalog.html",
         styles=("page.css", "page_catalog.css"),
         data=_data(catalog),
-        scripts=("page_elements.js", "page_catalog.js"),
+        scripts=("page_elements.js", "page_theme.js", "page_svg.js", "page_catalog.js"),
     )
     return write_whole(place, text.encode("utf-8"))
-
-
-def check_place(path: Path, *, force: bool) -> Path:
-    """`path`, where a page can be written there; raises what write_page raises."""
-    return checked(path, SUFFIXES, "a page", force=force)
 
 
 def _data(catalog: Path) -> dict[str, Any]:

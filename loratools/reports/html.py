@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from loratools._version import __version__
 from loratools.reports.compare import CompareReport, FineTune, PairNumbers
-from loratools.reports.output import checked, require
-from loratools.reports.pages import SUFFIXES, page, presentable
+from loratools.reports.output import require
+from loratools.reports.pages import check_place, page, presentable
 from loratools.storage.atomic import write_whole
 
 _SCRIPTS: Final = (
@@ -35,7 +35,7 @@ def write_html(report: CompareReport, path: str | os.PathLike[str], *, force: bo
 
 def place_of(path: str | os.PathLike[str], *, force: bool) -> Path:
     """`path`, where a page can be written there; raises what write_html raises."""
-    place = checked(path, SUFFIXES, "a page", force=force)
+    place = check_place(path, force=force)
     require("plotly", extra="report", what="pages")
     return place
 

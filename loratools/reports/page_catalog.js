@@ -196,14 +196,6 @@ function makeControls() {
 
 // The spectrum of the row under the pointer, or of the one that has the focus.
 
-const NS = "http://www.w3.org/2000/svg";
-function mark(tag, attributes, ...children) {
-  const element = document.createElementNS(NS, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
 /** The pooled singular values of a row: one byte each, on a logarithmic scale below the largest; 0 stands for zero. */
 function valuesOf(row) {
   const top = table.top[row];
@@ -272,24 +264,8 @@ function followPointer() {
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
 }
 
-// Themes, as everywhere.
-
-function paint(name) {
-  document.documentElement.dataset.theme = name;
-  byId("theme").setAttribute("aria-pressed", String(name === "dark"));
-}
-
 function start() {
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  paint(dark.matches ? "dark" : "light");
-  byId("theme").addEventListener("click", () => paint(theme() === "dark" ? "light" : "dark"));
-  dark.addEventListener("change", () => paint(dark.matches ? "dark" : "light"));
-  let before = theme();
-  addEventListener("beforeprint", () => {
-    before = theme();
-    paint("light");
-  });
-  addEventListener("afterprint", () => paint(before));
+  followTheme();
   byId("title").textContent = total === 1 ? "One adapter" : `${total.toLocaleString("en")} adapters`;
   const sum = (key) => table[key].reduce((a, b) => a + (b ?? 0), 0);
   const from = sum("before") ? `, from ${size(sum("before"))} before the run` : "";

@@ -56,8 +56,6 @@ const hover = (target, lines) =>
 const told = (key, value) =>
   value !== null && (key === "logit_growth" || key.startsWith("gain")) ? value.toPrecision(5) : fmt(value);
 
-const percent = (share) => (share === null ? "–" : `${(100 * share).toPrecision(3)}\u00a0%`);
-
 function named(f) {
   const dot = el("span", { class: "dot", "aria-hidden": "true" });
   dot.style.setProperty("--own", own(f));

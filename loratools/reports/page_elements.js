@@ -26,3 +26,5 @@ function fmt(value) {
   if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
   return value >= 100 ? value.toFixed(1) : value.toPrecision(3);
 }
+
+const percent = (share) => (share === null ? "–" : `${(100 * share).toPrecision(3)}\u00a0%`);

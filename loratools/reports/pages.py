@@ -6,14 +6,19 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any, Final
 
-SUFFIXES = (".html",)
+from loratools.reports.output import checked
+
 DIGITS = 6  # of numbers on a page; tables and JSON have all
+
+_SUFFIXES: Final = (".html",)
 
 # Nothing is fetched, and no script runs but those of the page, whose hashes are known. Styles are not as strict:
 # Plotly writes its own.
@@ -40,6 +45,15 @@ def page(
         style="".join(map(_part, styles)),
         data=_json(data),
     )
+
+
+def check_place(path: str | os.PathLike[str], *, force: bool) -> Path:
+    """`path`, where a page can be written there.
+
+    Raises UsageError for a suffix other than .html, and OutputError where the file exists and `force` is not given, or
+    nothing can be written.
+    """
+    return checked(path, _SUFFIXES, "a page", force=force)
 
 
 def presentable(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from loratools.reports.evaluate import Evaluation
 
@@ -14,15 +14,37 @@ if TYPE_CHECKING:
     from loratools.reports.frames import Kind
 
 
+Five: TypeAlias = tuple[float, float, float, float, float]  # the least, the quartiles, the greatest
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How different some inputs are, without what all have in common.
+
+    `distinct_n` is the share of runs of n words that differ; it falls with the number of inputs, so `distinct_2_few` is
+    the mean over groups of as many as there are seeds, None without seeds. `characters` and `words` are lengths.
+    """
+
+    inputs: int
+    distinct_1: float | None
+    distinct_2: float | None
+    distinct_3: float | None
+    distinct_2_few: float | None
+    characters: Five
+    words: Five
+
+
 @dataclass(frozen=True)
 class Synthesis:
     """The inputs that were made up.
 
     `inputs` is "few-shot" where seeds were shown, "self-prompted" where the source with its adapter was only told to
-    begin, "given" where they were there already. `improbable` are those that the discriminator took for made up;
-    `acceptance` is the share of all generated that were kept. `distinct_n` is the share of runs of n words that differ;
-    `discrepancy` the squared maximum mean discrepancy of inputs and seeds. `discriminator_loss` is its cross-validated
-    loss in nats: at log 2 = 0.69 it could not tell the two apart, and lets everything pass.
+    begin, "given" where they were there already. `duplicate` are equal to an earlier one, `similar` nearly so;
+    `improbable` are those that the discriminator took for made up; `acceptance` is the share of all generated that were
+    kept. `distinct_n` is the share of runs of n words that differ; `discrepancy` the squared maximum mean discrepancy
+    of inputs and seeds. `discriminator_loss` is its cross-validated loss in nats: at log 2 = 0.69 it could not tell the
+    two apart, and lets everything pass. `least`: the probability that passes, where one does. `diversity`: of "seeds",
+    of all "generated" that are whole, and of those "kept".
     """
 
     inputs: str
@@ -32,6 +54,7 @@ class Synthesis:
     empty: int
     unfinished: int
     duplicate: int
+    similar: int
     improbable: int
     acceptance: float
     distinct_1: float | None
@@ -40,6 +63,8 @@ class Synthesis:
     discrepancy: float | None
     discriminator: str
     discriminator_loss: float | None
+    least: float | None = None
+    diversity: Mapping[str, Diversity] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """What was moved: the families and ranks of the old adapter, and the kinds of model of its base and of the new one.
+
+    A kind is None where no config states it.
+    """
+
+    families: tuple[str, ...]
+    ranks: tuple[int, ...]
+    source_type: str | None
+    target_type: str | None
+
+
+@dataclass(frozen=True)
 class TransferReport:
     """The whole run.
 
@@ -144,6 +182,7 @@ class TransferReport:
     work: str
     output: str
     bytes: int
+    moved: Moved
     warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

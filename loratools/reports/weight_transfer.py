@@ -38,7 +38,10 @@ class CarriedTarget:
 
 @dataclass(frozen=True)
 class WeightTransferReport:
-    """`dropped`: targets of the adapter that the new one has nothing of, and why; `align`: what was asked for."""
+    """`dropped`: targets of the adapter that the new one has nothing of, and why; `align`: what was asked for.
+
+    `adapter`, `source` and `destination` are the places that were read, where they are files or names.
+    """
 
     columns: ClassVar[Mapping[str, Kind]] = {
         "target": "text",
@@ -57,6 +60,9 @@ class WeightTransferReport:
     bytes: int
     warnings: tuple[str, ...] = ()
     output: str | None = None
+    adapter: str | None = None
+    source: str | None = None
+    destination: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

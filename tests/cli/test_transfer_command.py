@@ -23,12 +23,22 @@ def test_transfer(run: Run, places: Places, tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "moved"
     rows.write_text(json.dumps({"prompt": "No: 44\nW:", "answer": " low"}) + "\n")
     told = ("transfer", places.adapter, "--from", places.first, "--to", places.second, "--seeds", places.seeds)
-    done = run(*told, "-o", out, *SMALL, "--eval", rows)
+    page = tmp_path / "moved.html"
+    done = run(*told, "-o", out, *SMALL, "--eval", rows, "--report", page)
     assert done.code == 0, done.err
+    assert f"wrote {page}" in done.err
+    made = page.read_bytes()
     assert "estimated:" in done.err
     assert all(len(line) <= 80 for line in done.out.splitlines()[:-1])
     assert f"wrote {out}" in done.out
     assert run(*told, "-o", out, *SMALL).code == 5
+    done = run(*told, "-o", tmp_path / "other", *SMALL, "--report", page)
+    assert done.code == 5
+    assert "moved.html: exists already" in done.err
+    assert not list(tmp_path.glob("other*"))
+    done = run(*told, "-o", out, *SMALL, "--eval", rows, "--resume", "--report", page)  # nothing is left to be done
+    assert done.code == 0, done.err
+    assert page.read_bytes() == made
     done = run(*told, "-o", out, *SMALL, "--eval", rows, "--resume", "--json")
     assert done.err == ""
     assert done.json == {k: v for k, v in json.loads((out / "transfer.json").read_text()).items() if k != "loratools"}
@@ -57,3 +67,10 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     assert done.code == 3
     assert "--allow-download" in done.err
     assert run(*told, "--prepare-only").code == 2
+    far = ("--to", places.second, "-o", tmp_path / "far", "--report")
+    done = run(*told, *far, empty / "page.html")
+    assert (done.code, done.err.count("\n")) == (5, 1)
+    assert run(*told, *far, tmp_path / "page.txt").code == 2
+    done = run(*told, "--prepare-only", "--seeds", places.seeds, "--report", tmp_path / "page.html")
+    assert (done.code, "--prepare-only" in done.err) == (2, True)
+    assert not list(tmp_path.glob("far*"))

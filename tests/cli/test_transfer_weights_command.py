@@ -52,8 +52,12 @@ def test_to_another_base(run: Run, bases: tuple[Path, Path], lora: Path, tmp_pat
     texts.write_text("\n".join(f"words and number {i * i}" for i in range(8)))
     more = ("--align", align, *(("--texts", texts) if align == "activations" else ()))
     common = ("transfer", lora, "--from", bases[0], "--to", bases[1], "--weights-only", *more)
-    shown = run(*common, "-o", tmp_path / "out")
+    page = tmp_path / "page.html"
+    shown = run(*common, "-o", tmp_path / "out", "--report", page)
     assert shown.code == 0, shown.err
+    assert '"weights only"' in page.read_text()
+    assert run(*common, "-o", tmp_path / "other", "--report", page).code == 5
+    assert not (tmp_path / "other").exists()
     *lines, last = shown.out.splitlines()
     assert max(map(len, lines)) <= 80, shown.out
     assert last.startswith("wrote ")

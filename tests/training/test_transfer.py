@@ -81,7 +81,7 @@ def test_a_transfer_from_beginning_to_end(places: Places, tmp_path: Path) -> Non
     sifted = report.synthesis
     rejected = len((work / "rejected.jsonl").read_text().splitlines())
     assert sifted.generated == sifted.kept + rejected
-    assert rejected == sifted.empty + sifted.unfinished + sifted.duplicate + sifted.improbable
+    assert rejected == sifted.empty + sifted.unfinished + sifted.duplicate + sifted.similar + sifted.improbable
     assert sifted.acceptance == 24 / sifted.generated
     assert (report.distillation.rows, report.distillation.held_out) == (22, 2)
     looks = report.distillation.looks

@@ -77,6 +77,9 @@ def test_duplicates() -> None:
     assert not seen.is_new(text.replace("twelve", "thirteen"))  # 9 of 11 triples are common
     assert seen.is_new(text.replace("six", "6"))  # 7 of 13
     assert not seen.is_new(text.upper())
+    assert seen.likeness(text.upper()) == "duplicate"
+    assert seen.likeness(text.replace("twelve", "thirteen")) == "similar"
+    assert seen.likeness("something else") == ""
 
 
 def test_jaccard_is_that_of_sets() -> None:
@@ -165,6 +168,14 @@ def test_a_discriminator_tells_numbers_from_words(tmp_path: Path) -> None:
     assert min(fine) > 0.5
     found.save(tmp_path / "d.json")
     again = read_discriminator(tmp_path / "d.json")
+    assert len(found.unseen) == 60
+    assert again.unseen == found.unseen
+    known = found.probabilities(features(real))
+    assert sum(found.unseen) < sum(known)  # what was learnt from looks more real than what was not
+    old = json.loads((tmp_path / "d.json").read_text())
+    del old["unseen"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_discriminator(tmp_path / "old.json").unseen == ()
     assert again.probabilities(features(real)) == found.probabilities(features(real))
     with pytest.raises(InputError, match="wide"):
         found.probabilities(torch.zeros(1, N_PLAIN + 9, dtype=torch.float64))
@@ -183,6 +194,7 @@ def test_few_seeds_do_not_rule_out_what_they_lack() -> None:
     """Five numbers are no reason to refuse most numbers of other lengths; words are refused all the same."""
     made_up = [*numbers(24, 10, 10**6, 1), *["I am a language model"] * 12]
     found = fit_discriminator(features(["12", "345", "7", "90817", "22"]), features(made_up, 1), reads="generator")
+    assert found.floor == min(found.unseen)
     sieve = Sieve(Transfer(), PromptFrame("", ""), [], found.floor)
     some = numbers(100, 10, 10**6, 5)
     rows = [
@@ -224,6 +236,7 @@ def test_what_is_no_discriminator(tmp_path: Path) -> None:
         {"unit": [0.0]},
         {"mean": "x"},
         {"reads": "both"},
+        {"unseen": [2.0]},
         {"weights": fields["weights"][:-1]},
     ):
         (tmp_path / "bad.json").write_text(json.dumps({**fields, **change}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools._lazy import torch
@@ -13,6 +14,7 @@ from loratools.training.transfer.discriminator import (
     fit_discriminator,
     read_discriminator,
 )
+from loratools.training.transfer.diversity import diversity
 from loratools.training.transfer.duplicates import distinct
 from loratools.training.transfer.generate import generate
 from loratools.training.transfer.job import DISCRIMINATOR, GENERATED, INPUTS, PROBES, REJECTED, Job
@@ -120,12 +122,17 @@ def keep_inputs(job: Job) -> dict[str, Any]:
     job.files.write(INPUTS, kept)
     job.files.write(REJECTED, rejected)
     insides = [frame.inside(row["prompt"]) for row in kept]
+    whole = [frame.inside(row["prompt"]) for row in [*kept, *rejected] if not row.get("flaw")]
+    shown = [frame.inside(seed.prompt) for seed in job.seeds]
+    several = {"seeds": shown, "generated": whole, "kept": insides}
     return {
         "generated": len(kept) + len(rejected),
         "kept": len(kept),
         **{reason: sieve.counts[reason] for reason in REASONS},
         **{f"distinct_{n}": distinct(insides, n) for n in (1, 2, 3)},
         "discrepancy": _discrepancy(job, [row["prompt"] for row in kept]),
+        "least": None if discriminator is None or options.passing != "threshold" else sieve.least,
+        "diversity": {name: asdict(diversity(texts, len(shown))) for name, texts in several.items() if texts},
     }
 
 

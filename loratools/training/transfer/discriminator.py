@@ -37,7 +37,8 @@ class Discriminator:
 
     `floor` is the probability from which inputs pass whatever the threshold: that of the oddest real input, unseen,
     where there were few, else 1. `reads` says which model the hidden states are of, "source" or "generator"; `loss` is
-    its cross-validated loss in nats, of which a constant has log 2.
+    its cross-validated loss in nats, of which a constant has log 2; `unseen` are probabilities of the real inputs, each
+    by a discriminator that was made without it.
     """
 
     mean: Tensor  # (width,)
@@ -50,6 +51,7 @@ class Discriminator:
     real: int
     made_up: int
     reads: str
+    unseen: tuple[float, ...] = ()
 
     def probabilities(self, features: Tensor) -> list[float]:
         """Of each row of `features`; InputError for those of another model."""
@@ -66,6 +68,7 @@ class Discriminator:
             "format": "loratools discriminator",
             "version": _VERSION,
             **{name: getattr(self, name) for name in ("bias", "loss", "floor", "real", "made_up", "reads")},
+            "unseen": list(self.unseen),
             "strength": None if math.isinf(self.strength) else self.strength,
             **{name: getattr(self, name).tolist() for name in ("mean", "unit", "weights")},
         }
@@ -88,7 +91,10 @@ def read_discriminator(path: Path) -> Discriminator:
         mean, unit, weights = vectors
         bias, loss, floor = (float(fields[key]) for key in ("bias", "loss", "floor"))
         counts = int(fields["real"]), int(fields["made_up"])
-        return Discriminator(mean, unit, weights, bias, strength, loss, floor, *counts, fields["reads"])
+        unseen = tuple(map(float, fields.get("unseen", ())))
+        if not all(0 <= p <= 1 for p in unseen):
+            raise ValueError
+        return Discriminator(mean, unit, weights, bias, strength, loss, floor, *counts, fields["reads"], unseen)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}; make one with --prepare-only") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -115,14 +121,14 @@ def fit_discriminator(real: Tensor, made_up: Tensor, *, reads: str, seed: int = 
     few = len(real) < _FEW  # by so few, chance could explain anything: the floor does its work instead
     worst = best[0] if few else sum(best)
     chosen = next(i for i, (loss, _) in enumerate(losses) if loss <= worst)  # the strongest comes first
-    floor = float(torch.sigmoid(unseen[chosen][y == 1]).min()) if few else 1.0
+    passed = torch.sigmoid(unseen[chosen][y == 1]).tolist()
+    floor = min(passed) if few else 1.0
     mean, unit = _standard(x)
     strength = _STRENGTHS[chosen]
     weights, bias = _logistic((x - mean) / unit, y, strength)
     counts = len(real), len(made_up)
-    return Discriminator(
-        mean, unit, weights, bias, strength, round(losses[chosen][0], 6), round(floor, 6), *counts, reads
-    )
+    loss, seen = round(losses[chosen][0], 6), tuple(round(p, 6) for p in passed)
+    return Discriminator(mean, unit, weights, bias, strength, loss, round(floor, 6), *counts, reads, seen)
 
 
 def _standard(x: Tensor) -> tuple[Tensor, Tensor]:

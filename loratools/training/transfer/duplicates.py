@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 _WORDS: Final = 3  # in an n-gram
 _SHORT: Final = 8  # words: below, one that differs makes another input, as of numbers
+
+Likeness: TypeAlias = Literal["", "duplicate", "similar"]
 
 
 class Duplicates:
@@ -20,20 +22,24 @@ class Duplicates:
 
     def is_new(self, text: str) -> bool:
         """Whether no earlier input is the same but for blanks and case, or nearly the same; it is remembered if so."""
+        return not self.likeness(text)
+
+    def likeness(self, text: str) -> Likeness:
+        """Whether an earlier input is the same, or nearly so; where none is, this one is remembered."""
         words = text.lower().split()
         plain = " ".join(words)
         if plain in self._seen:
-            return False
+            return "duplicate"
         grams = n_grams(words) if len(words) >= _SHORT else frozenset()
         shared = Counter(i for gram in grams for i in self._where.get(gram, ()))
         for i, common in shared.items():
             if common / (len(grams) + len(self._grams[i]) - common) > self._above:
-                return False
+                return "similar"
         self._seen.add(plain)
         for gram in grams:
             self._where.setdefault(gram, []).append(len(self._grams))
         self._grams.append(grams)
-        return True
+        return ""
 
 
 def n_grams(words: list[str], n: int = _WORDS) -> frozenset[tuple[str, ...]]:

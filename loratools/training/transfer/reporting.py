@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from loratools.configs import read_config
+from loratools.files import load
 from loratools.reports.evaluate import Evaluation
 from loratools.reports.transfer import (
     Agreed,
     Distillation,
+    Diversity,
     Labelling,
+    Moved,
     Sample,
     StageTime,
     Synthesis,
@@ -72,6 +76,7 @@ def reported(job: Job, adapter: str, out: str, size: int) -> TransferReport:
         str(files.folder),
         out,
         size,
+        _moved(adapter, job.models.places["source"], job.models.places["target"]),
         (*_warnings(job, synthesis, labelling), *training["warnings"]),
     )
 
@@ -87,6 +92,7 @@ def _synthesis(job: Job, every: Mapping[str, Mapping[str, Any]]) -> Synthesis:
         empty=sifted["empty"],
         unfinished=sifted["unfinished"],
         duplicate=sifted["duplicate"],
+        similar=sifted.get("similar", 0),
         improbable=sifted["improbable"],
         acceptance=sifted["kept"] / n,
         distinct_1=sifted["distinct_1"],
@@ -95,7 +101,26 @@ def _synthesis(job: Job, every: Mapping[str, Mapping[str, Any]]) -> Synthesis:
         discrepancy=sifted["discrepancy"],
         discriminator=prepared["discriminator"],
         discriminator_loss=prepared.get("loss"),
+        least=sifted.get("least"),
+        diversity={
+            name: Diversity(**{**one, "characters": tuple(one["characters"]), "words": tuple(one["words"])})
+            for name, one in sifted.get("diversity", {}).items()
+        },
     )
+
+
+def _moved(adapter: str, source: str, target: str) -> Moved:
+    with load(adapter) as old:
+        families = sorted({entry.family.family for entry in old.entries.values()})
+        ranks = sorted({entry.rank for entry in old.entries.values()})
+    return Moved(tuple(families), tuple(ranks), _type_of(source), _type_of(target))
+
+
+def _type_of(place: str) -> str | None:
+    """The kind of model that a folder's config names."""
+    config = Path(place) / "config.json"
+    found = read_config(config).get("model_type") if config.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _warnings(job: Job, synthesis: Synthesis, labelling: Labelling) -> tuple[str, ...]:

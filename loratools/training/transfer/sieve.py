@@ -11,7 +11,7 @@ from loratools.training.transfer.duplicates import Duplicates
 from loratools.training.transfer.prompt_frame import PromptFrame
 from loratools.training.transfer.settings import Transfer
 
-REASONS: Final = ("empty", "unfinished", "duplicate", "improbable")
+REASONS: Final = ("empty", "unfinished", "duplicate", "similar", "improbable")
 _PARTS: Final = 1 << 56  # of number_of
 
 
@@ -21,7 +21,7 @@ class Sieve:
 
     def __init__(self, options: Transfer, frame: PromptFrame, seeds: Iterable[str], floor: float = 1.0) -> None:
         self._options, self._frame = options, frame
-        self._least = min(options.threshold, floor)
+        self.least = min(options.threshold, floor)  # probability that passes a threshold
         self._duplicates = Duplicates(options.similar)
         for seed in seeds:
             self._duplicates.is_new(frame.inside(seed))
@@ -41,13 +41,13 @@ class Sieve:
             return "empty"
         if not self._is_probable(row):
             return "improbable"
-        return "" if self._duplicates.is_new(inside) else "duplicate"
+        return self._duplicates.likeness(inside)
 
     def _is_probable(self, row: dict[str, Any]) -> bool:
         p = row.get("p")
         if self._options.passing == "none" or p is None:
             return True
         if self._options.passing == "threshold":
-            return bool(p >= self._least)
+            return bool(p >= self.least)
         odds = p / (1 - p) if p < 1 else 1.0
         return number_of(self._options.seed, "accept", row.get("id")) / _PARTS < odds
