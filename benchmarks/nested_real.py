@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contestants import table
-from number_words import BATCH, fresh, reason_missing, scores, train
+from contestants import of_size, table
+from number_words import BATCH, fresh, load_real, reason_missing, scores, train
 
 RANK, STEPS, RATE, ROWS = 16, 100, 1e-3, 128
 
@@ -18,17 +18,16 @@ def main(*, quick: bool = False) -> str:
     if reason := reason_missing():
         return f"{title}Skipped: {reason}."
     with tempfile.TemporaryDirectory() as folder:
-        return title + _measured(Path(folder), steps=4 if quick else STEPS, n_rows=16 if quick else ROWS)
+        steps, n_rows = of_size((4, 16), (STEPS, ROWS), (700, 256), quick=quick)
+        return title + _measured(Path(folder), steps=steps, n_rows=n_rows)
 
 
 def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
-    from real.smollm2 import load_real_model
-
     from loratools import load, squeeze, truncate
     from loratools.ops.aurac import aurac
     from loratools.training.nested import nested
 
-    real = load_real_model(folder, n_rows=n_rows)
+    real = load_real(folder, n_rows=n_rows)
     ranks = [2**i for i in range(RANK.bit_length()) if 2**i <= RANK]
     rows, areas = [], []
     for objective in ("lora", "dylora", "matryoshka"):

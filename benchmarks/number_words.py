@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contestants import ROOT
+from contestants import ROOT, device
 
 if TYPE_CHECKING:
     from real.smollm2 import RealModel
@@ -28,6 +28,15 @@ def reason_missing() -> str | None:
     from real.smollm2 import missing
 
     return missing()
+
+
+def load_real(folder: Path, *, n_rows: int) -> RealModel:
+    """The base, on the device that was asked for."""
+    from real.smollm2 import load_real_model
+
+    real = load_real_model(folder, n_rows=n_rows)
+    real.model.to(device())
+    return real
 
 
 def training_rows(steps: int, skip: int = 0) -> list[dict[str, str]]:
@@ -61,7 +70,7 @@ def train(
         if done[0] % 10 == 0:
             print(f"  step {done[0]} of {steps}", file=sys.stderr, flush=True)
 
-    how = Train(learning_rate=rate, batch=BATCH, steps=steps)
+    how = Train(learning_rate=rate, batch=BATCH, steps=steps, device=device())
     trained = train_rows(model, real.tokenizer, rows, how, step=step, forward=forward)
     model.save_pretrained(place, save_embedding_layers=False)
     return trained.seconds
@@ -76,4 +85,9 @@ def fresh(real: RealModel, rank: int, alpha: float) -> Any:
 
 def scores(real: RealModel, adapter: Adapter) -> tuple[float, float]:
     """NLL of an answer token, and the share of exact answers, on the held-out rows."""
-    return real.nll(adapter), real.exact_match(adapter)
+    from loratools.training.evaluate import Evaluate, Row, evaluate
+
+    rows = [Row(row["prompt"], row["answer"]) for row in real.rows]
+    how = Evaluate(batch=64, max_tokens=44, device=device())
+    found = evaluate(real.model, real.tokenizer, rows, adapter, options=how)
+    return found.nll, found.exact_match or 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contestants import ROOT, table
+from contestants import ROOT, device, of_size, table
+from number_words import load_real, reason_missing, scores
 
 if TYPE_CHECKING:
     from real.smollm2 import RealModel
@@ -45,45 +45,43 @@ CONTESTANTS = (
 
 def main(*, quick: bool = False) -> str:
     """The table, as Markdown."""
-    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # before torch is imported
-    sys.path.append(str(ROOT / "tests"))
-    from real.smollm2 import missing
-
     title = "# Trained at few bits\n\n"
-    if reason := missing():
+    if reason := reason_missing():
         return f"{title}Skipped: {reason}."
     with tempfile.TemporaryDirectory() as folder:
-        return title + _measured(Path(folder), steps=8 if quick else STEPS, n_rows=32 if quick else 256)
+        steps, n_rows = of_size((8, 32), (STEPS, 256), (700, 256), quick=quick)
+        return title + _measured(Path(folder), steps=steps, n_rows=n_rows)
 
 
 def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
-    from real.smollm2 import ADAPTERS, load_real_model
+    from real.smollm2 import ADAPTERS
 
     from loratools import load
 
-    real = load_real_model(folder, n_rows=n_rows)
+    real = load_real(folder, n_rows=n_rows)
     adapter = load(ADAPTERS / "en_lora_r64")
     assert adapter.origin is not None
     nbytes = adapter.origin.nbytes
-    nll, exact = real.nll(adapter), real.exact_match(adapter)
+    nll, exact = scores(real, adapter)
     rows = [["as trained", "64", _mb(nbytes), f"{nll:.4f}", f"{exact:.3f}", "", "", "100 %", ""]]
     print(f"as trained: {nll:.4f}, {exact:.3f}", file=sys.stderr, flush=True)
     for one in CONTESTANTS:
         start, pack = _start(adapter, one, nbytes // one.ratio, folder)
         rank = max(entry.rank for entry in start.entries.values())
         rounded, _ = _packed(start, pack, folder)
-        before = f"{real.nll(rounded):.4f}", f"{real.exact_match(rounded):.3f}"
+        rounded_nll, rounded_exact = scores(real, rounded)
+        before = f"{rounded_nll:.4f}", f"{rounded_exact:.3f}"
         seconds = _trained(real, start, one, folder / "trained", steps)
         made, size = _packed(load(folder / "trained"), pack, folder)
-        found = real.exact_match(made)
-        after = f"{real.nll(made):.4f}", f"{found:.3f}", f"{100 * found / exact:.0f} %"
+        found_nll, found = scores(real, made)
+        after = f"{found_nll:.4f}", f"{found:.3f}", f"{100 * found / exact:.0f} %"
         name = f"1/{one.ratio}, {one.name}" + ("" if size * one.ratio <= nbytes else " (grown too large)")
         rows.append([name, str(rank), _mb(size), *before, *after, f"{seconds:.0f}"])
         print(*rows[-1], file=sys.stderr, flush=True)
     seconds = _trained(real, adapter, None, folder / "trained", steps)
     longer = load(folder / "trained")
-    found = real.exact_match(longer)
-    after = f"{real.nll(longer):.4f}", f"{found:.3f}", f"{100 * found / exact:.0f} %"
+    found_nll, found = scores(real, longer)
+    after = f"{found_nll:.4f}", f"{found:.3f}", f"{100 * found / exact:.0f} %"
     rows.append(["not rounded, trained on", "64", _mb(nbytes), f"{nll:.4f}", f"{exact:.3f}", *after, f"{seconds:.0f}"])
     text = (
         "en_lora_r64: LoRA of rank 64 on all 210 linear layers of SmolLM2-135M-Instruct, bf16, trained for 140 steps "
@@ -151,7 +149,8 @@ def _batches(tokenizer: Any, steps: int) -> list[Any]:
     rows = evaluate.read_rows(ADAPTERS / "data" / "numwords_en_train.jsonl")
     random.Random(1).shuffle(rows)
     encoded = [evaluate.encode(tokenizer, row) for row in rows[: steps * BATCH]]
-    return [evaluate.collate(tokenizer, encoded[i : i + BATCH]) for i in range(0, len(encoded), BATCH)]
+    batches = [evaluate.collate(tokenizer, encoded[i : i + BATCH]) for i in range(0, len(encoded), BATCH)]
+    return [tuple(tensor.to(device()) for tensor in batch) for batch in batches]
 
 
 def _answer_loss(model: Any, batch: Any) -> Any:

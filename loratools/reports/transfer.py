@@ -117,6 +117,17 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """What training began with: how it was aligned, its targets, those of the old adapter that it has nothing of, and
+    the relative error of squeezing it to the new adapter's rank."""
+
+    align: str
+    targets: int
+    dropped: int
+    squeezed: float
+
+
+@dataclass(frozen=True)
 class StageTime:
     """What a stage took; a stage that an earlier run did keeps that run's figures."""
 
@@ -151,9 +162,10 @@ class Moved:
 class TransferReport:
     """The whole run.
 
-    `agreement` and `agreement_before` are of the transferred adapter and of the target alone with the teacher, on
-    held-out inputs; None where no rows were held out. `evaluations` are of the rows of --eval, by model. `squeezed` is
-    the relative error of the deltas where they were squeezed afterwards.
+    `agreement` and `agreement_before` are of the transferred adapter and of what training began with, the target alone
+    unless there was a warm start, with the teacher, on held-out inputs; None where no rows were held out. `evaluations`
+    are of the rows of --eval, by model. `squeezed` is the relative error of the deltas where they were squeezed
+    afterwards.
     """
 
     columns: ClassVar[Mapping[str, Kind]] = {
@@ -184,6 +196,7 @@ class TransferReport:
     bytes: int
     moved: Moved
     warnings: tuple[str, ...] = field(default=())
+    warm_start: WarmStart | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -95,7 +95,7 @@ def test_mistakes(
 def test_alignment_is_for_weights(run: Run, bases: tuple[Path, Path], lora: Path, tmp_path: Path) -> None:
     done = run("transfer", lora, "--from", bases[0], "--to", bases[1], "--align", "none", "-o", tmp_path / "out")
     assert done.code == 2
-    assert "--align and --texts go with --weights-only" in done.err
+    assert "--align goes with --weights-only or --warm-start" in done.err
     done = run("transfer", lora, "--from", bases[0], "--weights-only", "-o", tmp_path / "out")
     assert done.code == 2
     assert "name the base to move to" in done.err

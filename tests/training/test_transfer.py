@@ -21,7 +21,7 @@ from loratools.training.evaluate import Row, answer_nll
 from loratools.training.models import load_model
 from loratools.training.new_adapter import NewAdapter
 from loratools.training.training_run import TrainingRun
-from loratools.training.transfer import label, run
+from loratools.training.transfer import generate, label, run
 from loratools.training.transfer.run import save_kit, transfer
 from loratools.training.transfer.seed_inputs import read_seeds
 from loratools.training.transfer.settings import Transfer
@@ -261,6 +261,31 @@ def test_other_settings_redo_what_they_concern(
     moved(places, out, resume=True)
     assert 14 <= sum(calls) < 24  # the first ten were answered already
     assert result(out)["inputs"] == expected["inputs"]
+
+
+def test_another_filter_takes_the_same_inputs(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, list[str]]
+) -> None:
+    """Nothing is generated a second time but what the discriminator learns from, and what is missing."""
+    out, made = tmp_path / "moved", tmp_path / "moved.transfer" / "generated.jsonl"
+    moved(places, out, replace(HOW, passing="none"))
+    first = [json.loads(line) for line in made.read_text().splitlines()]
+    assert not any("p" in row for row in first)
+    rows = 0
+    original = generate.said
+
+    def counted(model: Any, tokenizer: Any, prompts: list[Any], *arguments: Any, **keywords: Any) -> Any:
+        nonlocal rows
+        rows += len(prompts)
+        return original(model, tokenizer, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(generate, "said", counted)
+    moved(places, out, resume=True)
+    assert result(out) == expected
+    assert rows == len(expected["probes"]) + len(expected["generated"]) - len(first)
+    moved(places, out, replace(HOW, passing="none"), resume=True)
+    assert rows == len(expected["probes"]) + len(expected["generated"]) - len(first)
+    assert not any("p" in json.loads(line) for line in made.read_text().splitlines())
 
 
 @pytest.mark.parametrize("weighing", ["confidence", "robust"])

@@ -65,6 +65,7 @@ def make_inputs(job: Job) -> dict[str, Any]:
     """Generate until enough inputs would be kept, or the most were made; each row gets its probability."""
     options = job.options
     discriminator = _discriminator(job)
+    job.files.write(GENERATED, _score_new(job, discriminator))
     sieve, seen = _sieve(job, discriminator), 0
     most = options.candidates * options.samples
 
@@ -98,11 +99,8 @@ def make_inputs(job: Job) -> dict[str, Any]:
 def keep_inputs(job: Job) -> dict[str, Any]:
     """Split what was generated into inputs and rejected rows; rows that somebody added are scored first."""
     options, frame = job.options, job.frame
-    rows = job.files.rows(GENERATED)
     discriminator = _discriminator(job)
-    new = [row for row in rows if "p" not in row and not row.get("flaw")]
-    for start in range(0, len(new), options.batch):
-        _score(job, discriminator, new[start : start + options.batch])
+    rows = _score_new(job, discriminator)
     sieve = _sieve(job, discriminator)
     kept: list[dict[str, Any]] = []
     rejected = []
@@ -160,6 +158,14 @@ def _score(job: Job, discriminator: Discriminator | None, batch: list[dict[str, 
     features = _features(job, role, [row["prompt"] for row in whole])
     for row, p in zip(whole, discriminator.probabilities(features), strict=True):
         row["p"] = round(p, 6)
+
+
+def _score_new(job: Job, discriminator: Discriminator | None) -> list[dict[str, Any]]:
+    """All generated rows: those without a probability get theirs, batch by batch as when they were made."""
+    rows, size = job.files.rows(GENERATED), job.options.batch
+    for start in range(0, len(rows), size):
+        _score(job, discriminator, [row for row in rows[start : start + size] if "p" not in row])
+    return rows
 
 
 def _discrepancy(job: Job, prompts: list[str]) -> float | None:

@@ -9,12 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from loratools.errors import AdapterError, InputError
+from loratools.files import load
 from loratools.storage.atomic import explained, printable, write_whole
 from loratools.training.distil import Teacher, Trained, TrainRow, check_vocabularies, train_rows
 from loratools.training.new_adapter import new_adapter
 from loratools.training.seeds import order
+from loratools.training.start_from import start_from
 from loratools.training.transfer.confidence import confidence_weights, robust_weights
-from loratools.training.transfer.job import CHECKPOINT, LABELLED, TRAINED, Job
+from loratools.training.transfer.job import CHECKPOINT, LABELLED, START, TRAINED, Job
 from loratools.training.transfer.settings import Transfer
 
 TRAINING = "training.json"
@@ -50,6 +52,10 @@ def fit(job: Job) -> dict[str, Any]:
         teacher = Teacher(model, tokenizer, options.chat)
     model, tokenizer = job.models.take("target", keep=("teacher",))
     adapted = new_adapter(model, options.adapter, seed=options.seed)
+    left_out: tuple[str, ...] = ()
+    if options.warm_start is not None:
+        with load(job.files.folder / START) as start:
+            left_out = start_from(adapted, start)
     step = job.meter(how.n_steps(len(rows)), "steps of training, at most")
     trained = train_rows(
         adapted,
@@ -61,7 +67,7 @@ def fit(job: Job) -> dict[str, Any]:
         checkpoint=job.files.folder / CHECKPOINT,
         step=step,
     )
-    _save(job, trained, len(rows), len(held_out))
+    _save(job, trained, len(rows), len(held_out), left_out)
     job.models.drop()  # the adapter is in it
     return {"tokens": trained.tokens, "seconds_of_steps": round(trained.seconds, 3)}
 
@@ -94,13 +100,16 @@ def split(rows: Sequence[TrainRow], options: Transfer) -> tuple[list[TrainRow], 
     return [row for i, row in enumerate(rows) if i not in out], [row for i, row in enumerate(rows) if i in out]
 
 
-def _save(job: Job, trained: Trained, rows: int, held_out: int) -> None:
+def _save(job: Job, trained: Trained, rows: int, held_out: int, left_out: tuple[str, ...]) -> None:
     place = job.files.folder / TRAINED
     with explained(place):
         if place.exists():
             shutil.rmtree(place)
         trained.model.peft_config[trained.model.active_adapter].base_model_name_or_path = job.models.places["target"]
         trained.model.save_pretrained(place, save_embedding_layers=False)  # none was trained
+    warnings = list(trained.warnings)
+    if left_out:
+        warnings.append(f"{len(left_out)} targets of the warm start are none of the new adapter; first: {left_out[0]}")
     figures = {
         "rows": rows,
         "held_out": held_out,
@@ -110,6 +119,6 @@ def _save(job: Job, trained: Trained, rows: int, held_out: int) -> None:
         "tokens": trained.tokens,
         "losses": list(trained.losses),
         "looks": [{"step": look.step, **asdict(look.held_out)} for look in trained.looks],
-        "warnings": list(trained.warnings),
+        "warnings": warnings,
     }
     write_whole(job.files.folder / TRAINING, (json.dumps(figures) + "\n").encode())

@@ -21,8 +21,8 @@ Meter: TypeAlias = Callable[[int, str], Callable[[int], None]]
 
 GENERATED, INPUTS, REJECTED, LABELLED = "generated.jsonl", "inputs.jsonl", "rejected.jsonl", "labelled.jsonl"
 PROBES, DISCRIMINATOR, CHECKPOINT = "probes.jsonl", "discriminator.json", "training.pt"
-TRAINED = "adapter"
-STAGES = ("prepare", "generate", "filter", "label", "train", "evaluate")
+TRAINED, START = "adapter", "start"
+STAGES = ("prepare", "generate", "filter", "label", "start", "train", "evaluate")
 
 
 def no_meter(total: int, what: str) -> Callable[[int], None]:

@@ -93,6 +93,8 @@ def _moved(report: TransferReport) -> Iterator[Block]:
     told = {"inputs": "self-prompted: the source with its adapter was only told to begin"}
     if made.inputs == "few-shot":
         told = {"inputs": f"made up after {_with('seed', made.seeds)}", "made up by": report.generator}
+    if (start := report.warm_start) is not None:
+        told["began with"] = f"what the weights carry over ({start.align})"
     told["stages' files"] = report.work
     if report.squeezed is not None:
         told["squeezed"] = f"to rank {report.rank}, with a relative error of {_percent(report.squeezed)}"

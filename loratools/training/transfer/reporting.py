@@ -20,6 +20,7 @@ from loratools.reports.transfer import (
     StageTime,
     Synthesis,
     TransferReport,
+    WarmStart,
 )
 from loratools.training.transfer.fit import TRAINING, labelled, usable
 from loratools.training.transfer.job import STAGES, Job
@@ -44,6 +45,7 @@ def reported(job: Job, adapter: str, out: str, size: int) -> TransferReport:
         sum(bool(row["answer"].strip()) and not row.get("ended", True) for row in rows),
         sum(sure) / len(sure) if sure else 1.0,
     )
+    start = None if options.warm_start is None else _warm_start(options.warm_start, every["start"])
     evaluations = {name: Evaluation(**one) for name, one in every["evaluate"].get("evaluations", {}).items()}
     return TransferReport(
         adapter,
@@ -69,7 +71,9 @@ def reported(job: Job, adapter: str, out: str, size: int) -> TransferReport:
         evaluations,
         every["evaluate"].get("squeezed"),
         tuple(
-            StageTime(stage, every[stage].get("seconds", 0.0), every[stage].get("tokens") or None) for stage in STAGES
+            StageTime(stage, every[stage].get("seconds", 0.0), every[stage].get("tokens") or None)
+            for stage in STAGES
+            if stage != "start" or options.warm_start is not None
         ),
         tuple(Sample(row["prompt"], row["answer"], row.get("confidence")) for row in used[:_SAMPLES]),
         asdict(options),
@@ -78,7 +82,12 @@ def reported(job: Job, adapter: str, out: str, size: int) -> TransferReport:
         size,
         _moved(adapter, job.models.places["source"], job.models.places["target"]),
         (*_warnings(job, synthesis, labelling), *training["warnings"]),
+        start,
     )
+
+
+def _warm_start(align: str, figures: Mapping[str, Any]) -> WarmStart:
+    return WarmStart(align, figures["targets"], figures["dropped"], figures["squeezed"])
 
 
 def _synthesis(job: Job, every: Mapping[str, Mapping[str, Any]]) -> Synthesis:
@@ -140,4 +149,6 @@ def _warnings(job: Job, synthesis: Synthesis, labelling: Labelling) -> tuple[str
             f"{labelling.unfinished} answers did not end within {job.options.max_answer_tokens} tokens and were left "
             "out; raise --max-answer-tokens"
         )
+    if job.options.warm_start is not None:
+        found += job.files.figures("start")["warnings"]
     return tuple(found)

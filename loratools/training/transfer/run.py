@@ -23,11 +23,13 @@ from loratools.training.seeds import order
 from loratools.training.transfer.data_stages import keep_inputs, make_inputs, prepare
 from loratools.training.transfer.fit import TRAINING, fit, refuse_other_vocabulary
 from loratools.training.transfer.job import (
+    CHECKPOINT,
     DISCRIMINATOR,
     GENERATED,
     INPUTS,
     LABELLED,
     PROBES,
+    START,
     TRAINED,
     Job,
     Meter,
@@ -40,6 +42,7 @@ from loratools.training.transfer.reporting import reported
 from loratools.training.transfer.seed_inputs import Seed, read_seeds
 from loratools.training.transfer.settings import Transfer
 from loratools.training.transfer.stage_files import StageFiles
+from loratools.training.transfer.warm_start import warm_start
 
 RECEIPT = "transfer.json"
 SEEDS = "seeds.jsonl"
@@ -150,12 +153,19 @@ def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
         training["teacher"] = asking["teacher"]
     kit = str(job.kit) if job.kit is not None else None
 
+    if o.warm_start not in (None, "activations"):  # which need no rows: first, for an error costs least here
+        _start(job, adapter)
     _stage(job, "prepare", job.files.digest(settings=[made_of, o.passing == "none", kit]), prepare, PROBES)
-    raw = job.files.digest(DISCRIMINATOR, settings=made_of)
-    if job.files.figures("generate").get("raw", raw) != raw:
+    raw, judge = job.files.digest(settings=made_of), job.files.digest(DISCRIMINATOR)
+    known = job.files.figures("generate")
+    if known.get("raw", raw) != raw:
         job.files.remove(GENERATED)
-    job.files.note_figures("generate", raw=raw)
-    _stage(job, "generate", job.files.digest(settings=[raw, sifting]), make_inputs)  # more of the same may be wanted
+    elif known.get("judge", judge) != judge:  # the same inputs, of other probabilities
+        unscored = [{k: v for k, v in row.items() if k != "p"} for row in job.files.rows(GENERATED)]
+        job.files.write(GENERATED, unscored)
+    job.files.note_figures("generate", raw=raw, judge=judge)
+    # more of the same may be wanted
+    _stage(job, "generate", job.files.digest(settings=[raw, judge, sifting]), make_inputs)
     _stage(job, "filter", job.files.digest(DISCRIMINATOR, GENERATED, settings=sifting), keep_inputs)
     asked = job.files.digest(settings=asking)
     previous = job.files.figures("label").get("asked")
@@ -166,7 +176,10 @@ def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
         job.files.digest(INPUTS, settings=asking),
         lambda job: label(job, reuse=previous in (None, asked)),
     )
-    _stage(job, "train", job.files.digest(LABELLED, settings=training), fit)
+    if o.warm_start == "activations":
+        _start(job, adapter)
+    start = (f"{START}/adapter_model.safetensors", f"{START}/adapter_config.json") if o.warm_start is not None else ()
+    _stage(job, "train", job.files.digest(LABELLED, *start, settings=training), fit, CHECKPOINT)
     scored = {"rows": [asdict(row) for row in rows], "base": places, "adapter": adapter, "squeeze": o.squeeze_to}
     _stage(
         job,
@@ -174,6 +187,14 @@ def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
         job.files.digest(TRAINING, f"{TRAINED}/adapter_model.safetensors", settings=scored),
         lambda job: _evaluated(job, rows),
     )
+
+
+def _start(job: Job, adapter: str) -> None:
+    """The stage of a warm start; of "activations" it reads the labelled rows."""
+    o, places = job.options, job.models.places
+    made_of = [adapter, places["source"], places["target"], o.warm_start, o.adapter.rank, o.device, o.seed]
+    rows = (LABELLED,) if o.warm_start == "activations" else ()
+    _stage(job, "start", job.files.digest(*rows, settings=made_of), warm_start)
 
 
 def _stage(job: Job, name: str, made_from: str, work: Callable[[Job], dict[str, Any]], *own: str) -> None:

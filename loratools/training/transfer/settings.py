@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.errors import UsageError
+from loratools.ops.weight_space import Align
 from loratools.training.distil import Train
 from loratools.training.new_adapter import NewAdapter
 from loratools.training.transfer.confidence import Weighing
@@ -23,7 +24,8 @@ class Transfer:
     p / (1 - p) up to 1; or always. `similar` is the share of n-grams from which a long input is a duplicate;
     `candidates` how many are made at most for each that is wanted. `show`: examples without or with their answers.
     `weighing` says how much rows count by how sure their teacher was; `held_out` is the share of rows that training
-    is stopped by. `chat`, `device` and `seed` are those of all stages.
+    is stopped by. `warm_start` lets training begin with the adapter carried over by weights, aligned in that way.
+    `chat`, `device` and `seed` are those of all stages.
     """
 
     samples: int = 500
@@ -41,6 +43,7 @@ class Transfer:
     held_out: float = 0.1
     adapter: NewAdapter = NewAdapter()
     train: Train = Train()
+    warm_start: Align | None = None
     squeeze_to: int | None = None
     chat: bool = False
     device: str = "cpu"
