@@ -35,7 +35,7 @@ def ls(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List the adapters of a hub, from their headers.
+    """List the adapters of a hub, or of a pack, from their headers.
 
     Example: loratools hub ls adapters/
     """
@@ -65,6 +65,12 @@ def run(
     ] = None,
     workers: Annotated[int, Option(metavar="N", help="Processes, which share the cores.")] = 1,
     shard: Annotated[str, Option(metavar="I/N", help="Only the I-th of N parts, for several machines.")] = "1/1",
+    only: Annotated[
+        list[str] | None, Option(metavar="GLOB", help="Only adapters of such names, such as 'law/*'; repeated.")
+    ] = None,
+    only_from: Annotated[
+        Path | None, Option("--only-from", metavar="FILE", help="Only those that the file names, one name a line.")
+    ] = None,
     engine: Annotated[Literal["local", "dask"], Option(help="Where: this machine, or a Dask cluster.")] = "local",
     scheduler: Annotated[str | None, Option(metavar="URL", help="Of the cluster, such as tcp://host:8786.")] = None,
     resume: Annotated[bool, Option("--resume", help="Do what is missing, changed or stale.")] = False,
@@ -82,10 +88,12 @@ def run(
     Examples:
       loratools hub run adapters/ small/ --step "squeeze rank=8" --workers 2
       loratools hub run recipe.toml adapters/ small/ --resume
+      loratools hub run recipe.toml adapters/ small/ --only 'law/*'
       loratools hub run recipe.toml s3://bucket/adapters s3://bucket/small
     """
     from loratools.errors import UsageError
     from loratools.hub.engines import dask_executor
+    from loratools.hub.only import only_of
     from loratools.hub.run import Run
     from loratools.hub.run import run as run_all
     from loratools_cli.exit_codes import ExitCode
@@ -97,7 +105,7 @@ def run(
     if (engine == "dask") != (scheduler is not None):
         raise UsageError("--engine dask and --scheduler URL go together")
     executor = None if scheduler is None else lambda: dask_executor(scheduler)
-    how = Run(workers, _shard(shard), resume, force, executor)
+    how = Run(workers, _shard(shard), resume, force, executor, only_of(only or [], only_from))
     with Progress() as progress:
         report = run_all(recipe, source, out, how, steps=progress.steps)
     shown.show(report)

@@ -85,18 +85,26 @@ def pack_add(
     name: Annotated[
         str | None, Option(metavar="NAME", help="What to call it; as its file or folder, if not given.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        Option(metavar="SIZE", help="Of its own file: a share of its bytes now, or a size such as 1MB."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Replace the adapter of that name.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Let an adapter join a pack, whose bases stay as they are.
 
-    It gets the best coefficients on them, or components of its own where these err less for the same bytes.
+    It gets the best coefficients on them, or components of its own where these err less for the same bytes. With
+    --budget it gets whatever of both takes most off its error within so many bytes.
 
-    Example: loratools hub pack-add pack/ new-adapter/
+    \b
+    Examples:
+      loratools hub pack-add pack/ new-adapter/
+      loratools hub pack-add pack/ new-adapter/ --budget 30%
     """
     from loratools.hub.pack import add
     from loratools_cli.output import Output
 
     shown = Output(as_json=as_json, quiet=quiet)
-    shown.show(add(path, adapter, name=name, force=force))
+    shown.show(add(path, adapter, name=name, budget=budget, force=force))

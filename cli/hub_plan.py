@@ -34,6 +34,12 @@ def plan(
     requests: Annotated[int, Option(metavar="N", help="Length of the simulated trace.")] = 100_000,
     zipf: Annotated[float, Option(metavar="S", help="Exponent of the popularity without a log; 0: all alike.")] = 1.0,
     seed: Annotated[int, Option(metavar="N", help="Of the trace, and of who is popular without a log.")] = 0,
+    hub: Annotated[
+        Path | None, Option("--hub", metavar="FOLDER", help="What a catalog is of, for the commands to run.")
+    ] = None,
+    lists: Annotated[
+        Path | None, Option("--lists", metavar="FOLDER", help="Write the names that commands are for, a file for each.")
+    ] = None,
     table: options.TablePath = None,
     force: options.Force = False,
     as_json: options.Json = False,
@@ -42,13 +48,15 @@ def plan(
     """Plan how S-LoRA or vLLM is to serve a hub.
 
     Ranks to serve at, who stays in memory, hit rates and what to run. Reads headers, or a catalog alone; changes
-    nothing. Adapters that the server cannot take are counted with the reason; --table has a row for each.
+    nothing. Adapters that the server cannot take are counted with the reason; --table has a row for each. Commands that
+    are for some adapters read their names from the files of --lists, unless these are few.
 
     \b
     Example: loratools hub plan adapters/ --server slora --memory 20GB
     """
     from loratools.hub.plan import Plan
     from loratools.hub.plan import plan as plan_all
+    from loratools.hub.plan_commands import write_lists
     from loratools.sizes import parse_size
     from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.output import Output
@@ -58,9 +66,11 @@ def plan(
     check_exports(table=table, force=force)
     how = Plan(
         server, parse_size(memory), buckets, base, popularity, by_popularity, max_error,
-        reserve_tokens, requests, zipf, seed,
+        reserve_tokens, requests, zipf, seed, hub, lists,
     )  # fmt: skip
     with Progress() as progress:
         report = plan_all(path, how, steps=progress.steps)
     write_exports(report, table=table, force=force)
+    if lists is not None:
+        write_lists(report.groups, lists, force=force)
     shown.show(report)

@@ -186,7 +186,7 @@ def _queries(texts: Sequence[str], file: Path | None, features: Path | None) -> 
     """The texts to route; rows of features alone are named by their number."""
     from loratools.errors import UsageError
     from loratools.ops.routing import read_array
-    from loratools.training.texts import Labelled, read_labelled
+    from loratools.training.texts import Labelled, is_unicode, read_labelled
 
     if texts and file is not None:
         raise UsageError("--text and --file exclude each other; give one of them")
@@ -194,6 +194,8 @@ def _queries(texts: Sequence[str], file: Path | None, features: Path | None) -> 
         return read_labelled(file, required=False)
     if any(not text.strip() for text in texts):
         raise UsageError("--text is empty; there is nothing to route by")
+    if not all(map(is_unicode, texts)):
+        raise UsageError("--text is no UTF-8; give it in that encoding")
     if texts:
         return [Labelled(text) for text in texts]
     if features is None:

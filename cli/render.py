@@ -105,7 +105,7 @@ def table(report: object, stream: TextIO, *, everything: bool = False) -> str:
         emoji=False,
     )
     for block in blocks(report, everything):
-        console.print(block)
+        console.print(block, soft_wrap=bool(getattr(block, "no_wrap", False)))  # commands stay on one line
     return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from loratools.reports.hub import CatalogReport, HubListReport, HubRunReport, Row
 from loratools.sizes import format_size
 from loratools_cli.grids import new_grid, texts
-from loratools_cli.text import number, plain, shortened, sizes
+from loratools_cli.text import counted_things, number, plain, shortened, sizes
 
 _SHOWN = 40  # rows, unless all are asked for
 _REASON = 120
@@ -30,7 +30,8 @@ def render_hub_list(report: HubListReport, *, everything: bool) -> Iterator[Rend
     bad = [(a.name, a.reason) for a in report.adapters if a.reason]
     yield from failures(bad, everything=everything)
     total = format_size(sum(a.bytes for a in good))
-    yield Text(f"{len(good)} adapters, {total}" + (f"; {len(bad)} places cannot be read" if bad else ""), style="bold")
+    unread = f"; {counted_things(len(bad), 'place')} cannot be read" if bad else ""
+    yield Text(f"{counted_things(len(good), 'adapter')}, {total}{unread}", style="bold")
 
 
 def render_hub_run(report: HubRunReport, *, everything: bool) -> Iterator[RenderableType]:

@@ -37,8 +37,10 @@ def render_hub_plan(report: HubPlanReport) -> Iterator[RenderableType]:
     yield Text("")
     for setting in report.settings:
         yield Text.assemble((f"start {report.title} with ", "bold"), plain(setting))
-    for command in report.commands:
-        yield Text.assemble(("run ", "bold"), plain(command))
+    if report.commands:
+        yield Text("run", style="bold")
+    for command in report.commands:  # never wrapped: a shell would take the rest for a command of its own
+        yield Text(plain(command), no_wrap=True)
 
 
 def _who(report: HubPlanReport) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loratools.reports.hub_similar import Cluster, HubSimilarReport, MergeFound, Related
 from loratools_cli.grids import reasons, texts
-from loratools_cli.text import number, plain, shortened
+from loratools_cli.text import counted_things, number, plain, shortened
 
 _SHOWN = 40  # rows of a kind, unless all are asked for
 _MEMBERS = 6  # of a cluster
@@ -86,20 +86,16 @@ def _more(rows: Sequence[T], everything: bool) -> Iterator[Text]:
 
 
 def _sum(report: HubSimilarReport) -> str:
-    adapters = _counted(report.adapters, "adapter", "adapters")
+    adapters = counted_things(report.adapters, "adapter")
     if report.to is not None:
         return f"{adapters} compared with {plain(report.to)}"
     counts = report.counts
     said = [
-        _counted(counts["copy"], "copy", "copies"),
-        _counted(counts["scaled copy"], "scaled copy", "scaled copies"),
-        _counted(counts["derivative"], "derivative", "derivatives"),
-        _counted(len(report.merges), "merge", "merges"),
-        _counted(len(report.clusters), "cluster", "clusters"),
+        counted_things(counts["copy"], "copy", "copies"),
+        counted_things(counts["scaled copy"], "scaled copy", "scaled copies"),
+        counted_things(counts["derivative"], "derivative"),
+        counted_things(len(report.merges), "merge"),
+        counted_things(len(report.clusters), "cluster"),
     ]
     there = [text for text in said if not text.startswith("0 ")]
     return f"{adapters}: {', '.join(there) or f'none alike to a cosine of {report.threshold:g}'}"
-
-
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"

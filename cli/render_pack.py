@@ -12,7 +12,7 @@ from loratools.reports.pack import PackAddReport, PackReport, UnpackReport
 from loratools.sizes import format_size
 from loratools_cli.grids import new_grid, texts
 from loratools_cli.render_hub import failures
-from loratools_cli.text import number
+from loratools_cli.text import counted_things, number
 
 _SHOWN = 40  # rows, unless all are asked for
 
@@ -59,7 +59,8 @@ def render_pack_add(report: PackAddReport) -> Iterator[RenderableType]:
     """What became of it."""
     row = report.adapter
     yield Text(
-        f"{row.sharing} of {row.factored} targets share bases, {row.as_they_are} are stored as they are; "
+        f"{row.sharing} of {row.factored} targets share bases, {counted_things(report.components, 'component')} "
+        f"of its own, {row.as_they_are} stored whole; {format_size(row.bytes_after)}, "
         f"relative error {number(row.relative_error)}"
     )
 

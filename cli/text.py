@@ -18,6 +18,7 @@ def shortened(text: object, limit: int) -> str:
 
 def percent(share: float) -> str:
     """A share as a percentage that says 100 only where it is all, and 0 only where it is nothing."""
+    share = round(share, 12)  # sums of shares are off by their rounding
     for digits in range(1, 9):
         text = f"{100 * share:.{digits}f}"
         if (share >= 1 or float(text) < 100) and (share <= 0 or float(text) > 0):
@@ -43,6 +44,11 @@ def sizes(before: int, after: int) -> str:
     from loratools.sizes import format_size
 
     return f"{format_size(before)} -> {format_size(after)}"
+
+
+def counted_things(count: int, one: str, many: str = "") -> str:
+    """`1 adapter`, `2 adapters`; `many` where it is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def counted(counts: Mapping[str, int], limit: int) -> str:

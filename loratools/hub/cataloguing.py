@@ -77,7 +77,7 @@ def catalog(
     places = _joined((place for each in waiting if (place := _place(hub, each)) is not None), earlier)
     rows = in_order(make, measured, places, workers=how.workers, given_up=given_up, ready=ready)
     write_catalog(counted(rows), path)
-    missing = 0 if stated is None else sum(name not in names for name in names_of(stated, hub))
+    missing = 0 if stated is None else sum(name not in names for name in names_of(stated, hub)[0])
     return CatalogReport(str(path), str(hub), dict(counts), before, after, tuple(failures), missing)
 
 

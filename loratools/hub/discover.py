@@ -13,6 +13,7 @@ from loratools.files import SUFFIXES, WEIGHTS_NAMES
 from loratools.storage.atomic import printable
 
 _DEPTH: Final = 64  # of folders in each other: hubs have a few
+_PACK: Final = b'{"format":"loratools pack"'
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def discover(hub: Path, *, without: Path | None = None) -> Iterator[Found | Refu
     """
     if not hub.is_dir():
         raise InputError(f"{printable(hub)}: is no folder of adapters")
+    if is_pack(hub):
+        raise InputError(f"{printable(hub)}: is a pack; `loratools hub ls` lists it, `loratools hub unpack` opens it")
     try:
         os.scandir(hub).close()
     except OSError as error:
@@ -64,6 +67,9 @@ def _walk(folder: Path, name: str, inside: Path, without: str | None) -> Iterato
         return
     if name.count("/") >= _DEPTH:
         yield Refused(name, f"lies deeper than {_DEPTH} folders")
+        return
+    if name and is_pack(folder):
+        yield Refused(name, "a pack, whose adapters `loratools hub unpack` writes")
         return
     try:
         with os.scandir(folder) as there:
@@ -87,6 +93,15 @@ def _walk(folder: Path, name: str, inside: Path, without: str | None) -> Iterato
             yield Refused(own, "a symbolic link to a folder of the hub, which is found by its own name")
         elif not whole and is_weights(entry.name) and entry.is_file():
             yield Found(own, Path(entry.path))
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether `hub pack` wrote a folder, by the first bytes of its index."""
+    try:
+        with (folder / "index.json").open("rb") as file:
+            return file.read(len(_PACK)) == _PACK
+    except OSError:
+        return False
 
 
 def _stays(path: Path, inside: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,24 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from loratools.errors import InputError, LoratoolsError
+from loratools.adapter import Adapter
+from loratools.errors import InputError, LoratoolsError, UsageError
 from loratools.files import load
-from loratools.hub.discover import Found, Refused, discover
-from loratools.hub.receipts import RUN, receipts
+from loratools.hub.discover import Found, Refused, discover, is_pack
+from loratools.hub.receipts import read_stated, receipts
 from loratools.hub.remote import Held, discover_remote, headers
-from loratools.hub.run import row_of
+from loratools.hub.run import places_of, row_of, split_refused
 from loratools.hub.scratch import scratch
 from loratools.hub.work import FAILURES, facts_of, reason_of
-from loratools.reports.hub import HubListReport, HubRunReport, Listed
+from loratools.reports.hub import HubListReport, HubRunReport, Listed, Row
 from loratools.storage.places import Place, parse_place, shown
 from loratools.storage.remote import Remote
 
 _AT_ONCE: Final = 8  # headers elsewhere that are read together
-_LARGEST: Final = 1 << 20  # of what states a run
 
 
 def listed(hub: Place, *, step: Callable[[], None] | None = None) -> HubListReport:
-    """Every adapter of a hub by its header; what cannot be read has a reason. `step` is called after each place.
+    """Every adapter of a hub, or of a pack, by its header; what cannot be read has a reason.
+
+    `step` is called after each place.
 
     Of a hub elsewhere no more is fetched than headers and configs, and small files that have no header at their start.
     InputError where the hub cannot be read.
@@ -42,11 +43,25 @@ def listed(hub: Place, *, step: Callable[[], None] | None = None) -> HubListRepo
 
 def _rows(hub: Place) -> Iterator[Listed]:
     if isinstance(hub, Path):
-        yield from (_listed(found.name, found) for found in discover(hub))
+        packed = is_pack(hub)
+        yield from _packed(hub) if packed else (_listed(found.name, found) for found in discover(hub))
         return
     folder, places = discover_remote(hub)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # which wait for the network
         yield from pool.map(partial(_listed_remote, folder), places)
+
+
+def _packed(place: Path) -> Iterator[Listed]:
+    """The adapters of a pack, each with the bytes of its own file."""
+    from loratools.hub.pack import open_pack
+
+    with open_pack(place) as pack:
+        for name in pack:
+            try:
+                row = _facts(name, pack[name])
+                yield replace(row, bytes=(place / pack.listing(name).file).stat().st_size)
+            except (LoratoolsError, OSError) as error:
+                yield Listed(name, reason=reason_of(error))
 
 
 def _listed_remote(hub: Remote, found: Held | Refused) -> Listed:
@@ -66,18 +81,22 @@ def _listed(name: str, found: Found | Refused) -> Listed:
         return Listed(name, reason=found.reason)
     try:
         with load(found.path) as adapter:
-            facts = facts_of(adapter)
-            return Listed(
-                name,
-                facts["dialect"],
-                ", ".join(facts["families"]),
-                facts["targets"],
-                facts["rank"],
-                adapter.file_nbytes,
-                facts["base_model"] or "",
-            )
+            return _facts(name, adapter)
     except FAILURES as error:
         return Listed(name, reason=reason_of(error))
+
+
+def _facts(name: str, adapter: Adapter) -> Listed:
+    facts = facts_of(adapter)
+    return Listed(
+        name,
+        facts["dialect"],
+        ", ".join(facts["families"]),
+        facts["targets"],
+        facts["rank"],
+        adapter.file_nbytes,
+        facts["base_model"] or "",
+    )
 
 
 def status(out: Place) -> HubRunReport:
@@ -86,44 +105,49 @@ def status(out: Place) -> HubRunReport:
     InputError where no run has written there.
     """
     stated = stated_run(out)
-    rows = sorted((row_of(receipt, receipt.status) for receipt in receipts(out)), key=lambda row: row.name)
+    rows = [row_of(receipt, receipt.status) for receipt in receipts(out)]
     known, warnings = {row.name for row in rows}, []
+    missing: tuple[str, ...] = ()
     try:
-        missing = tuple(name for name in names_of(stated, out) if name not in known)
+        names, refused = names_of(stated, out)
+        missing = tuple(name for name in names if name not in known)
+        rows += [row for row in refused if row.name not in known]
     except LoratoolsError as error:  # results may outlive their hub, and credentials are not kept
-        missing = ()
         warnings.append(f"what is still to do is not known: {error}")
+    rows.sort(key=lambda row: row.name)
     return HubRunReport(str(out), stated.recipe, tuple(rows), missing, tuple(warnings))
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What a run was: the hub that it read, and its recipe."""
+    """What a run was: the hub that it read, its recipe, and the adapters that it was for, None for all."""
 
     hub: Place
     recipe: tuple[str, ...]
+    only: frozenset[str] | None = None
 
 
 def stated_run(out: Place) -> Stated:
     """What the run into `out` was; InputError where none has written there."""
     try:
-        stated = json.loads((out / RUN).read_text(encoding="utf-8") if isinstance(out, Path) else _run_of(out))
-        return Stated(parse_place(stated["hub"]), tuple(str(step) for step in stated["recipe"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        stated = read_stated(out) or {}
+        only = stated.get("only")
+        return Stated(
+            parse_place(stated["hub"]),
+            tuple(str(step) for step in stated["recipe"]),
+            None if only is None else frozenset(str(name) for name in only),
+        )
+    except (UsageError, TypeError, KeyError):
         raise InputError(f"{shown(out)}: no run of `loratools hub run` has written here") from None
 
 
-def _run_of(out: Remote) -> bytes:
-    if (out / RUN).stat() is None:
-        raise ValueError("there is none")
-    return (out / RUN).read(_LARGEST)
+def names_of(stated: Stated, out: Place) -> tuple[list[str], list[Row]]:
+    """The adapters of the hub that the run was for, as it is now, and those that cannot be done; none where it is gone.
 
-
-def names_of(stated: Stated, out: Place) -> Iterator[str]:
-    """The adapters of the hub that was run, as it is now; none where it is gone."""
-    if isinstance(stated.hub, Remote):
-        _, places = discover_remote(stated.hub, without=out if isinstance(out, Remote) else None)
-        yield from (found.name for found in places if isinstance(found, Held))
-    elif stated.hub.is_dir():
-        found = discover(stated.hub, without=out if isinstance(out, Path) else None)
-        yield from (each.name for each in found if isinstance(each, Found))
+    InputError for a hub that cannot be read.
+    """
+    if isinstance(stated.hub, Path) and not stated.hub.is_dir():
+        return [], []
+    _, places = places_of(stated.hub, out)
+    found, refused = split_refused([p for p in places if stated.only is None or p.name in stated.only])
+    return [each.name for each in found], refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,7 @@ from loratools.hub.population import Population, Steps, population_of_hub
 from loratools.hub.residency import most_popular
 from loratools.ops.check import server_named
 from loratools.sizes import format_size
+from loratools.storage.header import quoted
 
 if TYPE_CHECKING:
     from loratools.reports.hub_plan import HubPlanReport
@@ -35,7 +37,8 @@ class Plan:
     `memory`: bytes for adapters, and for S-LoRA for the cache too, of which `reserve_tokens` stay free. `base`: a glob
     for the base model, by default the one of most adapters. `log`: the popularity, else Zipf with exponent `zipf`.
     `by_popularity`: choose buckets by the padding of requests, and not of adapters. `largest_error`: squeeze to a lower
-    bucket where singular values say that no more is lost.
+    bucket where singular values say that no more is lost. `hub`: what a catalog is of, for the commands; `lists`: the
+    folder where these find the names of the adapters that they are for, which `plan_commands.write_lists` writes.
     """
 
     server: str
@@ -49,6 +52,8 @@ class Plan:
     requests: int = 100_000
     zipf: float = 1.0
     seed: int = 0
+    hub: Path | None = None
+    lists: Path | None = None
 
     def __post_init__(self) -> None:
         if self.server not in PLANNED:
@@ -94,7 +99,7 @@ def _candidates(population: Population, how: Plan) -> Candidates:
     else:
         chosen = np.array([fnmatchcase(name, how.base) for name in population.base_names], bool)
         if not chosen.any():
-            raise UsageError(f"no adapter has a base model like {how.base!r}; the first is {population.base_names[:1]}")
+            raise UsageError(f"no adapter has a base model like {how.base!r}; there is {_some(population.base_names)}")
     reasons[(reasons < 0) & ~chosen[population.bases]] = len(texts) - 2
     numbers = np.bincount(population.shapes[reasons < 0], minlength=len(population.signatures))
     order = [i for i in np.argsort(-numbers, kind="stable").tolist() if numbers[i]]
@@ -115,6 +120,11 @@ def _candidates(population: Population, how: Plan) -> Candidates:
         raise AdapterError("no request of the log is for an adapter that can be served")
     base = ", ".join(names[:_NAMED])
     return Candidates(population, base, memory, reasons, tuple(texts), fit, popularity, known / known.sum())
+
+
+def _some(names: Sequence[str]) -> str:
+    known = [quoted(name) for name in names if name]
+    return ", ".join(known[:_NAMED]) + (", ..." if len(known) > _NAMED else "") if known else "none that is named"
 
 
 def _popularity(population: Population, how: Plan) -> Popularity:

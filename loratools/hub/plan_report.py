@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratools.hub.footprint import Footprint, stored_numbers
+from loratools.hub.plan_commands import Group, commands_of, groups_of
 from loratools.hub.popularity import Popularity, drawn
 from loratools.hub.population import Population
 from loratools.hub.residency import lru_estimate, lru_hits, static_hits
@@ -75,6 +75,7 @@ def report_of(chosen: Candidates, served: Served, how: Plan) -> HubPlanReport:
     padding = int(np.maximum(ends - own, 0).sum())
     used = int(served.sizes[served.kept].sum())
     row = server_named(how.server)
+    groups = groups_of(population, fit, ends, reasons)
 
     def planned(place: int, at: int) -> Planned:
         """The adapter at a place of the population, and `at` among those that fit, -1 where it does not."""
@@ -126,9 +127,10 @@ def report_of(chosen: Candidates, served: Served, how: Plan) -> HubPlanReport:
         policies=_policies(chosen, served, trace),
         top=tuple(planned(int(fit[i]), i) for i in top.tolist()),
         settings=_settings(how, memory, buckets, served),
-        commands=tuple(_commands(chosen, ends)),
-        warnings=tuple(_warnings(population, how)),
+        commands=tuple(commands_of(groups, population.source, _hub(population, how), how)),
+        warnings=tuple(_warnings(population, how, groups)),
         every=every,
+        groups=groups,
     )
 
 
@@ -206,20 +208,17 @@ def _settings(how: Plan, memory: Footprint, buckets: tuple[Bucket, ...], served:
     return (f"{tokens}--pool-size-lora {served.capacity} --swap",)
 
 
-def _commands(chosen: Candidates, ends: NDArray[np.int64]) -> Iterator[str]:
-    """What to run on the hub; of many squeezes the first few, the others are rows of the table."""
-    population, fit = chosen.population, chosen.fit
-    folder = Path(population.source) if Path(population.source).is_dir() else Path("HUB")  # where a catalog's lies
-    if population.mended[fit].any():
-        yield f'loratools hub run {shlex.quote(str(folder))} OUT --step "convert to=peft portable=true"'
-    for i in np.flatnonzero(ends < population.ranks[fit])[:_EXAMPLES].tolist():
-        name = population.name(int(fit[i]))
-        yield f"loratools squeeze {shlex.quote(str(folder / name))} --rank {ends[i]} -o {shlex.quote(f'OUT/{name}')}"
+def _hub(population: Population, how: Plan) -> Path | None:
+    """The folder to run commands on; of a catalog only its user knows it."""
+    source = Path(population.source)
+    return source if how.hub is None and source.is_dir() else how.hub
 
 
-def _warnings(population: Population, how: Plan) -> Iterator[str]:
+def _warnings(population: Population, how: Plan, groups: tuple[Group, ...]) -> Iterator[str]:
     if population.caveat:
         yield population.caveat
+    if groups and _hub(population, how) is None:
+        yield "HUB stands for the folder that the catalog is of; --hub names it"
     if how.server == "slora" and not how.reserve_tokens:
         yield "no tokens are reserved for the cache, which shares the memory; give --reserve-tokens"
     if how.server == "vllm":

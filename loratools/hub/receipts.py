@@ -20,6 +20,7 @@ UPLOADS = f"{FOLDER}/uploads"  # of a remote output: what is being uploaded, whe
 RUN = f"{FOLDER}/run.json"
 _AT_ONCE = 64  # receipts elsewhere that are read together
 _LARGEST = 16 << 20  # of a receipt elsewhere
+_LARGEST_RUN = 256 << 20  # of what states a run, which may name many adapters
 Status = Literal["done", "failed"]
 
 
@@ -166,6 +167,21 @@ def read_receipts(out: Place, stems: list[str]) -> Iterator[Receipt | None]:
         names = [f"{stem}.json" for stem in stems[first : first + _AT_ONCE]]
         for data in (out / RECEIPTS).read_many(names, _LARGEST):
             yield None if data is None else parse_receipt(data)
+
+
+def read_stated(out: Place) -> dict[str, Any] | None:
+    """What the last run into `out` stated; None where none has, or it says nothing that can be read."""
+    try:
+        if isinstance(out, Path):
+            data = (out / RUN).read_bytes()
+        elif (out / RUN).stat() is None:
+            return None
+        else:
+            data = (out / RUN).read(_LARGEST_RUN)
+        stated = json.loads(data.decode("utf-8", "surrogatepass"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return stated if isinstance(stated, dict) else None
 
 
 def stamp_of(path: Path) -> Stamp:

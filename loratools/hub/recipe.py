@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import InputError, UsageError
+from loratools.hub.recipe_checks import check_step
 from loratools.storage.atomic import printable
 
 if TYPE_CHECKING:
@@ -57,13 +57,9 @@ class Step:
             if name not in known or name == "worked":
                 there = ", ".join(n for n in known if n != "worked")
                 raise UsageError(f"{self.verb} has no option {name!r} in a recipe; there are {there}")
-            kinds = _kinds(known[name].annotation)
-            if not _suits(value, kinds):
-                wanted = " or ".join(words for kind, words in _WORDS.items() if kind in kinds)
-                raise UsageError(f"{self.verb}: {name} is {value!r}; give {wanted}")
-        for name, parameter in known.items():
-            if parameter.default is inspect.Parameter.empty and name != "worked" and name not in self.options:
-                raise UsageError(f"{self.verb} needs {name}= in a recipe")
+            if isinstance(value, dict | list) or value is None:
+                raise UsageError(f"{self.verb}: {name} is {value!r}; give a number, a word or a flag")
+        check_step(self.verb, VERBS[self.verb], self.options)
 
 
 @dataclass(frozen=True)
@@ -94,24 +90,6 @@ class Recipe:
         for step in self.steps:
             worked = VERBS[step.verb](worked, **step.options)
         return worked
-
-
-_WORDS: Mapping[str, str] = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word"}
-
-
-def _kinds(annotation: str) -> frozenset[str]:
-    """What an option may be, by its annotation."""
-    return frozenset(annotation.split(" | ")) - {"None"}
-
-
-def _suits(value: Any, kinds: frozenset[str]) -> bool:
-    if isinstance(value, bool):
-        return "bool" in kinds
-    if isinstance(value, int):
-        return bool(kinds & {"int", "float", "str"})  # a size may be a number of bytes
-    if isinstance(value, float):
-        return math.isfinite(value) and bool(kinds & {"float", "str"})
-    return isinstance(value, str) and "str" in kinds
 
 
 def parse_steps(texts: Sequence[str]) -> Recipe:
@@ -177,6 +155,7 @@ def _squeeze(
     min_rank: int = 1,
     multiple_of: int = 1,
     uniform: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Worked:
     from loratools.ops.squeeze import Squeeze, squeeze
     from loratools.rank_choice import RankChoice
@@ -186,7 +165,8 @@ def _squeeze(
     choice = RankChoice(rank, energy, size, ratio, threshold, elbow)
     policy = choice.policy(worked.adapter.file_nbytes)
     limits = Limits(min_rank, max_rank, multiple_of, uniform)
-    made, report = squeeze(worked.adapter, policy, limits=limits, options=Squeeze(allow_unchanged=True))
+    how = Squeeze(allow_unchanged=True, allow_nonfinite=allow_nonfinite)
+    made, report = squeeze(worked.adapter, policy, limits=limits, options=how)
     return _lowered(worked, made, "squeeze", report)
 
 
@@ -208,12 +188,10 @@ def _convert(
     dtype: str | None = None,
     drop: str = "",
 ) -> Worked:
-    from loratools.ops.convert import DROPPABLE, Convert, convert
+    from loratools.ops.convert import Convert, convert
     from loratools.ops.lowering import Lowering
 
     kinds = frozenset(kind for kind in drop.split(",") if kind)
-    if unknown := sorted(kinds - set(DROPPABLE)):
-        raise UsageError(f"convert: drop={unknown[0]}: what can be dropped is {', '.join(DROPPABLE)}")
     how = Convert(Lowering(exact, rank, energy), portable, fold_alpha, drop=kinds, dtype=dtype)  # type: ignore[arg-type]
     made, report = convert(worked.adapter, to, how)
     error = max((t.relative_error for t in report.targets.values() if t.relative_error is not None), default=None)
@@ -252,8 +230,6 @@ def _quantize(
     from loratools.ops.quantize import Quantize
     from loratools.rank_choice import RankChoice
 
-    if sum(given is not None for given in (bits, budget, ratio)) != 1:
-        raise UsageError("quantize: give one of bits, budget and ratio")
     size = None
     if bits is None:
         choice = RankChoice(budget=None if budget is None else str(budget), ratio=ratio)

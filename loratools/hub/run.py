@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
 from loratools.errors import OutputError, UsageError
 from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.engines import local_executor, outcomes
 from loratools.hub.leftovers import clear_leftovers
-from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, upload_place
+from loratools.hub.only import Only
+from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, read_stated, upload_place
 from loratools.hub.remote import Held, discover_remote
 from loratools.hub.scratch import sweep
 from loratools.hub.work import Job, check_names, failed, is_fresh, process, refuse_results
@@ -35,6 +36,7 @@ class Run:
 
     `workers`: processes of this machine, or with an `executor` jobs in its hands at a time. `shard` (i, n): the i-th of
     n parts, 1 to n, as names fall into them. `resume`: leave what an earlier run did; `force`: do all of it again.
+    `only`: some adapters of the hub, all where it is None.
     """
 
     workers: int = 1
@@ -42,6 +44,7 @@ class Run:
     resume: bool = False
     force: bool = False
     executor: Callable[[], Executor] | None = None
+    only: Only | None = None
 
     def __post_init__(self) -> None:
         index, count = self.shard
@@ -63,24 +66,24 @@ def run(
 
     Outputs appear whole or not at all, whenever it is stopped; the same again with `resume` does what is missing,
     changed or stale, and ends with the same bytes. Raises InputError for a hub that cannot be read, UsageError where
-    `out` holds results and neither `resume` nor `force` is given.
+    `out` holds results and neither `resume` nor `force` is given, or the hub has not all that `how.only` names.
     """
     check_output(out)
     if _is_same(hub, out):
         raise UsageError(f"{shown(out)}: is the hub itself; write elsewhere")
-    jobs, refused = _jobs(recipe, hub, out)
+    folder, places = places_of(hub, out)
+    if how.only is not None:
+        places = how.only.chosen(places, shown(hub))
     refuse_results(out, resume=how.resume, force=how.force)
-    clashes = check_names(jobs)
-    mine = [job for job in jobs if _is_mine(job.name, how.shard)]
-    rows = [Row(f.name, "failed", f.reason) for f in refused if _is_mine(f.name, how.shard)]
-    rows += [
-        Row(job.name, "failed", f"its output would lie where that of {clashes[job.name]} does; rename one")
-        for job in mine
-        if job.name in clashes
+    found, refused = split_refused(places)
+    rows = [row for row in refused if _is_mine(row.name, how.shard)]
+    mine = [
+        Job(f.name, f.stem, folder, out, recipe, f.files if isinstance(f, Held) else {})
+        for f in found
+        if _is_mine(f.name, how.shard)
     ]
-    mine = [job for job in mine if job.name not in clashes]
     step = steps(len(mine), "adapters") if steps else lambda: None
-    _state(out, recipe, hub)
+    _state(out, recipe, hub, None if how.only is None else [place.name for place in places])
     if isinstance(out, Path):
         clear_leftovers(out, (job.stem for job in mine))
     kept: set[str] = set()
@@ -110,20 +113,24 @@ def _is_same(hub: Place, out: Place) -> bool:
     return isinstance(hub, Remote) and isinstance(out, Remote) and hub.url == out.url
 
 
-def _jobs(recipe: Recipe, hub: Place, out: Place) -> tuple[list[Job], list[Refused]]:
-    """What is to be done, and the places that are not looked into."""
-    found: list[Found | Held | Refused] = []
+def places_of(hub: Place, out: Place) -> tuple[Place, list[Found | Held | Refused]]:
+    """The folder of a hub, and everything in it that could be an adapter, but for what lies in `out`."""
     if isinstance(hub, Path):
-        found += discover(hub, without=out if isinstance(out, Path) else None)
-    else:
-        hub, held = discover_remote(hub, without=out if isinstance(out, Remote) else None)
-        found += held
-    jobs = [
-        Job(f.name, f.stem, hub, out, recipe, f.files if isinstance(f, Held) else {})
-        for f in found
-        if not isinstance(f, Refused)
+        return hub, list(discover(hub, without=out if isinstance(out, Path) else None))
+    folder, places = discover_remote(hub, without=out if isinstance(out, Remote) else None)
+    return folder, [*places]
+
+
+def split_refused(places: Sequence[Found | Held | Refused]) -> tuple[list[Found | Held], list[Row]]:
+    """What there is to do, and a row for each that cannot be done, whatever it holds."""
+    found = [place for place in places if not isinstance(place, Refused)]
+    clashes = check_names(found)
+    rows = [Row(place.name, "failed", place.reason) for place in places if isinstance(place, Refused)]
+    rows += [
+        Row(name, "failed", f"its output would lie where that of {other} does; rename one")
+        for name, other in clashes.items()
     ]
-    return jobs, [f for f in found if isinstance(f, Refused)]
+    return [place for place in found if place.name not in clashes], rows
 
 
 def _fresh(jobs: list[Job], out: Place) -> Iterator[Receipt]:
@@ -162,8 +169,15 @@ def _is_mine(name: str, shard: tuple[int, int]) -> bool:
     )
 
 
-def _state(out: Place, recipe: Recipe, hub: Place) -> None:
-    """What the run is, for `status`; the same for all shards. Of a URL, what may be known of it."""
+def _state(out: Place, recipe: Recipe, hub: Place, only: list[str] | None) -> None:
+    """What the run is, for `status`; the same for all shards. Of a URL, what may be known of it.
+
+    `only` are the adapters that it is for, with those that earlier runs into `out` were for.
+    """
     where = str(hub.absolute() if isinstance(hub, Path) else hub)
-    stated = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": where}
+    stated: dict[str, Any] = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": where}
+    if only is not None:
+        earlier = read_stated(out) or {"only": []}
+        if (known := earlier.get("only")) is not None:
+            stated["only"] = sorted({*only, *known} if earlier.get("hub", where) == where else only)
     put_whole(out / RUN, json.dumps(stated, sort_keys=True, indent=1).encode(), upload_place(out, ""))

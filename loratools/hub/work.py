@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from loratools.adapter import Adapter
 from loratools.configs import BESIDE
 from loratools.errors import AdapterError, LoratoolsError, UsageError
 from loratools.files import destination_weights, is_folder_adapter, load, locate, save
+from loratools.hub.discover import Found
 from loratools.hub.receipts import (
     FOLDER,
     RUN,
@@ -28,7 +29,7 @@ from loratools.hub.receipts import (
     upload_place,
 )
 from loratools.hub.recipe import Recipe, Worked
-from loratools.hub.remote import fetched, is_same
+from loratools.hub.remote import Held, fetched, is_same
 from loratools.hub.scratch import scratch
 from loratools.ops.pareto import relative_error
 from loratools.ops.quantize import quantize_file
@@ -264,16 +265,20 @@ def _clear_uploads(out: Remote, stem: str) -> None:
             (uploads / name).delete()
 
 
-def check_names(jobs: list[Job]) -> dict[str, str]:
-    """Names of jobs whose outputs would lie where those of others do, with the name of the other; the first wins."""
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def check_names(places: Sequence[Found | Held]) -> dict[str, str]:
+    """Names of adapters whose outputs would lie where those of others do, with the other's name; the first wins."""
     taken: dict[str, str] = {}
     clashes: dict[str, str] = {}
-    for job in jobs:
-        key = job.stem.casefold()  # of one file on some file systems
+    for place in places:
+        key = place.stem.casefold()  # of one file on some file systems
         if key in taken:
-            clashes[job.name] = taken[key]
+            clashes[place.name] = taken[key]
         else:
-            taken[key] = job.name
+            taken[key] = place.name
     return clashes
 
 

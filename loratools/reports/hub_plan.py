@@ -127,10 +127,12 @@ class HubPlanReport(Tabular):
     commands: tuple[str, ...]
     warnings: tuple[str, ...]
     every: Callable[[], Iterator[Planned]] = field(repr=False, compare=False)
+    groups: Any = field(default=(), repr=False, compare=False)  # adapters that need the same commands
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but a row for each adapter, which `rows` has."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "every"}
+        told = [field.name for field in fields(self) if field.name not in ("every", "groups")]
+        return {name: _plain(getattr(self, name)) for name in told}
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row for each adapter of the hub, with the keys of `columns`."""

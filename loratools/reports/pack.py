@@ -109,11 +109,13 @@ class PackReport:
         notes = []
         if lost:
             notes.append(
-                f"{len(lost)} adapters have a relative error above 0.5; first: {lost[0]}; allow a larger budget"
+                f"{len(lost)} adapter{' has' if len(lost) == 1 else 's have'} a relative error above 0.5; "
+                f"first: {lost[0]}; allow a larger budget"
             )
         if kept:
             count = sum(a.as_they_are for a in kept)
-            notes.append(f"{count} targets are stored as they are; first: {kept[0].name}: {kept[0].first_as_it_is}")
+            what = "target is" if count == 1 else "targets are"
+            notes.append(f"{count} {what} stored as they are; first: {kept[0].name}: {kept[0].first_as_it_is}")
         return tuple(notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,12 +153,17 @@ class PackReport:
 
 @dataclass(frozen=True)
 class PackAddReport:
-    """An adapter that joined a pack, and the pack's bytes before and after."""
+    """An adapter that joined a pack, and the pack's bytes before and after.
+
+    `components` it has of its own, in all targets; `budget` bounds the bytes of its file, None where none was given.
+    """
 
     output: str
     adapter: PackedAdapter
     bytes_before: int
     bytes_after: int
+    components: int
+    budget: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -165,6 +172,8 @@ class PackAddReport:
             "adapter": asdict(self.adapter),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "components": self.components,
+            "budget": self.budget,
         }
 
 

@@ -74,3 +74,14 @@ def test_wrong_calls_fail_in_one_line(
     assert done.code == code
     assert says in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_commands_are_never_wrapped(run: Callable[..., Any], tmp_path: Path) -> None:
+    """A shell would take the rest of a line for a command of its own."""
+    hub = tmp_path / "a name that is rather long for a hub" / "and another one that is just as long for it"
+    for i in range(2):
+        write(hub, f"a{i}", 4, ranks={"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 2})
+    ran = run("hub", "plan", hub, "--server", "vllm", "--memory", "1MB")
+    told = run("hub", "plan", hub, "--server", "vllm", "--memory", "1MB", "--json").json["commands"]
+    assert len(told[0]) > 120
+    assert all(command in ran.out.splitlines() for command in told)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from pathlib import Path
 
 import pytest
 from hub.conftest import write_peft
+from safetensors.torch import load_file, save_file
 
-from loratools.errors import InputError, LoratoolsError, UsageError
+from loratools.errors import AdapterError, InputError, LoratoolsError, UsageError
 from loratools.files import load
-from loratools.hub.recipe import VERBS, _kinds, parse_steps, read_recipe
+from loratools.hub.recipe import Recipe, Step, parse_steps, read_recipe
 
 TOML = """
 [[step]]
@@ -33,8 +33,9 @@ def test_a_file_and_words_say_the_same(tmp_path: Path) -> None:
 
 
 def test_values_have_the_types_that_they_look_like() -> None:
-    (step,) = parse_steps(["squeeze energy=0.5 uniform=true max-rank=8 budget=4MB"]).steps
-    assert step.options == {"energy": 0.5, "uniform": True, "max_rank": 8, "budget": "4MB"}
+    squeezed, quantized = parse_steps(["squeeze energy=0.5 uniform=true max-rank=8", "quantize budget=4MB"]).steps
+    assert squeezed.options == {"energy": 0.5, "uniform": True, "max_rank": 8}
+    assert quantized.options == {"budget": "4MB"}
 
 
 @pytest.mark.parametrize(
@@ -98,20 +99,51 @@ def test_verbs_do_what_they_do_alone(tmp_path: Path, steps: list[str], rank: int
     assert (worked.packing is not None) == packed
 
 
-def test_a_step_that_contradicts_itself_says_so(tmp_path: Path) -> None:
-    adapter = load(write_peft(tmp_path / "a", 0))
+def test_a_step_that_contradicts_itself_says_so() -> None:
     for text in ("squeeze rank=2 energy=0.5", "squeeze", "quantize", "quantize bits=2 ratio=4"):
         with pytest.raises(UsageError, match="give one of"):
-            parse_steps([text]).run(adapter)
+            parse_steps([text])
     with pytest.raises(UsageError, match="nowhere"):
-        parse_steps(["convert to=nowhere"]).run(adapter)
+        parse_steps(["convert to=nowhere"])
+    with pytest.raises(UsageError, match="a number, a word or a flag"):
+        Recipe((Step("squeeze", {"rank": [1]}),))
 
 
-def test_every_option_of_a_recipe_has_kinds_that_can_be_checked() -> None:
-    kinds = {
-        kind
-        for verb in VERBS.values()
-        for p in list(signature(verb).parameters.values())[1:]
-        for kind in _kinds(p.annotation)
-    }
-    assert kinds == {"bool", "int", "float", "str"}
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("squeeze rank=x", "rank is 'x'; give a whole number"),
+        ("squeeze rank=2.5", "a whole number"),
+        ("squeeze rank=true", "a whole number"),
+        ("squeeze rank=0", "below 1"),
+        ("squeeze energy=2", "0, 1"),
+        ("squeeze energy=nan", "0, 1"),
+        ("squeeze budget=20%", "not a size"),
+        ("squeeze elbow=maybe", "true or false"),
+        ("squeeze rank=2 min-rank=0", "at least 1"),
+        ("truncate", "rank is missing"),
+        ("truncate rank=2 nested=other", "dylora"),
+        ("convert", "to is missing"),
+        ("convert to=peft drop=all", "can be dropped"),
+        ("reparameterize to=nothing", "not known"),
+        ("reparameterize to=ldu dtype=f8", "dtype"),
+        ("quantize bits=99", "16 at most"),
+        ("quantize bits=4 method=other", "there are grid"),
+        ("quantize ratio=0", "ratio"),
+    ],
+)
+def test_what_would_be_wrong_for_every_adapter_is_refused_at_once(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_steps([text])
+
+
+def test_a_squeeze_leaves_what_is_not_finite_if_told_so(tmp_path: Path) -> None:
+    source = write_peft(tmp_path / "a", 0) / "adapter_model.safetensors"
+    tensors = load_file(source)
+    first = sorted(tensors)[0]
+    tensors[first][0, 0] = float("nan")
+    save_file(tensors, source)
+    with pytest.raises(AdapterError, match="NaN"):
+        parse_steps(["squeeze rank=2"]).run(load(source))
+    worked = parse_steps(["squeeze rank=2 allow-nonfinite=true"]).run(load(source))
+    assert sorted(entry.rank for entry in worked.adapter.entries.values()) == [2, 4]

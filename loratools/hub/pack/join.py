@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from loratools.errors import OutputError, naming
+from loratools.errors import OutputError, UsageError, naming
 from loratools.hub.pack.coding import Pair, decoded, encoded
 from loratools.hub.pack.layout import Numbers, PackTarget, Part, Shared
 from loratools.hub.pack.members import Delta, Member, Size, delta_of, member_of, opened
 from loratools.hub.pack.reader import INDEX, Index, Listing, Pack
-from loratools.hub.pack.writer import Job, write_member
+from loratools.hub.pack.spend import spend, ways_to_store
+from loratools.hub.pack.writer import Job, Packing, member_size, write_member
 from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
 from loratools.reports.pack import PackAddReport
@@ -19,24 +20,34 @@ from loratools.storage.atomic import printable, write_whole
 from loratools.storage.header import quoted
 
 
-def add(path: Path, adapter: Path, *, name: str | None = None, force: bool = False) -> PackAddReport:
+def add(
+    path: Path, adapter: Path, *, name: str | None = None, budget: str | None = None, force: bool = False
+) -> PackAddReport:
     """Let an adapter join the pack at `path` without a new fit; `name` is its file's or folder's by default.
 
     Of each target it gets coefficients on the bases that there are, by least squares; or as many components of its own
     as take no more bytes than these, one at least, where that errs less. Targets that the pack does not know get what
-    the pack's adapters have of theirs on average. Its file appears whole, then the index that names it. Raises
-    OutputError where the pack has the name and `force` is not given.
+    the pack's adapters have of theirs on average. With a `budget`, bytes such as 1MB or a share of the adapter's
+    such as 20%, its file has at most so many, and coefficients and components go where they take most off its error.
+    The file appears whole, then the index that names it. Raises OutputError where the pack has the name and `force` is
+    not given, UsageError for a name that is no path within a hub, and for a budget that is too small.
     """
+    if name is not None and not _is_within(name):
+        raise UsageError(f"--name {quoted(name)}: give a name as a hub would, such as law/contracts")
     with Pack(path) as pack:
-        called = name or (adapter.name if adapter.is_dir() else adapter.stem)
+        called = name or (adapter.resolve().name if adapter.is_dir() else adapter.stem)
         if called in pack and not force:
             raise OutputError(f"{printable(path)}: holds {quoted(called)} already; give another --name or pass --force")
         before = _nbytes(path)
         member = member_of(called, adapter)
         numbers = Numbers(member.dtype, pack.index.numbers.bits)
         targets, where = _extended(pack.index, member)
-        usual = _usual_bytes(pack)
-        jobs = _jobs(pack, member, numbers, targets, where, usual)
+        if budget is None:
+            jobs = _jobs(pack, member, numbers, targets, where, _usual_bytes(pack))
+            most = None
+        else:
+            most = Packing(budget).bytes(member.nbytes)
+            jobs = _spent(pack, member, numbers, targets, where, most)
         file = f"adapters/{_next_number(pack.index):05}.safetensors"
 
         def pair(key: tuple[str, Size], group: int) -> Pair:
@@ -53,7 +64,8 @@ def add(path: Path, adapter: Path, *, name: str | None = None, force: bool = Fal
             raise
         for old in (a for a in pack.index.adapters if a.name == called):
             (path / old.file).unlink(missing_ok=True)
-        return PackAddReport(str(path), row, before, _nbytes(path))
+        components = sum(job.part.rank for job in jobs.values())
+        return PackAddReport(str(path), row, before, _nbytes(path), components, most)
 
 
 def _nbytes(path: Path) -> int:
@@ -109,6 +121,36 @@ def _jobs(
             errors = [_error(delta, target, part, pack, where[key], numbers) for part in options]
             jobs[key] = Job(target, options[errors.index(min(errors))])
     return jobs
+
+
+def _spent(
+    pack: Pack,
+    member: Member,
+    numbers: Numbers,
+    targets: tuple[PackTarget, ...],
+    where: Mapping[tuple[str, Size], int],
+    budget: int,
+) -> dict[tuple[str, Size], Job]:
+    ways = {}
+    with opened(member.path) as (adapter, _, _):
+        for key, place in member.places.items():
+            target, index = targets[where[key]], where[key]
+            with naming(place.target):
+                delta = delta_of(adapter[place.target])
+            groups = range(target.shared.groups if target.shared is not None else 0)
+            kept = 0 if target.shared is None else _least_sparse(target.shared)
+            bases = ((Part(group, 0, kept), pack.pair(index, group)) for group in groups)
+            ways[key] = ways_to_store(delta, target, bases, numbers)
+
+    def size_of(parts: Mapping[tuple[str, Size], Part]) -> int:
+        return member_size(member, [parts[k].size(k[1], targets[where[k]].shared, numbers) for k in member.places])
+
+    return {key: Job(targets[where[key]], part) for key, part in spend(ways, budget, size_of).items()}
+
+
+def _is_within(name: str) -> bool:
+    """Whether an adapter of a hub could be called so: who unpacks by name must not be led out of a folder."""
+    return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _least_sparse(shared: Shared) -> int:

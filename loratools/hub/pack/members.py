@@ -215,5 +215,7 @@ REFUSED = (LoratoolsError, OSError, ValueError, KeyError)
 
 def unreadable(error: BaseException) -> str:
     """The reason in one line."""
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is no UTF-8, which the index of a pack is; rename it"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, InputError | AdapterError | OSError) else f"{type(error).__name__}: {text}"

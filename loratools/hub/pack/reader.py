@@ -8,6 +8,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -136,8 +137,9 @@ class Pack(Mapping[str, Adapter]):
     def listing(self, name: str) -> Listing:
         """What the index says of an adapter; UsageError where there is none of the name."""
         if name not in self._listed:
-            near = ", ".join(list(self._listed)[:6])
-            raise UsageError(f"{printable(self.path)}: holds no {quoted(name)}; it holds {near or 'nothing'}")
+            near = get_close_matches(name, self._listed, 3) or list(self._listed)[:3]
+            there = f"{', '.join(map(quoted, near))}{', ...' if len(self) > len(near) else ''}" if near else "nothing"
+            raise UsageError(f"{printable(self.path)}: holds no {quoted(name)}; it holds {there}")
         return self._listed[name]
 
     def member(self, name: str) -> Adapter:

@@ -153,6 +153,7 @@ def _refuse_what_is_no_pack(out: Path) -> None:
 
 def _members(hub: Path, out: Path) -> tuple[list[Member], list[PackedAdapter]]:
     members: list[Member] = []
+    names: set[str] = set()
     failed = []
     for found in discover(hub, without=out):
         if isinstance(found, Refused):
@@ -160,8 +161,9 @@ def _members(hub: Path, out: Path) -> tuple[list[Member], list[PackedAdapter]]:
             continue
         try:
             member = member_of(found.stem, found.path)
-            if any(m.name == member.name for m in members):
+            if member.name in names:
                 raise AdapterError("another adapter of the hub has its name; rename one")
+            names.add(member.name)
             members.append(member)
         except REFUSED as error:
             failed.append(PackedAdapter(found.stem, "failed", unreadable(error)))
@@ -197,8 +199,13 @@ def _size(chosen: Plan, members: Sequence[Member], numbers: Sequence[Numbers], b
     shared = {(p.target.name, p.target.shape): p.target.shared for p in chosen.targets}
     for member, parts, own in zip(members, _parts(chosen, len(members)), numbers, strict=True):
         sizes = [parts[key].size(key[1], shared[key], own) for key in member.places]
-        total += file_size(_member_specs(member.header_size, sizes, member.kept), _MARK)
+        total += member_size(member, sizes)
     return total
+
+
+def member_size(member: Member, sizes: Sequence[int]) -> int:
+    """Bytes of an adapter's file whose targets take these."""
+    return file_size(_member_specs(member.header_size, sizes, member.kept), _MARK)
 
 
 def _base_specs(chosen: Plan, bases: Numbers) -> dict[str, dict[str, TensorSpec]]:
