@@ -14,13 +14,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def worker_count(device: str) -> int:
+_WORTH = 8 << 20  # bytes of factors below which threads take longer to hand out than they save
+
+
+def worker_count(device: str, nbytes: int | None = None) -> int:
     """Threads that keep the machine busy: one for each CPU that this process may use, two to feed an accelerator.
 
-    LORATOOLS_THREADS in the environment says how many instead, for processes that share a machine.
+    LORATOOLS_THREADS in the environment says how many instead, for processes that share a machine. For factors of
+    little `nbytes` that are only decomposed one is the fastest.
     """
     if device != "cpu":
         return 2
+    if nbytes is not None and nbytes < _WORTH:
+        return 1
     if (stated := os.environ.get("LORATOOLS_THREADS", "")).isdecimal() and int(stated):
         return int(stated)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -31,9 +37,18 @@ def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Ge
     """fn(item) in the order of `items`, computed by `workers` threads that run at most two items ahead each.
 
     Every thread computes on one core, so that results do not depend on the number of cores. The first exception is
-    raised in its place, and whatever has not begun by then never does.
+    raised in its place, and whatever has not begun by then never does. A single worker is the caller's own thread.
     """
     threads = torch.get_num_threads()
+    if workers == 1:
+        for item in items:
+            torch.set_num_threads(1)
+            try:
+                result = fn(item)
+            finally:
+                torch.set_num_threads(threads)
+            yield result
+        return
     pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1))
     try:
         pending: deque[Future[R]] = deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -61,12 +62,13 @@ def _begin(threads: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    os.environ["LORATOOLS_THREADS"] = str(threads)
+    os.environ["LORATOOLS_THREADS"] = str(threads)  # targets side by side, each on one core
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(threads)
+        os.environ[name] = "1"
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    gc.freeze()  # what torch consists of is never garbage
 
 
 def outcomes(

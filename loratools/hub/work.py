@@ -31,7 +31,7 @@ from loratools.hub.receipts import (
 from loratools.hub.recipe import Recipe, Worked
 from loratools.hub.remote import Held, fetched, is_same
 from loratools.hub.scratch import scratch
-from loratools.ops.pareto import relative_error
+from loratools.ops.measuring import relative_error
 from loratools.ops.quantize import quantize_file
 from loratools.storage.atomic import explained
 from loratools.storage.places import Place, shown

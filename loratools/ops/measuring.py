@@ -198,6 +198,11 @@ def errors(source: Source, made: Adapter) -> tuple[float, float | None]:
     return math.sqrt(distance / norm) if norm else 0.0, weighted
 
 
+def relative_error(before: Adapter, after: Adapter) -> float:
+    """||delta - delta'|| / ||delta|| of all targets together; of directions, where a delta needs the base."""
+    return errors(Source(before), after)[0]
+
+
 def _names(source: Adapter, made: Adapter) -> dict[str, str]:
     """What the targets of the source are called in `made`, which another dialect may spell otherwise."""
     if set(made.entries) == set(source.entries):

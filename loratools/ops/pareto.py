@@ -12,7 +12,7 @@ from loratools.errors import AdapterError, UsageError
 from loratools.ops.convert import Convert, convert
 from loratools.ops.extract import Differences, extract
 from loratools.ops.lowering import Lowering
-from loratools.ops.measuring import Made, Recipe, Setting, Source, errors, marked, measure_all
+from loratools.ops.measuring import Made, Recipe, Setting, Source, marked, measure_all
 from loratools.ops.quantize import Quantize, quantize
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.ops.whole import whole
@@ -139,11 +139,6 @@ def pareto(
         count, first = len(adapter.left_out), next(iter(adapter.left_out))
         warnings += (f"{count} changed parameters are no matrices and in none of the files; first: {first}",)
     return ParetoReport(source.bytes, points, (*source.adapter.warnings, *warnings), evaluated)
-
-
-def relative_error(before: Adapter, after: Adapter) -> float:
-    """||delta - delta'|| / ||delta|| of all targets together; of directions, where a delta needs the base."""
-    return errors(Source(before), after)[0]
 
 
 def _evaluated(

@@ -313,7 +313,7 @@ def apply(adapter: Adapter, plan: Plan, options: Squeeze) -> Iterator[tuple[Outc
                 return done
         return [_squeeze_one(adapter, target, rank, options) for target in batch]
 
-    for results in ordered_map(work, groups, workers=worker_count(options.device)):
+    for results in ordered_map(work, groups, workers=worker_count(options.device, adapter.nbytes)):
         yield from results
 
 

@@ -121,7 +121,7 @@ def _apply(
             raise type(error)(f"{target}: {error}") from error
         return _compare(target, update, new), new
 
-    yield from ordered_map(work, plan.ranks, workers=worker_count("cpu"))
+    yield from ordered_map(work, plan.ranks, workers=worker_count("cpu", adapter.nbytes))
 
 
 def _compare(target: str, before: Update, after: Update) -> Outcome:

@@ -11,8 +11,8 @@ from ops.test_quantize import deltas, peft, relative, seen_by_inputs
 import loratools
 from loratools.adapter import Adapter
 from loratools.errors import UsageError
-from loratools.ops.measuring import marked
-from loratools.ops.pareto import pareto, relative_error
+from loratools.ops.measuring import marked, relative_error
+from loratools.ops.pareto import pareto
 from loratools.ops.quantize import Quantize, quantize
 from loratools.ops.statistics import Statistics, fingerprint
 from loratools.reports.pareto import ParetoReport, Point

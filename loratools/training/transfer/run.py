@@ -13,7 +13,7 @@ from typing import Any
 from loratools._version import __version__
 from loratools.errors import UsageError
 from loratools.files import load, locate, save
-from loratools.ops.pareto import relative_error
+from loratools.ops.measuring import relative_error
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.reports.transfer import KitReport, TransferReport
 from loratools.storage.atomic import refuse_existing, write_whole

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from loratools.errors import AdapterError, UnchangedError
 from loratools.files import load, save
-from loratools.ops.pareto import relative_error
+from loratools.ops.measuring import relative_error
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.training.carry import carry
 from loratools.training.seeds import order
