@@ -40,7 +40,7 @@ class Size:
     rows: int
 
 
-QUICK, FULL, LARGE = Size(32, 4, 16), Size(480, 160, 256), Size(5000, 1250, 256)
+QUICK, FULL, LARGE = Size(32, 4, 16), Size(400, 120, 128), Size(5000, 1250, 256)
 
 
 @dataclass(frozen=True)
