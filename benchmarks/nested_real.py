@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from contestants import of_size, table
 from number_words import BATCH, fresh, load_real, reason_missing, scores, train
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
+
+Cut = Callable[[Any, int], Any]
 
 RANK, STEPS, RATE, ROWS = 16, 100, 1e-3, 128
 
@@ -23,23 +30,28 @@ def main(*, quick: bool = False) -> str:
 
 
 def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
-    from loratools import load, squeeze, truncate
+    from loratools import load, squeeze
     from loratools.ops.aurac import aurac
-    from loratools.training.nested import nested
+    from loratools.training.nested import diagonal, nested
 
     real = load_real(folder, n_rows=n_rows)
     ranks = [2**i for i in range(RANK.bit_length()) if 2**i <= RANK]
     rows, areas = [], []
-    for objective in ("lora", "dylora", "matryoshka"):
-        model = fresh(real, RANK, RANK)
-        place = folder / objective
-        with nested(model, objective, ranks, seed=0) as begin_step:
+    for objective, scaling in (("lora", "keep"), ("dylora", "keep"), ("matryoshka", "keep"), ("matryoshka", "sqrt")):
+        name = objective if scaling == "keep" else f"{objective}, {scaling}"
+        model = fresh(real, RANK, RANK) if scaling == "keep" else fresh(real, RANK, 1, "rslora")
+        place = folder / name
+        with nested(model, objective, ranks, scaling=scaling, seed=0) as begin_step:
             seconds = train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
-        model.unload()
-        cuts = [(objective, lambda adapter, rank: truncate(adapter, rank)[0])]
+        cuts: list[tuple[str, Path, Cut]] = [(name, place, _prefix if scaling == "keep" else _prefix_sqrt)]
         if objective == "lora":
-            cuts.append(("lora, squeezed", lambda adapter, rank: squeeze(adapter, rank)[0]))
-        for name, cut in cuts:
+            cuts.append(("lora, squeezed", place, lambda adapter, rank: squeeze(adapter, rank)[0]))
+        if objective == "matryoshka":
+            _fold(model, diagonal(RANK, ranks, scaling))
+            model.save_pretrained(folder / f"{name}, folded", save_embedding_layers=False)
+            cuts.append((f"{name}, P kept", folder / f"{name}, folded", _prefix))
+        model.unload()
+        for name, place, cut in cuts:
             found = []
             for rank in ranks:
                 adapter = load(place)
@@ -56,8 +68,9 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         f"A LoRA of rank {RANK} on all 210 linear layers of SmolLM2-135M-Instruct, alpha {RANK}, {steps} steps of "
         f"{BATCH} rows of number words at {RATE:g}, the same rows in the same order and the same first factors for "
         "each objective (`loratools.training.nested`); DyLoRA draws one of the ranks for each step. The first r "
-        f"components "
-        f"are then cut out (`truncate`), and, of the plain LoRA, also the best rank r (`squeeze`). On {n_rows} "
+        "components are then cut out (`truncate`), and, of the plain LoRA, also the best rank r (`squeeze`). "
+        "MatryoshkaLoRA trains B P A with a diagonal P and leaves P out afterwards; `sqrt` has the scales of the "
+        f"authors' script; P kept: the same with P multiplied into A, so that the whole rank is what was trained. On {n_rows} "
         f"held-out rows; the standard error of exact answers is at most {50 / n_rows**0.5:.1f} points. AURAC is the "
         f"area under "
         "the curve over the rank, on log2 of it, or on the rank itself. One seed.\n\nExact answers, %:\n\n"
@@ -69,6 +82,30 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         + "\n\nNegative log-likelihood of a token, and its area on log2 (less is better):\n\n"
         + table(["", *wide, "area"], rows)
     )
+
+
+def _prefix(adapter: Adapter, rank: int) -> Adapter:
+    from loratools import truncate
+
+    return truncate(adapter, rank)[0]
+
+
+def _prefix_sqrt(adapter: Adapter, rank: int) -> Adapter:
+    from loratools import truncate
+
+    return truncate(adapter, rank, nested="matryoshka", scaling="sqrt")[0]
+
+
+def _fold(model: Any, diagonal: list[float]) -> None:
+    """B P A for B A, in place."""
+    import torch
+
+    from loratools.training.anneal import lora_layers
+
+    with torch.no_grad():
+        for _, layer in lora_layers(model, "default"):
+            weight = layer.lora_A["default"].weight
+            weight.mul_(torch.tensor(diagonal).to(weight).unsqueeze(1))
 
 
 if __name__ == "__main__":

@@ -76,11 +76,11 @@ def train(
     return trained.seconds
 
 
-def fresh(real: RealModel, rank: int, alpha: float) -> Any:
+def fresh(real: RealModel, rank: int, alpha: float, method: str = "lora") -> Any:
     """The base with a new LoRA on all linear layers."""
     from loratools.training.new_adapter import NewAdapter, new_adapter
 
-    return new_adapter(real.model, NewAdapter("lora", rank, alpha, LINEAR), seed=0)
+    return new_adapter(real.model, NewAdapter(method, rank, alpha, LINEAR), seed=0)
 
 
 def scores(real: RealModel, adapter: Adapter) -> tuple[float, float]:
