@@ -29,8 +29,12 @@ def worker_count(device: str, nbytes: int | None = None) -> int:
         return 1
     if (stated := os.environ.get("LORATOOLS_THREADS", "")).isdecimal() and int(stated):
         return int(stated)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, 16))
+    return min(usable_cores(), 16)
+
+
+def usable_cores() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(fn: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from loratools.errors import MissingExtraError, UsageError
+from loratools.pipeline import usable_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,9 +24,8 @@ _DIED = "the worker died while at it, twice; perhaps for lack of memory"
 
 
 def local_executor(workers: int) -> Executor:
-    """A pool of processes that share the cores of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // workers)
+    """A pool of processes that share the cores of this machine, or have as many each as LORATOOLS_THREADS says."""
+    threads = os.environ.get("LORATOOLS_THREADS") or str(max(1, usable_cores() // workers))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     return ProcessPoolExecutor(workers, context, _begin, (threads,))
 
@@ -58,11 +58,11 @@ class _Cluster(Executor):
         self._client.close()
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: str) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    os.environ["LORATOOLS_THREADS"] = str(threads)  # targets side by side, each on one core
+    os.environ["LORATOOLS_THREADS"] = threads  # targets side by side, each on one core
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     import torch

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 from hub.conftest import contents, write_kohya, write_peft
 from safetensors.torch import load_file, save_file
 
 from loratools.errors import InputError, UsageError
 from loratools.files import load
-from loratools.hub.engines import outcomes
+from loratools.hub.engines import local_executor, outcomes
 from loratools.hub.listing import listed, status
 from loratools.hub.receipts import place_of, read_receipt, stamp_of
 from loratools.hub.recipe import parse_steps
 from loratools.hub.run import Run, run
+from loratools.pipeline import usable_cores
 
 Make = Callable[[int], Path]
 R = TypeVar("R")
@@ -345,3 +347,15 @@ def test_an_absent_scheduler_is_an_error_soon() -> None:
     with pytest.raises(UsageError, match="no Dask scheduler"):
         dask_executor("tcp://127.0.0.1:9")
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(("stated", "found"), [(None, str(max(1, usable_cores() // 2))), ("3", "3")])
+def test_workers_share_the_cores_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, stated: str | None, found: str
+) -> None:
+    monkeypatch.delenv("LORATOOLS_THREADS", raising=False)
+    if stated:
+        monkeypatch.setenv("LORATOOLS_THREADS", stated)
+    with local_executor(2) as executor:
+        assert executor.submit(os.getenv, "LORATOOLS_THREADS").result() == found
+        assert executor.submit(torch.get_num_threads).result() == 1  # targets side by side, each on one core
