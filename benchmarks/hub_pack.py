@@ -1,9 +1,9 @@
 """What many adapters cost in shared bases: each way of `loratools hub pack`, and rivals, at equal bytes.
 
 Hubs: made up ones with shared directions, with none, and with both; and the real one of `benchmarks/train_hub.py`,
-where it was trained, with those of ../shared that have its rank. Every byte of every file counts. Rivals that are packages
-(vlora-dev, lorashare) take part where they are installed: `pip install --no-deps --target DIR vlora-dev lorashare`,
-and DIR in PYTHONPATH.
+where it was trained, with those of ../shared that have its rank. Every byte of every file counts. Rivals that are
+packages (vlora-dev, lorashare) take part where they are installed:
+`pip install --no-deps --target DIR vlora-dev lorashare`, and DIR in PYTHONPATH.
 """
 
 from __future__ import annotations
