@@ -94,10 +94,10 @@ def measured(places: Places, how: Transfer) -> Iterator[Line]:
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
-    warm = replace(how, warm_start="activations")
-    yield transferred("distilled, filtered, warm start", warm, places.target, FILTERED)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
+    warm = replace(how, warm_start="activations")
+    yield transferred("distilled, filtered, warm start", warm, places.target, FILTERED)
     dora = replace(how, adapter=NewAdapter("dora", RANK))
     yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
 
