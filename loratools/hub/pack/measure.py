@@ -140,8 +140,8 @@ class _Target:
         self.scratch.flush()
         while at < len(self.ranks):
             # a batch times the widest bases has to fit too
-            end, least = at + 1, _PADDING * self.ranks[at]
-            while end < len(self.ranks) and self.ranks[end] <= least:
+            end, most = at + 1, _PADDING * self.ranks[at]
+            while end < len(self.ranks) and self.ranks[end] <= most:
                 if (end - at + 1) * 8 * width * max(self.ranks[end], WIDEST) > _BATCH:
                     break
                 end += 1
