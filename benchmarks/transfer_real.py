@@ -96,7 +96,7 @@ def measured(places: Places, how: Transfer) -> Iterator[Line]:
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
-    warm = replace(how, warm_start="activations")
+    warm = replace(how, warm_start="bases")
     yield transferred("distilled, filtered, warm start", warm, places.target, FILTERED)
     dora = replace(how, adapter=NewAdapter("dora", RANK))
     yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
