@@ -69,7 +69,7 @@ def squeeze_model(
         optimizer = optimizer.optimizer
     with torch.no_grad():
         for name, layer in lora_layers(model, adapter):
-            down, up = _factors(layer, adapter)
+            down, up = factors_of(layer, adapter)
             if len(down) <= rank:
                 continue
             with naming(name):
@@ -104,7 +104,8 @@ def _config(model: Module, adapter: str) -> Any:
     return config
 
 
-def _factors(layer: Any, adapter: str) -> tuple[Parameter, Parameter]:
+def factors_of(layer: Any, adapter: str) -> tuple[Parameter, Parameter]:
+    """The parameters A and B of a LoRA layer, or of one of an embedding."""
     if adapter in layer.lora_A:
         return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]

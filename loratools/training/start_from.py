@@ -8,7 +8,7 @@ from loratools._lazy import torch
 from loratools.errors import AdapterError, naming
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank
-from loratools.training.anneal import lora_layers
+from loratools.training.anneal import factors_of, lora_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def start_from(model: Any, adapter: Adapter, *, adapter_name: str = "default") -
     for target, update in adapter.items():
         if target not in layers:
             continue
-        down, up = _weights(layers[target], adapter_name)
+        down, up = factors_of(layers[target], adapter_name)
         with naming(target):
             op = update.operator()
             if op.shape != (len(up), down.shape[1]):
@@ -41,18 +41,13 @@ def start_from(model: Any, adapter: Adapter, *, adapter_name: str = "default") -
             made[target] = _factors(op, len(down), layers[target].scaling[adapter_name])
     with torch.no_grad():
         for target, (left, right) in made.items():
-            down, up = _weights(layers[target], adapter_name)
+            down, up = factors_of(layers[target], adapter_name)
             up.zero_()
             up[:, : left.shape[1]] = left.to(up)
             down[: len(right)] = right.to(down)
             if adapter_name in (getattr(layers[target], "lora_magnitude_vector", None) or ()):
                 _set_magnitude(layers[target], adapter_name)
     return tuple(target for target in adapter if target not in layers)
-
-
-def _weights(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """(r, in) and (out, r)."""
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def _factors(op: Any, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +63,7 @@ def _factors(op: Any, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 def _set_magnitude(layer: Any, adapter_name: str) -> None:
     """||W + s B A|| of each row, without the product of B and A."""
-    down, up = (one.double() for one in _weights(layer, adapter_name))
+    down, up = (one.double() for one in factors_of(layer, adapter_name))
     up = up * layer.scaling[adapter_name]
     weight = layer.get_base_layer().weight.detach().double()
     weight = weight.T if layer.fan_in_fan_out else weight
