@@ -10,7 +10,8 @@ from typing import Any
 
 from contestants import table
 
-UNFILTERED, FILTERED = "distilled, unfiltered", "distilled, filtered"
+UNFILTERED, FILTERED = "distilled, unfiltered", "distilled, filtered by the seeds"
+MADE_WITH, ROBUST = "distilled, filtered", "the same, robust weights"
 SOURCE = "the adapter on its own base"
 ACCEPTED, OF_A_REASON = 6, 3  # rows that are shown
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contestants import CACHE, ROOT, device, of_size
-from transfer_page import FILTERED, SOURCE, UNFILTERED, Line, page, told
+from transfer_page import FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, Line, page, told
 
 if TYPE_CHECKING:
     from loratools.ops.weight_space import Align
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loratools.training.transfer.settings import Transfer
 
 SEEDS, RATE, RANK, BATCH = 5, 1e-3, 32, 8
+KNOWN = 256  # inputs of the task that the discriminator was made of, while they were there
 TEXTS = 64  # labelled rows whose activations are compared where nothing is trained
 
 
@@ -45,11 +46,15 @@ QUICK, FULL, LARGE = Size(32, 4, 16), Size(400, 120, 128), Size(5000, 1250, 256)
 
 @dataclass(frozen=True)
 class Places:
-    """The two bases, the adapter, the real rows of its task, and where the files of this size and these settings go."""
+    """The two bases, the adapter, the real rows of its task, and where the files of this size and these settings go.
+
+    `with_kit` is the adapter with the discriminator that was made with it, for the contestants that have one.
+    """
 
     source: Path
     target: Path
     adapter: Path
+    with_kit: Path
     train: list[Row]
     held_out: list[Row]
     work: Path
@@ -70,8 +75,8 @@ def main(*, quick: bool = False) -> str:
         lines.append(line)
     if quick:
         print(_estimate(lines, time.perf_counter() - began), file=sys.stderr, flush=True)
-    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH}
-    return page(lines, places.work / f"{FILTERED}.transfer", about)
+    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH, "known": KNOWN}
+    return page(lines, places.work / f"{MADE_WITH}.transfer", about)
 
 
 def measured(places: Places, how: Transfer) -> Iterator[Line]:
@@ -93,13 +98,15 @@ def measured(places: Places, how: Transfer) -> Iterator[Line]:
     yield kept("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
+    yield transferred(MADE_WITH, how, places.target, UNFILTERED)
+    yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     warm = replace(how, warm_start="bases")
-    yield transferred("distilled, filtered, warm start", warm, places.target, FILTERED)
+    yield transferred("the same, warm start", warm, places.target, MADE_WITH)
     dora = replace(how, adapter=NewAdapter("dora", RANK))
-    yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
+    yield transferred("distilled to DoRA on its own base", dora, places.source, MADE_WITH)
 
 
 def _settings(size: Size) -> Transfer:
@@ -132,9 +139,8 @@ def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str
         shutil.copytree(places.work / f"{of}.transfer", copy)
         copy.replace(files)
     seeds = [Seed(row.prompt) for row in places.train[:SEEDS]]
-    report = transfer(
-        places.adapter, places.source, target, seeds, out, how, generator=places.target, work=files, resume=True
-    )
+    adapter = places.adapter if name in (UNFILTERED, FILTERED) else _with_kit(places, how)
+    report = transfer(adapter, places.source, target, seeds, out, how, generator=places.target, work=files, resume=True)
     made = report.synthesis
     return replace(
         _scored(name, places, target, out),
@@ -142,6 +148,22 @@ def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str
         kept=f"{made.kept} of {made.generated}",
         looks=[[look.step, look.answers, look.nll] for look in report.distillation.looks],
     )
+
+
+def _with_kit(places: Places, how: Transfer) -> Path:
+    """A copy of the adapter with a discriminator of its task's inputs beside it, as its maker would have left it."""
+    from loratools.training.transfer.run import save_kit
+    from loratools.training.transfer.seed_inputs import Seed
+
+    if not places.with_kit.is_dir():
+        copy = places.with_kit.with_suffix(".copying")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(places.adapter, copy)
+        known = [Seed(row.prompt) for row in places.train[:KNOWN]]
+        made = save_kit(copy, places.source, known, options=how)
+        print("discriminator", made.real, made.made_up, made.loss, file=sys.stderr, flush=True)
+        copy.replace(places.with_kit)
+    return places.with_kit
 
 
 def _seconds(report: TransferReport, places: Places, of: str | None) -> dict[str, float]:
@@ -256,7 +278,7 @@ def _places(size: Size, how: Transfer) -> Places:
     import real_models
 
     data = ADAPTERS / "data"
-    settings = json.dumps([__version__, asdict(size), asdict(how), SEEDS, TEXTS], default=repr, sort_keys=True)
+    settings = json.dumps([__version__, asdict(size), asdict(how), SEEDS, TEXTS, KNOWN], default=repr, sort_keys=True)
     work = CACHE / "transfer_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     print(f"files: {work}", file=sys.stderr, flush=True)
@@ -264,7 +286,8 @@ def _places(size: Size, how: Transfer) -> Places:
         _folder(Path(real_models.smollm2_gguf())),
         _folder(Path(real_models.gemma3_gguf())),
         ADAPTERS / "en_lora_r64",
-        list(read_rows(data / "numwords_en_train.jsonl", SEEDS + size.samples)),
+        work / "en_lora_r64",
+        list(read_rows(data / "numwords_en_train.jsonl", SEEDS + max(size.samples, KNOWN))),
         list(read_rows(data / "numwords_en_eval.jsonl", size.rows)),
         work,
     )

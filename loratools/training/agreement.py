@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
+from loratools.training.models import library
 from loratools.training.prompts import Encoded, collated
 
 if TYPE_CHECKING:
@@ -50,14 +51,19 @@ def agreement_of(model: Any, items: Sequence[Encoded], *, batch: int, device: st
 def answer_logits(model: Any, items: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Logits that foretell the tokens of answers, those tokens, and the row of each; the head runs for few others."""
     ids, mask, wanted = collated(items, device)
-    kept = wanted[:, 1:]
-    first = int(kept.any(0).nonzero()[0])  # the head is the largest matrix of a small model
+    foretold = wanted[:, 1:]
+    places = torch.nn.functional.pad(foretold, (0, 1))  # each foretells the token behind it
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     keywords: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(core.forward).parameters:
-        keywords["logits_to_keep"] = ids.shape[1] - first
+    if _runs_head_at(core):
+        keywords["logits_to_keep"] = places
     logits = model(input_ids=ids, attention_mask=mask, **keywords).logits
-    logits = logits[:, -(ids.shape[1] - first) :][:, :-1]
-    kept = kept[:, first:]
-    rows = torch.arange(len(items), device=ids.device)[:, None].expand_as(kept)[kept]
-    return logits[kept], ids[:, 1:][:, first:][kept], rows
+    if logits.ndim == 3:
+        logits = logits[places]
+    return logits, ids[:, 1:][foretold], places.nonzero()[:, 0]
+
+
+def _runs_head_at(model: Any) -> bool:
+    """Whether a model can be told, by a mask, at which places its head is to run: the largest matrix of a small one."""
+    known = hasattr(library("transformers").modeling_utils, "slice_logits_to_keep")
+    return known and "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from loratools._lazy import torch
 from loratools.errors import InputError, UsageError
 from loratools.reports.evaluate import Evaluation
+from loratools.training.agreement import answer_logits
 from loratools.training.applied import applied
 from loratools.training.lines import read_json, read_lines
 from loratools.training.models import library
-from loratools.training.prompts import Encoded, collated, encoded, pad_id, prompt_ids
+from loratools.training.prompts import Encoded, encoded, pad_id, prompt_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,15 +152,13 @@ def losses(model: Any, items: Sequence[Encoded], *, options: Evaluate, step: Ste
     with torch.no_grad():
         for start in range(0, len(order), options.batch):
             part = order[start : start + options.batch]
-            ids, mask, wanted = collated([items[i] for i in part], options.device)
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            kept = wanted[:, 1:]
-            each = torch.nn.functional.cross_entropy(logits[kept].float(), ids[:, 1:][kept], reduction="none")
-            counts = kept.sum(1).tolist()
+            logits, wanted, row = answer_logits(model, [items[i] for i in part], options.device)
+            each = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+            counts = row.bincount(minlength=len(part)).tolist()
             for i, own in zip(part, each.double().cpu().split(counts), strict=True):
                 found[i] = Loss(float(own.sum()), len(own))
             if step is not None:
-                step(int(mask.sum()))
+                step(sum(len(items[i][0]) for i in part))
     return found
 
 
