@@ -51,7 +51,7 @@ def told(line: Line) -> list[str]:
 
 
 def page(lines: Sequence[Line], files: Path, about: dict[str, Any]) -> str:
-    """All of it, as Markdown; `files` are those of the filtered transfer."""
+    """All of it, as Markdown; `files` are those of the transfer whose rows are shown."""
     source = next(line.exact for line in lines if line.name == SOURCE)
     rows = []
     for line in lines:
@@ -76,16 +76,20 @@ def _text(about: dict[str, Any]) -> str:
         "en_lora_r64 (number words, LoRA of rank 64 on SmolLM2-135M-Instruct) moved to Gemma-3-270M, a base model of "
         f"another family, tokenizer, width and depth. Distilled: {about['seeds']} inputs of the training data and no "
         f"answer were shown to Gemma, which made up {about['samples']} others; the source with its adapter answered "
-        "them. Unfiltered: as they came, but for duplicates; filtered: by a discriminator of the "
-        f"{about['seeds']} seeds. Warm start: training begins with what the weights by activations made of the adapter."
-        f" Weights: nothing is trained; by singular vectors of the bases, or by what both make of {about['texts']} "
-        "labelled rows. Real data: as many rows of the adapter's own training data, with their true answers. All train "
-        f"LoRA of rank {about['rank']} for {about['steps']} steps of {about['of']} rows, AdamW at {about['rate']:g}; a "
-        "tenth of the rows decides which step is kept. DoRA: the filtered rows, to DoRA of the same rank on the "
-        f"adapter's own base. Exact: share of {about['rows']} held-out greedy answers that are right word for word "
-        f"(standard error at most {0.5 / about['rows'] ** 0.5:.3f}); NLL: of an answer token, which tokenizers split "
-        "differently: compare it within a base. Seconds: to make it, with the generated and labelled rows that it took "
-        "over from another contestant. Kept: inputs kept of those generated. One task, one seed."
+        "them. Unfiltered: as they came, but for duplicates. Filtered by the seeds: by a discriminator of these "
+        f"{about['seeds']}, which so few teach little. Filtered: by one that was made with the adapter "
+        f"(`--prepare-only`), while {about['known']} inputs of its task were there, as the paper has it; no answer of "
+        "theirs is used, and the inputs themselves are gone. Robust weights: rows count by how sure the source is of "
+        "its answer and how much a second, sampled one differs; a fifth is dropped. Warm start: training begins with "
+        "what the weights by bases made of the adapter. Weights: nothing is trained; by singular vectors of the bases, "
+        f"or by what both make of {about['texts']} labelled rows. Real data: as many rows of the adapter's own "
+        f"training data, with their true answers. All train LoRA of rank {about['rank']} for {about['steps']} steps of "
+        f"{about['of']} rows, AdamW at {about['rate']:g}; a tenth of the rows decides which step is kept. DoRA: the "
+        "filtered rows, to DoRA of the same rank on the adapter's own base. Exact: share of "
+        f"{about['rows']} held-out greedy answers that are right word for word (standard error at most "
+        f"{0.5 / about['rows'] ** 0.5:.3f}); NLL: of an answer token, which tokenizers split differently: compare it "
+        "within a base. Seconds: to make it, on a machine with other work, with the generated and labelled rows that "
+        "it took over from another contestant. Kept: inputs kept of those generated. One task, one seed."
     )
 
 

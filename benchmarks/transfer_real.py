@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loratools.training.evaluate import Row
     from loratools.training.transfer.settings import Transfer
 
-SEEDS, RATE, RANK, BATCH = 5, 1e-3, 32, 8
+SEEDS, RATE, RANK, BATCH = 5, 5e-4, 32, 8
 KNOWN = 256  # inputs of the task that the discriminator was made of, while they were there
 TEXTS = 64  # labelled rows whose activations are compared where nothing is trained
 
@@ -41,7 +41,7 @@ class Size:
     rows: int
 
 
-QUICK, FULL, LARGE = Size(32, 4, 16), Size(400, 120, 128), Size(5000, 1250, 256)
+QUICK, FULL, LARGE = Size(32, 4, 16), Size(800, 200, 128), Size(5000, 1250, 256)
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def measured(places: Places, how: Transfer) -> Iterator[Line]:
     yield transferred(FILTERED, how, places.target, UNFILTERED)
     yield transferred(MADE_WITH, how, places.target, UNFILTERED)
     yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
-    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     warm = replace(how, warm_start="bases")
     yield transferred("the same, warm start", warm, places.target, MADE_WITH)
+    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     dora = replace(how, adapter=NewAdapter("dora", RANK))
     yield transferred("distilled to DoRA on its own base", dora, places.source, MADE_WITH)
 
