@@ -42,7 +42,7 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         model = fresh(real, RANK, RANK) if scaling == "keep" else fresh(real, RANK, 1, "rslora")
         place = folder / name
         with nested(model, objective, ranks, scaling=scaling, seed=0) as begin_step:
-            seconds = train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
+            train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
         cuts: list[tuple[str, Path, Cut]] = [(name, place, _prefix if scaling == "keep" else _prefix_sqrt)]
         if objective == "lora":
             cuts.append(("lora, squeezed", place, lambda adapter, rank: squeeze(adapter, rank)[0]))
@@ -61,9 +61,7 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
             area = [aurac(ranks, exact, "log2"), aurac(ranks, exact, "linear")]
             nll = aurac(ranks, [value for value, _ in found], "log2")
             rows.append([name, *(f"{value:.3f}" for value, _ in found), f"{nll:.3f}"])
-            areas.append(
-                [name, *(f"{value:.0f}" for value in exact), *(f"{value:.1f}" for value in area), f"{seconds:.0f}"]
-            )
+            areas.append([name, *(f"{value:.0f}" for value in exact), *(f"{value:.1f}" for value in area)])
     text = (
         f"A LoRA of rank {RANK} on all 210 linear layers of SmolLM2-135M-Instruct, alpha {RANK}, {steps} steps of "
         f"{BATCH} rows of number words at {RATE:g}, the same rows in the same order and the same first factors for "
@@ -79,7 +77,7 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
     wide = [str(rank) for rank in ranks]
     return (
         text
-        + table(["", *wide, "AURAC log2", "AURAC linear", "seconds"], areas)
+        + table(["", *wide, "AURAC log2", "AURAC linear"], areas)
         + "\n\nNegative log-likelihood of a token, and its area on log2 (less is better):\n\n"
         + table(["", *wide, "area"], rows)
     )
