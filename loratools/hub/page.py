@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loratools._version import __version__
 from loratools.hub.catalog import read_catalog
 from loratools.reports.pages import check_place, page, presentable
 from loratools.storage.atomic import write_whole
@@ -47,8 +46,9 @@ def write_page(catalog: Path, path: Path, *, force: bool = False) -> Path:
     """
     place = check_place(path, force=force)
     text = page(
+        "hub catalog",
         "page_catalog.html",
-        styles=("page.css", "page_catalog.css"),
+        styles=("page_catalog.css",),
         data=_data(catalog),
         scripts=("page_elements.js", "page_theme.js", "page_svg.js", "page_catalog.js"),
     )
@@ -82,7 +82,6 @@ def _data(catalog: Path) -> dict[str, Any]:
             columns["top"].append(presentable(float(values[0])) if len(values) else None)
             columns["spectrum"].append(base64.b64encode(_quantised(values)).decode())
     return {
-        "version": __version__,
         "source": presentable(catalog.name),
         "most": _MOST,
         "decades": _DECADES,

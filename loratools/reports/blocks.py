@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from loratools._version import __version__
 from loratools.reports.pages import page, presentable
 
 Block: TypeAlias = dict[str, Any]
@@ -46,6 +45,7 @@ class Line:
 
 
 def block_page(
+    command: str,
     title: str,
     about: str,
     sections: Iterable[Section],
@@ -54,9 +54,8 @@ def block_page(
     tags: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The page: `tags` above its title, `notes` below it, figures on cards, then the sections. Any text is data."""
+    """The page of a command: `tags` above its title, `notes` below it, figures on cards, sections. Any text is data."""
     data = {
-        "version": __version__,
         "title": title,
         "about": about,
         "tags": list(tags),
@@ -65,8 +64,9 @@ def block_page(
         "sections": [vars(section) for section in sections],
     }
     return page(
-        "page_transfer.html",
-        styles=("page.css", "page_transfer.css"),
+        command,
+        "page_blocks.html",
+        styles=("page_blocks.css",),
         data=presentable(data),
         scripts=("page_elements.js", "page_theme.js", "page_svg.js", "page_charts.js", "page_blocks.js"),
     )

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from loratools._version import __version__
 from loratools.reports.compare import CompareReport, FineTune, PairNumbers
 from loratools.reports.output import require
 from loratools.reports.pages import check_place, page, presentable
@@ -20,7 +19,7 @@ _SCRIPTS: Final = (
     "page_plots.js",
     "page_sections.js",
     "page_table.js",
-    "page.js",
+    "page_compare.js",
 )
 
 
@@ -44,7 +43,7 @@ def _page(report: CompareReport) -> str:
     from plotly.offline import get_plotlyjs
 
     data = {key: presentable(value) for key, value in _data(report).items()}
-    return page("page.html", styles=("page.css",), data=data, scripts=_SCRIPTS, libraries={"plotly": get_plotlyjs()})
+    return page("compare", "page_compare.html", data=data, scripts=_SCRIPTS, libraries=[get_plotlyjs()])
 
 
 def _data(report: CompareReport) -> dict[str, Any]:
@@ -54,7 +53,6 @@ def _data(report: CompareReport) -> dict[str, Any]:
     rows = list(report.rows())
     columns = [name for name, kind in report.columns.items() if kind != "numbers"]
     return {
-        "version": __version__,
         "base": report.base,
         "topK": report.top_k,
         "epsilon": report.epsilon,

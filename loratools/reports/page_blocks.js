@@ -55,7 +55,6 @@ function start() {
   );
   byId("sections").append(...data.sections.map(section));
   byId("nav").append(...data.sections.map(({ id, title }) => el("a", { href: `#${id}` }, title)));
-  byId("foot").textContent = `Made by loratools ${data.version}. This page is one file and loads nothing from anywhere.`;
   document.documentElement.dataset.ready = "yes";
 }
 

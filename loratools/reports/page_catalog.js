@@ -275,7 +275,6 @@ function start() {
     el("dt", {}, "Spectrum, beside a row"),
     el("dd", {}, `The root mean square over the targets of an adapter, singular value by singular value; the first ${data.most} at most, each in ${data.levels} steps over ${data.decades} decades. The exact values of every target are in the catalog file.`),
   );
-  byId("foot").textContent = `Made by loratools ${data.version}. This page is one file and loads nothing from anywhere.`;
   if (total) {
     makeControls();
     makeTable();

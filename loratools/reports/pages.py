@@ -9,11 +9,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, Final
 
+from loratools._version import __version__
 from loratools.reports.output import checked
 
 DIGITS = 6  # of numbers on a page; tables and JSON have all
@@ -29,21 +31,25 @@ _POLICY: Final = (
 
 
 def page(
-    template: str,
+    command: str,
+    body: str,
     *,
-    styles: Sequence[str],
     data: Any,
     scripts: Sequence[str],
-    libraries: Mapping[str, str] | None = None,
+    styles: Sequence[str] = (),
+    libraries: Sequence[str] = (),
 ) -> str:
-    """A whole page: `data` as JSON, `scripts` as one, `libraries` under the names that they have in the template."""
+    """A whole page of a command: `body` in the frame of all, `data` as JSON, `libraries`, then `scripts` as one."""
     script = "(() => {\n" + '"use strict";\n' + "\n".join(_part(name) for name in scripts) + "})();"
-    parts = {name: _inline(text) for name, text in [*(libraries or {}).items(), ("script", script)]}
-    return Template(_part(template)).substitute(
-        parts,
-        policy=_POLICY.format(hashes=" ".join(map(_hash, parts.values()))),
-        style="".join(map(_part, styles)),
+    parts = [_inline(text) for text in (*libraries, script)]
+    return Template(_part("page.html")).substitute(
+        command=escape(command),
+        policy=_POLICY.format(hashes=" ".join(map(_hash, parts))),
+        style="".join(map(_part, ("page.css", *styles))),
+        body=_part(body),
+        version=__version__,
         data=_json(data),
+        scripts="\n".join(f"<script>{part}</script>" for part in parts),
     )
 
 

@@ -32,6 +32,7 @@ def _page(report: WeightTransferReport) -> str:
         Card("New adapter", format_size(report.bytes), f"aligned by: {report.align}"),
     )
     return block_page(
+        "transfer",
         f"{Path(adapter).name or adapter}, carried to {Path(destination).name or destination}",
         f"From {source} to {destination} by the weights of both alone: nothing was trained, and no input was made up.",
         (

@@ -60,7 +60,7 @@ def _page(report: TransferReport) -> str:
         f"{_with('step', report.distillation.steps)}."
     )
     title = f"{_name(report.adapter)}, moved to {_name(report.target)}"
-    return block_page(title, about, sections, cards=_cards(report), tags=tags, notes=report.warnings)
+    return block_page("transfer", title, about, sections, cards=_cards(report), tags=tags, notes=report.warnings)
 
 
 def _cards(report: TransferReport) -> Iterator[Card]:

@@ -197,7 +197,6 @@ function overview() {
   const list = byId("skipped").querySelector("ul");
   list.append(...data.skipped.map(([name, reason]) => el("li", {}, el("bdi", {}, name), ": ", el("bdi", {}, reason))));
   sections.skipped.hidden = !data.skipped.length;
-  byId("foot").textContent = `Made by loratools ${data.version}. This page is one file and loads nothing from anywhere.`;
 }
 
 const TITLES = { overview: "Overview", spectra: "Spectra", where: "Where", shape: "Shape", overlap: "Overlap" };
