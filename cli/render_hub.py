@@ -36,7 +36,7 @@ def render_hub_list(report: HubListReport, *, everything: bool) -> Iterator[Rend
 
 def render_hub_run(report: HubRunReport, *, everything: bool) -> Iterator[RenderableType]:
     """What failed, a row for each adapter with --all, and the sums."""
-    done = [row for row in report.adapters if row.status != "failed"]
+    done = [row for row in report.adapters if row.status in ("done", "kept")]
     shown = new_grid("adapter", "", "size", "rel. error", "seconds")
     for row in done if everything else done[:_SHOWN]:
         error = "-" if row.relative_error is None else number(row.relative_error)
@@ -46,8 +46,10 @@ def render_hub_run(report: HubRunReport, *, everything: bool) -> Iterator[Render
         yield shown
     if len(done) > _SHOWN and not everything:
         yield Text(f"... and {len(done) - _SHOWN} more; see --all")
-    failed = [(row.name, row.reason) for row in report.adapters if row.status == "failed"]
-    yield from failures(failed, everything=everything)
+    told = ("failed", "stale") if everything else ("failed",)
+    yield from failures(
+        [(row.name, row.reason) for row in report.adapters if row.status in told], everything=everything
+    )
     yield Text(_sum(report, done), style="bold")
 
 

@@ -91,19 +91,19 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _place(hub: Path, place: Found | Refused | str) -> Place | None:
-    """A place with what is stated of it; None for a receipt that is gone, for its adapter is being done again."""
+    """A place with what is stated of it; None for one that is being done again: its receipt is stale, or gone."""
     if isinstance(place, Refused):
         return Place(CatalogRow(place.name, "failed", place.reason), hub, hub)
     if isinstance(place, Found):
         return Place(CatalogRow(place.name, "found"), hub, place.path)
     receipt = read_receipt(place_of(hub, place))
-    return None if receipt is None else _of_receipt(hub, receipt)
+    return None if receipt is None or receipt.status == "stale" else _of_receipt(hub, receipt)
 
 
 def _of_receipt(hub: Path, receipt: Receipt) -> Place:
     row = CatalogRow(
         receipt.name,
-        receipt.status,
+        "done" if receipt.status == "done" else "failed",
         receipt.reason,
         recipe=receipt.recipe,
         version=receipt.version,

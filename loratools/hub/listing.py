@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from loratools.adapter import Adapter
 from loratools.errors import InputError, LoratoolsError, UsageError
 from loratools.files import load
 from loratools.hub.discover import Found, Refused, discover, is_pack
-from loratools.hub.receipts import read_stated, receipts
+from loratools.hub.receipts import Receipt, read_stated, receipts, work_of
 from loratools.hub.remote import Held, discover_remote, headers
 from loratools.hub.run import places_of, row_of, split_refused
 from loratools.hub.scratch import scratch
@@ -23,6 +23,7 @@ from loratools.storage.places import Place, parse_place, shown
 from loratools.storage.remote import Remote
 
 _AT_ONCE: Final = 8  # headers elsewhere that are read together
+_STALE: Final = "of an earlier recipe, version or attempt, and not done again yet"
 
 
 def listed(hub: Place, *, step: Callable[[], None] | None = None) -> HubListReport:
@@ -102,10 +103,14 @@ def _facts(name: str, adapter: Adapter) -> Listed:
 def status(out: Place) -> HubRunReport:
     """How far the runs into `out` have come: a row for each receipt, and the adapters that have none yet.
 
-    InputError where no run has written there.
+    What an earlier recipe or version made, and was not done again, is `stale`. InputError where no run has written
+    there.
     """
     stated = stated_run(out)
-    rows = [row_of(receipt, receipt.status) for receipt in receipts(out)]
+    rows = [
+        row_of(receipt, receipt.status) if stated.holds(receipt) else Row(receipt.name, "stale", _STALE)
+        for receipt in receipts(out)
+    ]
     known, warnings = {row.name for row in rows}, []
     missing: tuple[str, ...] = ()
     try:
@@ -120,23 +125,30 @@ def status(out: Place) -> HubRunReport:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a run was: the hub that it read, its recipe, and the adapters that it was for, None for all."""
+    """What a run was: the hub that it read, its recipe, and which work is for which adapters, None for all others."""
 
     hub: Place
     recipe: tuple[str, ...]
-    only: frozenset[str] | None = None
+    parts: Mapping[str, frozenset[str] | None]
+
+    @property
+    def only(self) -> frozenset[str] | None:
+        """The adapters that runs were for; None for all."""
+        chosen = [names for names in self.parts.values() if names is not None]
+        return frozenset().union(*chosen) if len(chosen) == len(self.parts) else None
+
+    def holds(self, receipt: Receipt) -> bool:
+        """Whether it is of the work that its adapter is to go through, and nobody has begun that anew."""
+        rest = next((work for work, names in self.parts.items() if names is None), None)
+        wanted = next((work for work, names in self.parts.items() if names and receipt.name in names), rest)
+        return receipt.status != "stale" and wanted in (None, work_of(receipt.recipe, receipt.version))
 
 
 def stated_run(out: Place) -> Stated:
     """What the run into `out` was; InputError where none has written there."""
     try:
         stated = read_stated(out) or {}
-        only = stated.get("only")
-        return Stated(
-            parse_place(stated["hub"]),
-            tuple(str(step) for step in stated["recipe"]),
-            None if only is None else frozenset(str(name) for name in only),
-        )
+        return Stated(parse_place(stated["hub"]), tuple(str(step) for step in stated["recipe"]), stated["parts"])
     except (UsageError, TypeError, KeyError):
         raise InputError(f"{shown(out)}: no run of `loratools hub run` has written here") from None
 

@@ -21,7 +21,7 @@ RUN = f"{FOLDER}/run.json"
 _AT_ONCE = 64  # receipts elsewhere that are read together
 _LARGEST = 16 << 20  # of a receipt elsewhere
 _LARGEST_RUN = 256 << 20  # of what states a run, which may name many adapters
-Status = Literal["done", "failed"]
+Status = Literal["done", "failed", "stale"]  # `stale`: done once, and being done again, or interrupted in that
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Stamp:
 class Receipt:
     """One adapter's outcome.
 
-    `sources` and `outputs` are stamps of files, by path relative to the hub and to the output; `relative_error` is
+    `sources` and `outputs` are stamps of files, by path relative to the hub and to the output, the outputs of one that
+    is not `done` those that an earlier run left, which nothing vouches for; `relative_error` is
     that of all deltas as written, None where it is not known, `errors` those of the steps, each against what it was
     given; `seconds` is what the work took.
     """
@@ -122,7 +123,7 @@ def _is_sound(receipt: Receipt) -> bool:
     stamps = (*receipt.sources.values(), *receipt.outputs.values())
     sizes = (receipt.bytes_before, receipt.bytes_after, *(n for s in stamps for n in (s.size, s.mtime_ns)))
     return (
-        receipt.status in ("done", "failed")
+        receipt.status in ("done", "failed", "stale")
         and all(isinstance(text, str) for text in texts)
         and all(type(number) in (int, float) for number in numbers)
         and all(type(size) is int and abs(size) < 1 << 63 for size in sizes)
@@ -169,8 +170,16 @@ def read_receipts(out: Place, stems: list[str]) -> Iterator[Receipt | None]:
             yield None if data is None else parse_receipt(data)
 
 
+def read_one(out: Place, stem: str) -> Receipt | None:
+    """The receipt of an adapter; None where there is none, or nothing that could be one."""
+    return next(read_receipts(out, [stem]))
+
+
 def read_stated(out: Place) -> dict[str, Any] | None:
-    """What the last run into `out` stated; None where none has, or it says nothing that can be read."""
+    """What the last run into `out` stated; None where none has, or it says nothing that can be read.
+
+    Its `parts` say for each work (a recipe and a version) which adapters it is for, None for all others.
+    """
     try:
         if isinstance(out, Path):
             data = (out / RUN).read_bytes()
@@ -179,9 +188,16 @@ def read_stated(out: Place) -> dict[str, Any] | None:
         else:
             data = (out / RUN).read(_LARGEST_RUN)
         stated = json.loads(data.decode("utf-8", "surrogatepass"))
-    except (OSError, ValueError, RecursionError):
+        parts = stated.get("parts", {work_of(stated.get("digest"), stated.get("version")): None})
+        stated["parts"] = {w: None if names is None else frozenset(map(str, names)) for w, names in parts.items()}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError):
         return None
-    return stated if isinstance(stated, dict) else None
+    return dict(stated)
+
+
+def work_of(recipe: Any, version: Any) -> str:
+    """What is done to an adapter: the digest of the recipe, and the version that works by it."""
+    return f"{recipe} {version}"
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratools._version import __version__
 from loratools.errors import OutputError, UsageError
@@ -18,7 +18,7 @@ from loratools.hub.discover import Found, Refused, discover
 from loratools.hub.engines import local_executor, outcomes
 from loratools.hub.leftovers import clear_leftovers
 from loratools.hub.only import Only
-from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, read_stated, upload_place
+from loratools.hub.receipts import RECEIPTS, RUN, Receipt, read_receipts, read_stated, upload_place, work_of
 from loratools.hub.remote import Held, discover_remote
 from loratools.hub.scratch import sweep
 from loratools.hub.work import Job, check_names, failed, is_fresh, process, refuse_results
@@ -172,12 +172,17 @@ def _is_mine(name: str, shard: tuple[int, int]) -> bool:
 def _state(out: Place, recipe: Recipe, hub: Place, only: list[str] | None) -> None:
     """What the run is, for `status`; the same for all shards. Of a URL, what may be known of it.
 
-    `only` are the adapters that it is for, with those that earlier runs into `out` were for.
+    `only` are the adapters that it is for; others are left to what earlier runs into `out` stated.
     """
     where = str(hub.absolute() if isinstance(hub, Path) else hub)
-    stated: dict[str, Any] = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": where}
+    work = work_of(recipe.digest, __version__)
+    parts: dict[str, list[str] | None] = {work: None}
     if only is not None:
-        earlier = read_stated(out) or {"only": []}
-        if (known := earlier.get("only")) is not None:
-            stated["only"] = sorted({*only, *known} if earlier.get("hub", where) == where else only)
+        earlier = read_stated(out) or {}
+        known = earlier.get("parts", {}) if earlier.get("hub") == where else {}
+        others = {key: None if names is None else sorted(names.difference(only)) for key, names in known.items()}
+        parts = {key: names for key, names in others.items() if names != []}
+        if (mine := parts.get(work, [])) is not None:
+            parts[work] = sorted({*only, *mine})
+    stated = {"version": __version__, "recipe": recipe.spelt(), "digest": recipe.digest, "hub": where, "parts": parts}
     put_whole(out / RUN, json.dumps(stated, sort_keys=True, indent=1).encode(), upload_place(out, ""))

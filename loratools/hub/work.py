@@ -22,8 +22,7 @@ from loratools.hub.receipts import (
     Receipt,
     Stamp,
     is_unchanged,
-    place_of,
-    read_receipt,
+    read_one,
     stamp_of,
     upload_mark,
     upload_place,
@@ -79,7 +78,7 @@ def _processed(job: Job, hub: Path, out: Path) -> Receipt:
     began = time.monotonic()
     sources: dict[str, Stamp] = {}
     try:
-        earlier = _clear(job)
+        earlier = _withdrawn(job)
         if isinstance(job.hub, Remote):
             sources = fetched(job.hub, job.files, hub)
         else:
@@ -129,9 +128,19 @@ def _delivered(job: Job, out: Path, outputs: list[Path]) -> dict[str, Stamp]:
 
 
 def failed(job: Job, reason: str, sources: dict[str, Stamp] | None = None, seconds: float = 0.0) -> Receipt:
-    """The receipt of an adapter that could not be done."""
-    digest = job.recipe.digest
-    return Receipt(job.name, "failed", digest, __version__, sources or {}, seconds=round(seconds, 3), reason=reason)
+    """The receipt of an adapter that could not be done; what another recipe made of it once is removed, if that can be.
+
+    What this recipe made of it stays until it is done again.
+    """
+    left: Mapping[str, Stamp] = {}
+    with suppress(*FAILURES):  # the reason is told whatever becomes of this
+        if (earlier := read_one(job.out, job.stem)) is not None:
+            left = earlier.outputs
+            if earlier.recipe != job.recipe.digest:
+                _retire(job, left)
+                left = {}
+    digest, spent = job.recipe.digest, round(seconds, 3)
+    return Receipt(job.name, "failed", digest, __version__, sources or {}, left, seconds=spent, reason=reason)
 
 
 def reason_of(error: BaseException) -> str:
@@ -224,34 +233,31 @@ def facts_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _clear(job: Job) -> Mapping[str, Stamp]:
-    """Remove the receipt: from here on the output is in no state that one vouches for; elsewhere uploads of it too.
-
-    What the receipt vouched for, of an output on this machine.
-    """
+def _withdrawn(job: Job) -> Mapping[str, Stamp]:
+    """What the receipt names: from here on it vouches for none of that. Elsewhere uploads of the output are removed."""
     if isinstance(job.out, Remote):
-        place_of(job.out, job.stem).delete()
         _clear_uploads(job.out, job.stem)
+    if (earlier := read_one(job.out, job.stem)) is None:
         return {}
-    place = place_of(job.out, job.stem)
-    receipt = read_receipt(place)
-    with explained(place), suppress(FileNotFoundError):
-        place.unlink()
-    return {} if receipt is None else receipt.outputs
+    if earlier.status == "done":
+        replace(earlier, status="stale").save(job.out, job.stem)
+    return earlier.outputs
 
 
 def _retire(job: Job, outputs: Mapping[str, Stamp]) -> None:
-    """Remove outputs of an earlier recipe that this one did not replace, where they are what that one wrote."""
-    if not outputs or not isinstance(job.out, Path):
-        return
+    """Remove outputs of an earlier run that this one did not replace, where they are what that one wrote."""
     for name, stamp in outputs.items():
         folder, _, leaf = name.rpartition("/")
         own = folder == job.stem and leaf not in ("", ".", "..")
-        if (own or name in (f"{job.stem}.safetensors", f"{job.stem}.gguf")) and is_unchanged(job.out / name, stamp):
-            with explained(job.out / name):
-                (job.out / name).unlink()
-    with suppress(OSError):  # nothing of it, or something of others there
-        (job.out / job.stem).rmdir()
+        if (own or name in (f"{job.stem}.safetensors", f"{job.stem}.gguf")) and _is_still(job.out, name, {}, stamp):
+            if isinstance(job.out, Remote):
+                (job.out / name).delete()
+            else:
+                with explained(job.out / name):
+                    (job.out / name).unlink()
+    if outputs and isinstance(job.out, Path):
+        with suppress(OSError):  # nothing of it, or something of others there
+            (job.out / job.stem).rmdir()
 
 
 def _clear_uploads(out: Remote, stem: str) -> None:

@@ -54,7 +54,7 @@ class HubListReport(Tabular):
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter: `done` now, `kept` from an earlier run, or `failed` with the reason.
+    """One adapter: `done` now, `kept` from an earlier run, `failed` with the reason, or `stale`: not yet done again.
 
     `relative_error` is that of all deltas as written, None where it is not known.
     """
