@@ -165,6 +165,17 @@ def cores(x: Tensor, y: Tensor, bases: Bases) -> Tensor:
     return (x.mT @ bases.u).mT @ (y.mT @ bases.v)
 
 
+def core_squares(x: Tensor, y: Tensor, bases: Bases) -> Tensor:
+    """Squares of the singular values of each core of a batch, the largest first, (b, the smaller of r and c)."""
+    left, right = x.mT @ bases.u, y.mT @ bases.v  # (b, r, c)
+    if left.shape[1] >= left.shape[2]:
+        core = left.mT @ right
+        return torch.linalg.eigvalsh(core.mT @ core).flip(1).clamp_min(0)
+    values, vectors = torch.linalg.eigh(left @ left.mT)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+    return torch.linalg.eigvalsh(root.mT @ (right @ right.mT) @ root).flip(1).clamp_min(0)
+
+
 def diagonals(x: Tensor, y: Tensor, bases: Bases) -> tuple[Tensor, Tensor]:
     """The best coefficients (b, c) of a batch on u diag(s) v^T, and the squared norm that they capture (b,)."""
     gram = (bases.u.T @ bases.u) * (bases.v.T @ bases.v)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratools._lazy import torch
 from loratools.errors import InputError
 from loratools.hub.pack.layout import NORM, Numbers, PackTarget, Part, Shared
-from loratools.linalg.diagonal import solved
+from loratools.linalg.diagonal import RIDGE, solved
 from loratools.linalg.joint_diagonal import shrunk
 from loratools.linalg.svd import truncate
 from loratools.operators import LowRank, sum_of
@@ -43,8 +43,8 @@ def encoded(
 ) -> Tensor:
     """The bytes of one adapter's part of a target, `Part.size` of them: the best on these bases as they are stored.
 
-    Coefficients are by least squares on the rounded bases; components of its own are the largest singular ones of what
-    the rounded coefficients leave.
+    Coefficients are by least squares on the rounded bases, a core of factors the best of its rank on them; components
+    of its own are the largest singular ones of what the rounded coefficients leave.
     """
     parts = [_bytes(struct.pack("<f", delta.norm))]
     whole = LowRank(delta.u * delta.s, delta.vt)
@@ -93,9 +93,12 @@ def decoded(data: Tensor, target: PackTarget, part: Part, pair: Pair | None, num
 
 
 def _core(delta: Delta, shared: Shared, part: Part, pair: Pair, numbers: Numbers, penalty: float) -> Tensor:
-    seen = (pair.left @ (delta.u * delta.s)) @ (pair.right @ delta.vt.T).T  # (c, c)
+    sides = pair.left @ (delta.u * delta.s), pair.right @ delta.vt.T  # (c, r) each
+    seen = sides[0] @ sides[1].T  # (c, c)
     grams = pair.left @ pair.left.T, pair.right @ pair.right.T
     if shared.method in ("joint", "cluster"):
+        if part.kept:
+            return torch.cat([numbers.encode(rows) for rows in _factors(sides, grams, part.kept)])
         return numbers.encode(solved(grams[1], solved(grams[0], seen.T).T))
     if shared.method == "atoms":
         assert pair.atoms is not None
@@ -113,9 +116,31 @@ def _core(delta: Delta, shared: Shared, part: Part, pair: Pair, numbers: Numbers
     return torch.cat([places.to(torch.int16).view(torch.uint8), values])
 
 
+def _factors(sides: tuple[Tensor, Tensor], grams: tuple[Tensor, Tensor], rank: int) -> list[Tensor]:
+    """Rows (rank, c) of both factors of the core of that rank whose delta is nearest to the one that bases saw so.
+
+    Stored bases are only nearly orthonormal: singular values are taken along orthonormal bases of their spans.
+    """
+    whitened, back = [], []
+    for side, gram in zip(sides, grams, strict=True):
+        values, vectors = torch.linalg.eigh(gram)
+        live = values > RIDGE * values[-1]
+        inverse = vectors * torch.where(live, 1 / values.clamp_min(1e-300).sqrt(), 0.0)  # (c, c): gram^-1/2, turned
+        whitened.append(inverse.T @ side)
+        back.append(inverse)
+    core = LowRank(whitened[0], whitened[1].T)
+    best = truncate(core, min(rank, *core.shape, core.rank)).operator if core.rank else core
+    assert isinstance(best, LowRank)
+    found = (back[0] @ best.left).T, (back[1] @ best.right.T).T
+    return [torch.nn.functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in found]
+
+
 def _known(core: Tensor, shared: Shared, part: Part, pair: Pair, numbers: Numbers) -> LowRank:
     c = shared.width
     if shared.method in ("joint", "cluster"):
+        if part.kept:
+            left, right = (numbers.decode(half, part.kept, c) for half in core.split(len(core) // 2))
+            return LowRank(pair.left.T @ left.T, right @ pair.right)
         return LowRank(pair.left.T @ numbers.decode(core, c, c), pair.right)
     if shared.method == "atoms":
         assert pair.atoms is not None

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Final
 from loratools._lazy import torch
 from loratools.hub.pack.layout import Method, Numbers, Shared
 from loratools.linalg.joint_diagonal import jointly_diagonal, shrunk
-from loratools.linalg.shared_bases import Bases, Batches, atoms, clustered, cores, diagonals, joint, left_over, seeded
+from loratools.linalg.shared_bases import (
+    Bases,
+    Batches,
+    atoms,
+    clustered,
+    core_squares,
+    cores,
+    diagonals,
+    joint,
+    left_over,
+    seeded,
+)
 from loratools.operators import LowRank
 from loratools.storage.atomic import explained
 
@@ -31,6 +42,7 @@ _FITTED: Final = 64  # adapters that a diagonal fit is made on; the rest get coe
 _DIAGONAL_SWEEPS: Final = 12
 _RESTARTS: Final = 2
 _CLUSTER_SWEEPS: Final = 3
+_NOTHING: Final = 1e-12  # of the squared norm of a delta: a component of no more is none
 # Squared relative error that codes add to a matrix of Gaussian numbers, in planning; what is reported is measured.
 CODED: Final = {0: 0.0, 4: 0.0105, 8: 4e-5}
 
@@ -39,8 +51,9 @@ CODED: Final = {0: 0.0, 4: 0.0105, 8: 4e-5}
 class Candidate:
     """One way: what its bases cost, and for each adapter that has the target what it stores and gains by them.
 
-    Gains are shares of the squared norm of an adapter's delta. `file` holds the bases, encoded, one pair after the
-    other.
+    Gains are shares of the squared norm of an adapter's delta. A core can be stored whole, which captures `captured`,
+    or as factors of some rank, of which each component captures its part of `inner`. `file` holds the bases, encoded,
+    one pair after the other.
     """
 
     shared: Shared
@@ -48,7 +61,9 @@ class Candidate:
     group: Tensor  # (t,) int64: the pair that serves each
     kept: Tensor  # (t,) int64: coefficients that are not zero, of sparse ones
     captured: Tensor  # (t,)
-    private: Tensor  # (t, at most PRIVATE): by further components of its own
+    private: Tensor  # (t, at most PRIVATE): by further components of its own, beside all that bases capture
+    rank: Tensor  # (t,) int64: of the core, where one is stored
+    inner: Tensor  # (t, at most Shared.most_factors) float32: by components of the core
     file: Path
     penalty: float = 0.0  # of sparse coefficients
 
@@ -172,15 +187,17 @@ def _measured(
         if penalty:
             penalty *= _largest(batches, fit.bases[0])
         found = [_group(batches, spectra, fit, g, penalty, private) for g in range(len(fit.bases))]
-        captured = torch.stack([f[0] for f in found])
-        group = captured.argmax(0)
-        own, further, kept = (torch.stack([f[i] for f in found])[group, torch.arange(len(group))] for i in range(3))
+        group = torch.stack([f.captured for f in found]).argmax(0)
+        at = group, torch.arange(len(group))
+        best = _Gains(*(torch.stack(field)[at] for field in zip(*(vars(f).values() for f in found), strict=True)))
         if file is None:
             file, lost = _stored(fit, coordinates, numbers, folder)
         bytes_ = fit.shared.groups * fit.shared.base_size(shape, numbers)
-        scale = max(0.0, 1 - lost - (CODED[numbers.bits] if fit.shared.method in ("joint", "cluster") else 0.0))
-        coded = 1 - 2 * CODED[numbers.bits]
-        yield Candidate(fit.shared, bytes_, group, kept, own * scale, further * coded, file, penalty)
+        coded = CODED[numbers.bits]
+        whole = max(0.0, 1 - lost - (coded if fit.shared.method in ("joint", "cluster") else 0.0))
+        captured, further = best.captured * whole, best.private * (1 - 2 * coded)
+        inner = best.inner * max(0.0, 1 - lost - 2 * coded)
+        yield Candidate(fit.shared, bytes_, group, best.kept, captured, further, best.rank, inner, file, penalty)
 
 
 def _largest(batches: Batches, bases: Bases) -> float:
@@ -188,24 +205,42 @@ def _largest(batches: Batches, bases: Bases) -> float:
     return max(float(((x.mT @ bases.u) * (y.mT @ bases.v)).sum(1).abs().max()) for x, y in batches())
 
 
-def _group(
-    batches: Batches, spectra: Tensor, fit: _Fit, g: int, penalty: float, private: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(captured (t,), squares of what further components would capture (t, PRIVATE), coefficients kept (t,))."""
+@dataclass(frozen=True, eq=False)
+class _Gains:
+    """What one pair of bases captures of each adapter, with the fields of `Candidate`."""
+
+    captured: Tensor
+    private: Tensor
+    kept: Tensor
+    rank: Tensor
+    inner: Tensor
+
+
+def _group(batches: Batches, spectra: Tensor, fit: _Fit, g: int, penalty: float, private: bool) -> _Gains:
     bases, at = fit.bases[g], 0
-    captured, further, kept = [], [], []
+    rows = []
     for x, y in batches():
         squares = spectra[at : at + len(x), : x.shape[2]].sqrt()
         at += len(x)
-        core, gained, count = _cores(x, y, fit, g, penalty)
-        captured.append(gained.clamp(0, 1))
-        kept.append(count)
+        core, gained, kept = _cores(x, y, fit, g, penalty)
+        further = gained.new_zeros(len(x), 0)
         if private and fit.shared.method != "atoms":  # which are for many adapters with little of their own
             square = torch.diag_embed(squares)
-            further.append(left_over(x, y, (square, square), bases, core, PRIVATE))
-        else:
-            further.append(gained.new_zeros(len(x), 0))
-    return torch.cat(captured), torch.cat(further), torch.cat(kept)
+            further = left_over(x, y, (square, square), bases, core, PRIVATE)
+        rank, inner = _components(x, y, fit, g, spectra.shape[1])
+        rows.append((gained.clamp(0, 1), further, kept, rank, inner))
+    return _Gains(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+def _components(x: Tensor, y: Tensor, fit: _Fit, g: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(rank of each core (t,), what its leading components capture (t, no more than any adapter's `rank`))."""
+    most = min(fit.shared.most_factors, rank)
+    if not most:
+        return torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x), 0)
+    squares = core_squares(x, y, fit.bases[g])
+    squares = torch.where(squares > _NOTHING, squares, 0.0)
+    inner = torch.nn.functional.pad(squares[:, :most], (0, max(0, most - squares.shape[1])))
+    return (squares > 0).sum(1), inner.float()  # of which there are many
 
 
 def _cores(x: Tensor, y: Tensor, fit: _Fit, g: int, penalty: float) -> tuple[Tensor, Tensor, Tensor]:

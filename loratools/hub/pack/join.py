@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from loratools.errors import OutputError, UsageError, naming
 from loratools.hub.pack.coding import Pair, decoded, encoded
-from loratools.hub.pack.layout import Numbers, PackTarget, Part, Shared
+from loratools.hub.pack.layout import Numbers, PackTarget, Part
 from loratools.hub.pack.members import Delta, Member, Size, delta_of, member_of, opened
 from loratools.hub.pack.reader import INDEX, Index, Listing, Pack
-from loratools.hub.pack.spend import spend, ways_to_store
+from loratools.hub.pack.spend import kept_all, kept_tried, spend, ways_to_store
 from loratools.hub.pack.writer import Job, Packing, member_size, write_member
 from loratools.linalg.inner import frobenius
 from loratools.operators import LowRank, sum_of
@@ -114,8 +115,8 @@ def _jobs(
                 room = usual * sum(target.shape)
                 jobs[key] = Job(target, _own(target, numbers, room, most))
                 continue
-            shared = _least_sparse(target.shared)
-            options = [Part(group, 0, shared) for group in range(target.shared.groups)]
+            kept = kept_all(target.shared, most)
+            options = [Part(group, 0, kept) for group in range(target.shared.groups)]
             room = options[0].size(target.shape, target.shared, numbers)
             options.append(_own(target, numbers, room, most))
             errors = [_error(delta, target, part, pack, where[key], numbers) for part in options]
@@ -137,9 +138,9 @@ def _spent(
             target, index = targets[where[key]], where[key]
             with naming(place.target):
                 delta = delta_of(adapter[place.target])
-            groups = range(target.shared.groups if target.shared is not None else 0)
-            kept = 0 if target.shared is None else _least_sparse(target.shared)
-            bases = ((Part(group, 0, kept), pack.pair(index, group)) for group in groups)
+            shared, rank = target.shared, len(delta.s)
+            parts = () if shared is None else product(range(shared.groups), kept_tried(shared, rank))
+            bases = ((Part(group, 0, kept), pack.pair(index, group)) for group, kept in parts)
             ways[key] = ways_to_store(delta, target, bases, numbers)
 
     def size_of(parts: Mapping[tuple[str, Size], Part]) -> int:
@@ -151,11 +152,6 @@ def _spent(
 def _is_within(name: str) -> bool:
     """Whether an adapter of a hub could be called so: who unpacks by name must not be led out of a folder."""
     return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
-
-
-def _least_sparse(shared: Shared) -> int:
-    """How many coefficients a new adapter gets: half of all, where they are sparse."""
-    return max(1, shared.width // 2) if shared.method == "sparse" else 0
 
 
 def _own(target: PackTarget, numbers: Numbers, room: float, most: int) -> Part:

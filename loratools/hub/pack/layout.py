@@ -90,11 +90,21 @@ class Shared:
         """Bytes of one pair."""
         return sum(numbers.size(*part) for part in self.parts(shape))
 
+    @property
+    def most_factors(self) -> int:
+        """The largest rank of a core at which its factors are smaller than all of it; 0 where no core is stored."""
+        return (self.width - 1) // 2 if self.method in ("joint", "cluster") else 0
+
+    @property
+    def most_kept(self) -> int:
+        """The largest `Part.kept` that means something."""
+        return self.width if self.method in ("joint", "cluster", "sparse") else 0
+
     def core_size(self, numbers: Numbers, kept: int = 0) -> int:
-        """Bytes of what an adapter stores of one target, `kept` of its coefficients where they are sparse."""
+        """Bytes of what an adapter stores of one target, with `kept` as in `Part`."""
         match self.method:
             case "joint" | "cluster":
-                return numbers.size(self.width, self.width)
+                return 2 * numbers.size(kept, self.width) if kept else numbers.size(self.width, self.width)
             case "diag":
                 return numbers.plain().size(1, self.width)
             case "atoms":
@@ -105,7 +115,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class Part:
-    """What one adapter has of one target: the pair of bases that it uses or -1, components of its own, coefficients."""
+    """What one adapter has of one target: the pair of bases that it uses or -1, components of its own, coefficients.
+
+    `kept` is the number of these where they are sparse, and the rank of a core that is stored as its factors; 0 for
+    one that is stored whole.
+    """
 
     group: int = -1
     rank: int = 0
@@ -124,7 +138,7 @@ class Part:
         """Components of the delta as it is unpacked; one of zeros where there are none."""
         inside = 0
         if shared is not None and self.group >= 0:
-            inside = self.kept if shared.method == "sparse" else shared.width
+            inside = self.kept if self.kept or shared.method == "sparse" else shared.width
         return max(1, inside + self.rank)
 
 

@@ -10,12 +10,13 @@ is done for each method by itself, and the best of all is taken: so no single me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loratools._lazy import torch
 from loratools.errors import UsageError
-from loratools.hub.pack.fits import CODED, Candidate
+from loratools.hub.pack.choices import Choices, Option, choices_of
+from loratools.hub.pack.fits import Candidate
 from loratools.hub.pack.layout import METHODS, Numbers, PackTarget
 from loratools.hub.pack.measure import Measured
 from loratools.sizes import format_size
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 OWN: Final = "own"
 AUTO: Final = "auto"
 CHOICES: Final = (AUTO, OWN, *METHODS)
-_BASE_ROOM: Final = 96  # bytes that the header of a file says of one pair of bases, at most
 _HALVINGS: Final = 60
 _AROUND: Final = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # prices beside the one that fits
 _TRIES: Final = 12
@@ -39,6 +39,7 @@ class Planned:
     target: PackTarget
     measured: Measured
     candidate: Candidate | None
+    form: Tensor  # (t,) int64: that of `choices` which it has, -1 for an adapter without bases
     group: Tensor  # (t,) int64, -1 for an adapter that uses none
     rank: Tensor  # (t,) int64
     kept: Tensor  # (t,) int64
@@ -59,24 +60,33 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Option:
-    """A candidate in bytes and gains."""
+class _Pick:
+    """Bases for a target, and the form in which each adapter uses them, -1 for those that do not."""
 
-    candidate: Candidate
-    base: int
-    core: Tensor  # (t,) bytes
-    gain: Tensor  # (t,)
-    further: Tensor  # (t, PRIVATE)
+    option: Option
+    form: Tensor  # (t,) int64
+
+    @property
+    def bytes(self) -> float:
+        """Without what is bought beside."""
+        return self.option.bytes + sum(
+            float(form.bytes[self.form == i].sum()) for i, form in enumerate(self.option.forms)
+        )
+
+    @property
+    def density(self) -> float:
+        """What a byte gains at most, parts of cores counted as if all were bought."""
+        gain, bytes_ = 0.0, self.bytes
+        for i, form in enumerate(self.option.forms):
+            inside = self.form == i
+            gain += float(form.gain[inside].sum())
+            if form.of_core:
+                gain += float(form.chain[inside].sum())
+                bytes_ += float((form.cost * (form.chain > 0).sum(1))[inside].sum())
+        return gain / bytes_
 
 
-@dataclass(frozen=True, eq=False)
-class _Choices:
-    """A target in bytes and gains."""
-
-    measured: Measured
-    own: Tensor  # (t, r) gains
-    cost: Tensor  # (t,) bytes of a component
-    options: tuple[_Option, ...]
+_Picks = Sequence["_Pick | None"]  # for each target
 
 
 @dataclass(frozen=True)
@@ -113,9 +123,9 @@ def plan(
     for target in targets:
         squares.index_add_(0, target.members, target.norms.square())
     weights = torch.where(squares > 0, 1 / squares, 0.0)
-    choices = [_choices(target, numbers, bases, weights) for target in targets]
+    all_ = [choices_of(target, numbers, bases, weights) for target in targets]
     live = (squares > 0).double()
-    empty = _finished(choices, [None] * len(choices), [None] * len(choices), _MODES[OWN], 0, live)
+    empty = _finished(_under(all_, _MODES[OWN]), [None] * len(all_), OWN, 0, live)
     least = size_of(empty)
     if least > budget:
         raise UsageError(
@@ -123,150 +133,138 @@ def plan(
             f"{format_size(least)} alone"
         )
     found: dict[str, Plan] = {}
-    fitted = {o.candidate.shared.method for c in choices for o in c.options}
+    fitted = {o.candidate.shared.method for c in all_ for o in c.options}
     for name in [OWN, *(m for m in METHODS if m in fitted), AUTO] if method == AUTO else [method]:
+        choices, others = _under(all_, _MODES[name]), list(found.values()) if name == AUTO else []
         room = budget - least
         for _ in range(_TRIES):
-            best = _best(choices, _MODES[name], max(room, 0), live, list(found.values()) if name == AUTO else [])
+            best = _best(choices, name, max(room, 0), live, others)
             if (over := size_of(best) - budget) <= 0:
                 break
             room -= over
         else:
             best = empty
+        for other in others:  # of which every one may do, as it is
+            same = replace(other, method=name)
+            if same.error < best.error and size_of(same) <= budget:
+                best = same
         found[name] = best
     return found[method], {name: each.error for name, each in found.items()}
 
 
-def _choices(target: Measured, numbers: Sequence[Numbers], bases: Numbers, weights: Tensor) -> _Choices:
-    members = target.members.tolist()
-    gain = target.norms.square() * weights[target.members]
-    coded = 1 - 2 * CODED[bases.bits]
-    cost = torch.tensor([sum(numbers[i].size(1, side) for side in target.shape) for i in members], dtype=torch.float64)
-    options = []
-    for c in target.candidates:
-        core = [c.shared.core_size(numbers[i], kept) for i, kept in zip(members, c.kept.tolist(), strict=True)]
-        base = c.base_bytes + _BASE_ROOM * c.shared.groups
-        further = c.private * gain.unsqueeze(1)
-        options.append(_Option(c, base, torch.tensor(core, dtype=torch.float64), c.captured * gain, further))
-    return _Choices(target, target.spectra * gain.unsqueeze(1) * coded, cost, tuple(options))
+def _under(choices: Sequence[Choices], mode: _Mode) -> list[Choices]:
+    return [c.under(mode.methods, own=mode.own, private=mode.private) for c in choices]
 
 
-def _best(choices: Sequence[_Choices], mode: _Mode, room: int, live: Tensor, others: Sequence[Plan]) -> Plan:
-    """The best plan of a mode that needs at most `room` bytes."""
+def _best(choices: Sequence[Choices], method: str, room: int, live: Tensor, others: Sequence[Plan]) -> Plan:
+    """The best plan that needs at most `room` bytes."""
     low, high = 1e-18, 1.0  # prices of a byte
     for _ in range(_HALVINGS):
         price = (low * high) ** 0.5
-        _, _, bytes_ = _at(choices, mode, price)
+        _, bytes_ = _at(choices, price)
         low, high = (low, price) if bytes_ <= room else (price, high)
-    plans = []
-    for factor in _AROUND:
-        chosen, inside, _ = _at(choices, mode, high * factor)
-        plans.append(_finished(choices, chosen, inside, mode, room, live))
-    for other in others:
-        chosen = [_index(c, p) for c, p in zip(choices, other.targets, strict=True)]
-        inside = [p.group >= 0 for p in other.targets]
-        plans.append(_finished(choices, chosen, inside, mode, room, live))
-    return min(plans, key=lambda p: p.error)
+    tried = [_at(choices, high * factor)[0] for factor in _AROUND]
+    tried += [[_again(c, p) for c, p in zip(choices, other.targets, strict=True)] for other in others]
+    return min((_finished(choices, picks, method, room, live) for picks in tried), key=lambda p: p.error)
 
 
-def _index(choices: _Choices, planned: Planned) -> int | None:
-    return next((i for i, o in enumerate(choices.options) if o.candidate is planned.candidate), None)
+def _again(choices: Choices, planned: Planned) -> _Pick | None:
+    """What another plan picked."""
+    option = next((o for o in choices.options if o.candidate is planned.candidate), None)
+    return None if option is None else _Pick(option, planned.form)
 
 
-def _at(choices: Sequence[_Choices], mode: _Mode, price: float) -> tuple[list[int | None], list[Tensor | None], float]:
-    """What every target would choose at a price: the option, who uses it, and the bytes of all of it."""
-    chosen: list[int | None] = []
-    inside: list[Tensor | None] = []
+def _at(choices: Sequence[Choices], price: float) -> tuple[list[_Pick | None], float]:
+    """What every target would choose at a price, and the bytes of all of it."""
+    picks: list[_Pick | None] = []
     total = 0.0
     for c in choices:
-        cost = c.cost.unsqueeze(1)
-        paid = (c.own > price * cost) & mode.own
-        own = ((c.own - price * cost) * paid).sum(1)
-        best, who, which = float(own.sum()), None, None
-        bytes_ = float((paid * cost).sum())
-        for i, option in enumerate(c.options):
-            if option.candidate.shared.method not in mode.methods:
-                continue
-            more = (option.further > price * cost) & mode.private
-            value = option.gain - price * option.core + ((option.further - price * cost) * more).sum(1)
-            better = value > own
-            worth = float(torch.where(better, value, own).sum()) - price * option.base
-            if worth > best * (1 + 1e-12) and bool(better.any()):
-                best, who, which = worth, better, i
-                outside = (paid & ~better.unsqueeze(1)) * cost
-                bytes_ = option.base + float((option.core * better).sum() + outside.sum())
-                bytes_ += float(((more & better.unsqueeze(1)) * cost).sum())
-        chosen.append(which)
-        inside.append(who)
-        total += bytes_
-    return chosen, inside, total
+        own = c.own.value(price)
+        best, pick = float(own.sum()), None
+        for option in c.options:
+            value, form = torch.stack([own, *(f.value(price) for f in option.forms)]).max(0)
+            worth = float(value.sum()) - price * option.bytes
+            if worth > best * (1 + 1e-12) and bool((form > 0).any()):
+                best, pick = worth, _Pick(option, form - 1)
+        picks.append(pick)
+        spent = c.own.spent(price)
+        if pick is not None:
+            total += pick.option.bytes
+            for i, form_ in enumerate(pick.option.forms):
+                spent = torch.where(pick.form == i, form_.spent(price), spent)
+        total += float(spent.sum())
+    return picks, total
 
 
-def _finished(
-    choices: Sequence[_Choices],
-    chosen: Sequence[int | None],
-    inside: Sequence[Tensor | None],
-    mode: _Mode,
-    room: int,
-    live: Tensor,
-) -> Plan:
-    """The plan with these bases and members, the bytes that are left spent on components; without bases if too large.
+def _finished(choices: Sequence[Choices], picks: _Picks, method: str, room: int, live: Tensor) -> Plan:
+    """The plan with these bases and forms, the bytes that are left spent on components; without bases if too large.
 
     Components have one cost along each chain and gains that fall, so the best first is the best, up to the last few.
     """
-    left = float(room)
-    for c, which, who in zip(choices, chosen, inside, strict=True):
-        if which is not None and who is not None:
-            left -= c.options[which].base + float((c.options[which].core * who).sum())
+    left = room - sum(pick.bytes for pick in picks if pick is not None)
     if left < 0:
-        chosen, inside, left = _dropped(choices, chosen, inside, float(room))
-    gains, costs = [], []
-    for c, which, who in zip(choices, chosen, inside, strict=True):
-        gain = c.own * mode.own
-        if which is not None and who is not None:
-            further = torch.zeros_like(gain)
-            width = min(gain.shape[1], c.options[which].further.shape[1])
-            further[:, :width] = c.options[which].further[:, :width] * mode.private
-            gain = torch.where(who.unsqueeze(1), further, gain)
-        gains.append(gain)
-        costs.append(c.cost.unsqueeze(1).expand_as(gain))
-    bought = _bought(torch.cat([g.flatten() for g in gains]), torch.cat([c.flatten() for c in costs]), left)
+        picks, left = _dropped(picks, float(room))
+    chains = [_chains(c, pick) for c, pick in zip(choices, picks, strict=True)]
+    bought = _bought(
+        torch.cat([gains.flatten() for gains, _ in chains]), torch.cat([costs.flatten() for _, costs in chains]), left
+    )
     errors, targets, at = live.clone(), [], 0
-    for c, which, who, gain in zip(choices, chosen, inside, gains, strict=True):
-        taken = bought[at : at + gain.numel()].reshape(gain.shape)
-        at += gain.numel()
-        captured = (gain * taken).sum(1)
-        group = torch.full_like(c.measured.members, -1)
-        kept = torch.zeros_like(group)
-        candidate = None
-        if which is not None and who is not None:
-            option = c.options[which]
-            candidate = option.candidate
-            captured = captured + option.gain * who
-            group, kept = torch.where(who, candidate.group, group), torch.where(who, candidate.kept, kept)
+    for c, pick, (gains, _) in zip(choices, picks, chains, strict=True):
+        taken = bought[at : at + gains.numel()].reshape(gains.shape)
+        at += gains.numel()
+        planned, captured = _planned(c, pick, taken.sum(1), (gains * taken).sum(1))
         errors.index_add_(0, c.measured.members, -captured)
-        target = PackTarget(c.measured.name, c.measured.shape, None if candidate is None else candidate.shared)
-        targets.append(Planned(target, c.measured, candidate, group, taken.sum(1), kept))
-    return Plan(mode.method, tuple(targets), errors.clamp_min(0))
+        targets.append(planned)
+    return Plan(method, tuple(targets), errors.clamp_min(0))
 
 
-def _dropped(
-    choices: Sequence[_Choices], chosen: Sequence[int | None], inside: Sequence[Tensor | None], room: float
-) -> tuple[list[int | None], list[Tensor | None], float]:
+def _chains(choices: Choices, pick: _Pick | None) -> tuple[Tensor, Tensor]:
+    """Gains and costs (t, k) of the components that each adapter can have in its form."""
+    forms = [] if pick is None else list(enumerate(pick.option.forms))
+    width = max(form.chain.shape[1] for form in (choices.own, *(form for _, form in forms)))
+    gains, costs = _wider(choices.own.chain, width), choices.own.cost
+    for i, form in forms:
+        assert pick is not None
+        inside = pick.form == i
+        gains = torch.where(inside.unsqueeze(1), _wider(form.chain, width), gains)
+        costs = torch.where(inside, form.cost, costs)
+    return gains, costs.unsqueeze(1).expand_as(gains)
+
+
+def _wider(chain: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(chain, (0, width - chain.shape[1]))
+
+
+def _planned(choices: Choices, pick: _Pick | None, count: Tensor, captured: Tensor) -> tuple[Planned, Tensor]:
+    """A target with as many components as were bought, and what each adapter gains by all of it.
+
+    An adapter without a part of its core does not use the bases after all.
+    """
+    target, rank = choices.measured, count.long()
+    form, kept = torch.full_like(rank, -1), torch.zeros_like(rank)
+    candidate = None
+    if pick is not None:
+        for i, each in enumerate(pick.option.forms):
+            inside = (pick.form == i) & ((rank > 0) if each.of_core else torch.ones_like(rank, dtype=torch.bool))
+            form = torch.where(inside, i, form)
+            kept = torch.where(inside, rank if each.of_core else each.kept, kept)
+            captured = torch.where(inside, captured + each.gain, captured)
+        of_core = [i for i, each in enumerate(pick.option.forms) if each.of_core]
+        rank = torch.where(torch.isin(form, torch.tensor(of_core, dtype=form.dtype)), 0, rank)
+        candidate = pick.option.candidate if bool((form >= 0).any()) else None
+    group = torch.full_like(form, -1) if candidate is None else torch.where(form >= 0, candidate.group, -1)
+    record = PackTarget(target.name, target.shape, None if candidate is None else candidate.shared)
+    return Planned(record, target, candidate, form, group, rank, kept), captured
+
+
+def _dropped(picks: _Picks, room: float) -> tuple[list[_Pick | None], float]:
     """The bases that fit, those that gain most for a byte first."""
-    worth = []
-    for i, (c, which, who) in enumerate(zip(choices, chosen, inside, strict=True)):
-        if which is not None and who is not None:
-            option = c.options[which]
-            bytes_ = option.base + float((option.core * who).sum())
-            worth.append((-float((option.gain * who).sum()) / bytes_, i, bytes_))
-    which_, who_ = [None] * len(choices), [None] * len(choices)
-    kept: list[int | None] = list(which_)
-    users: list[Tensor | None] = list(who_)
-    for _, i, bytes_ in sorted(worth):
-        if bytes_ <= room:
-            kept[i], users[i], room = chosen[i], inside[i], room - bytes_
-    return kept, users, room
+    kept: list[_Pick | None] = [None] * len(picks)
+    there = [(i, pick) for i, pick in enumerate(picks) if pick is not None]
+    for i, pick in sorted(there, key=lambda each: (-each[1].density, each[0])):
+        if pick.bytes <= room:
+            kept[i], room = pick, room - pick.bytes
+    return kept, room
 
 
 def _bought(gains: Tensor, costs: Tensor, room: float) -> Tensor:

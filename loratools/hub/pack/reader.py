@@ -233,8 +233,10 @@ class _MemberSource(TensorSource):
         for (own, name, m, n), row in zip(header["targets"], self._file.read("layout").tolist(), strict=True):
             part, i = Part(*row), where[name, (m, n)]
             shared = records[i].shared
-            most = shared.groups if shared is not None else 0
-            if not (-1 <= part.group < most and part.rank >= 0 and part.kept >= 0):
+            groups, kept = (0, 0) if shared is None else (shared.groups, shared.most_kept)
+            if part.group < 0:
+                kept = 0
+            if not (-1 <= part.group < groups and part.rank >= 0 and 0 <= part.kept <= kept):
                 raise ValueError(f"{own!r} has an impossible part")
             found[str(own)] = _Packed(i, part, part.size((m, n), shared, self._numbers))
         return found

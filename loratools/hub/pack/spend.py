@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from loratools.budget import buy
 from loratools.errors import UsageError
 from loratools.hub.pack.coding import Pair, decoded, encoded
-from loratools.hub.pack.layout import Numbers, PackTarget, Part
+from loratools.hub.pack.layout import Numbers, PackTarget, Part, Shared
 from loratools.hub.pack.members import Delta, Size
 from loratools.linalg.svd import thin_svd
 from loratools.operators import LowRank, sum_of
 from loratools.sizes import format_size
 
 Key = tuple[str, Size]
+_RANKS: Final = 8  # of a core that are tried, at most
+_NOTHING: Final = 1e-14  # of a squared norm: rounding, which no byte is spent on
 
 
 class Point(NamedTuple):
@@ -26,28 +28,43 @@ class Point(NamedTuple):
     part: Part
 
 
+def kept_all(shared: Shared, rank: int) -> int:
+    """`Part.kept` of a joining adapter of a rank: half of sparse coefficients, and of a core the rank if factors pay."""
+    if shared.method == "sparse":
+        return max(1, shared.width // 2)
+    rank = max(1, rank)
+    return rank if rank <= shared.most_factors else 0
+
+
+def kept_tried(shared: Shared, rank: int) -> list[int]:
+    """That, and of cores also some lower ranks."""
+    most = min(rank, shared.most_factors)
+    lower = {-(-most * i // _RANKS) for i in range(1, _RANKS + 1)} if most else set()
+    return sorted({kept_all(shared, rank), *lower})
+
+
 def ways_to_store(
     delta: Delta, target: PackTarget, bases: Iterable[tuple[Part, Pair]], numbers: Numbers
 ) -> list[Point]:
     """The convex ways, from the one of fewest bytes: components alone, or beside the coefficients of one of `bases`."""
     whole = LowRank(delta.u * (delta.s * delta.norm), delta.vt)
     squares = (delta.s * delta.norm).square().tolist()
-    points = list(_points(Part(), squares, target, numbers))
+    points = list(_points(Part(), squares, delta.norm**2, target, numbers))
     for part, pair in bases:
         low = decoded(encoded(delta, target, part, pair, numbers, 0.0), target, part, pair, numbers)
         rest = sum_of([whole, -low])
         assert isinstance(rest, LowRank)
         left = thin_svd(rest)[1].square().tolist()
-        points += _points(part, left[: min(target.shape)], target, numbers)
+        points += _points(part, left[: min(target.shape)], delta.norm**2, target, numbers)
     return _hull(points)
 
 
-def _points(part: Part, squares: list[float], target: PackTarget, numbers: Numbers) -> Iterable[Point]:
+def _points(part: Part, squares: list[float], whole: float, target: PackTarget, numbers: Numbers) -> Iterable[Point]:
     """With each number of components beside `part`, of which `squares` are the squared singular values."""
     left = sum(squares)
     for rank in range(len(squares) + 1):
         way = Part(part.group, rank, part.kept)
-        yield Point(way.size(target.shape, target.shared, numbers), max(left, 0.0), way)
+        yield Point(way.size(target.shape, target.shared, numbers), left if left > _NOTHING * whole else 0.0, way)
         left -= squares[rank] if rank < len(squares) else 0.0
 
 
