@@ -59,6 +59,33 @@ class Option:
 
 
 @dataclass(frozen=True, eq=False)
+class Pick:
+    """Bases for a target, and the form in which each adapter uses them, -1 for those that do not."""
+
+    option: Option
+    form: Tensor  # (t,) int64
+
+    @property
+    def bytes(self) -> float:
+        """Without what is bought beside."""
+        return self.option.bytes + sum(
+            float(form.bytes[self.form == i].sum()) for i, form in enumerate(self.option.forms)
+        )
+
+    @property
+    def density(self) -> float:
+        """What a byte gains at most, parts of cores counted as if all were bought."""
+        gain, bytes_ = 0.0, self.bytes
+        for i, form in enumerate(self.option.forms):
+            inside = self.form == i
+            gain += float(form.gain[inside].sum())
+            if form.of_core:
+                gain += float(form.chain[inside].sum())
+                bytes_ += float((form.cost * (form.chain > 0).sum(1))[inside].sum())
+        return gain / bytes_
+
+
+@dataclass(frozen=True, eq=False)
 class Choices:
     """One target: what adapters store of it without bases, and the bases that there could be."""
 

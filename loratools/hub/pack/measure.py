@@ -2,7 +2,7 @@
 
 The first pass finds the coordinates that the deltas of a target have in common, the second writes each delta in them
 to a scratch file, which the fits read in batches. So memory is that of some targets, however many adapters there are;
-what grows with these is a handful of numbers for each adapter and target.
+what grows with these is some hundred numbers for each adapter and target.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ is done for each method by itself, and the best of all is taken: so no single me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from loratools._lazy import torch
 from loratools.errors import UsageError
-from loratools.hub.pack.choices import Choices, Option, choices_of
+from loratools.hub.pack.choices import Choices, Option, Pick, choices_of
 from loratools.hub.pack.fits import Candidate
 from loratools.hub.pack.layout import METHODS, Numbers, PackTarget
 from loratools.hub.pack.measure import Measured
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 OWN: Final = "own"
 AUTO: Final = "auto"
 CHOICES: Final = (AUTO, OWN, *METHODS)
-_HALVINGS: Final = 60
+_HALVINGS: Final = 40
 _AROUND: Final = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # prices beside the one that fits
 _TRIES: Final = 12
 
@@ -59,34 +60,7 @@ class Plan:
         return float(self.errors.sum())
 
 
-@dataclass(frozen=True, eq=False)
-class _Pick:
-    """Bases for a target, and the form in which each adapter uses them, -1 for those that do not."""
-
-    option: Option
-    form: Tensor  # (t,) int64
-
-    @property
-    def bytes(self) -> float:
-        """Without what is bought beside."""
-        return self.option.bytes + sum(
-            float(form.bytes[self.form == i].sum()) for i, form in enumerate(self.option.forms)
-        )
-
-    @property
-    def density(self) -> float:
-        """What a byte gains at most, parts of cores counted as if all were bought."""
-        gain, bytes_ = 0.0, self.bytes
-        for i, form in enumerate(self.option.forms):
-            inside = self.form == i
-            gain += float(form.gain[inside].sum())
-            if form.of_core:
-                gain += float(form.chain[inside].sum())
-                bytes_ += float((form.cost * (form.chain > 0).sum(1))[inside].sum())
-        return gain / bytes_
-
-
-_Picks = Sequence["_Pick | None"]  # for each target
+_Picks = Sequence["Pick | None"]  # for each target
 
 
 @dataclass(frozen=True)
@@ -144,11 +118,7 @@ def plan(
             room -= over
         else:
             best = empty
-        for other in others:  # of which every one may do, as it is
-            same = replace(other, method=name)
-            if same.error < best.error and size_of(same) <= budget:
-                best = same
-        found[name] = best
+        found[name] = min([best, *others], key=lambda p: p.error)
     return found[method], {name: each.error for name, each in found.items()}
 
 
@@ -157,53 +127,85 @@ def _under(choices: Sequence[Choices], mode: _Mode) -> list[Choices]:
 
 
 def _best(choices: Sequence[Choices], method: str, room: int, live: Tensor, others: Sequence[Plan]) -> Plan:
-    """The best plan that needs at most `room` bytes."""
-    low, high = 1e-18, 1.0  # prices of a byte
+    """The best plan that needs at most `room` bytes, of those with the bases of some prices and of other plans."""
+    price = _fitting_price(partial(_at, choices), room)
+    tried = [_at(choices, price * factor)[0] for factor in _AROUND]
+    tried += [[_again(c, p) for c, p in zip(choices, other.targets, strict=True)] for other in others]
+    plans = {}
+    for picks in tried:
+        fit = _fitting(picks, room)
+        bases = tuple(None if pick is None else id(pick.option) for pick in fit)
+        if bases not in plans:
+            plans[bases] = _finished(choices, _settled(choices, fit, room), method, room, live)
+    return min(plans.values(), key=lambda p: p.error)
+
+
+def _fitting_price(at: Callable[[float], tuple[_Picks, float]], room: float) -> float:
+    """The lowest price of a byte at which what is picked fits."""
+    low, high = 1e-18, 1.0
     for _ in range(_HALVINGS):
         price = (low * high) ** 0.5
-        _, bytes_ = _at(choices, price)
-        low, high = (low, price) if bytes_ <= room else (price, high)
-    tried = [_at(choices, high * factor)[0] for factor in _AROUND]
-    tried += [[_again(c, p) for c, p in zip(choices, other.targets, strict=True)] for other in others]
-    return min((_finished(choices, picks, method, room, live) for picks in tried), key=lambda p: p.error)
+        low, high = (low, price) if at(price)[1] <= room else (price, high)
+    return high
 
 
-def _again(choices: Choices, planned: Planned) -> _Pick | None:
+def _again(choices: Choices, planned: Planned) -> Pick | None:
     """What another plan picked."""
     option = next((o for o in choices.options if o.candidate is planned.candidate), None)
-    return None if option is None else _Pick(option, planned.form)
+    return None if option is None else Pick(option, planned.form)
 
 
-def _at(choices: Sequence[Choices], price: float) -> tuple[list[_Pick | None], float]:
+def _at(choices: Sequence[Choices], price: float) -> tuple[list[Pick | None], float]:
     """What every target would choose at a price, and the bytes of all of it."""
-    picks: list[_Pick | None] = []
+    picks: list[Pick | None] = []
     total = 0.0
     for c in choices:
         own = c.own.value(price)
         best, pick = float(own.sum()), None
         for option in c.options:
-            value, form = torch.stack([own, *(f.value(price) for f in option.forms)]).max(0)
-            worth = float(value.sum()) - price * option.bytes
-            if worth > best * (1 + 1e-12) and bool((form > 0).any()):
-                best, pick = worth, _Pick(option, form - 1)
+            worth, found = _used(option, own, price)
+            if worth > best * (1 + 1e-12) and bool((found.form >= 0).any()):
+                best, pick = worth, found
         picks.append(pick)
-        spent = c.own.spent(price)
-        if pick is not None:
-            total += pick.option.bytes
-            for i, form_ in enumerate(pick.option.forms):
-                spent = torch.where(pick.form == i, form_.spent(price), spent)
-        total += float(spent.sum())
+        total += _spent(c, pick, price)
     return picks, total
 
 
+def _used(option: Option, own: Tensor, price: float) -> tuple[float, Pick]:
+    """What bases are worth with each adapter in its best form, of `own` value without them."""
+    value, form = torch.stack([own, *(f.value(price) for f in option.forms)]).max(0)
+    return float(value.sum()) - price * option.bytes, Pick(option, form - 1)
+
+
+def _spent(choices: Choices, pick: Pick | None, price: float) -> float:
+    """Bytes with the components that are worth the price."""
+    spent = choices.own.spent(price)
+    if pick is None:
+        return float(spent.sum())
+    for i, form in enumerate(pick.option.forms):
+        spent = torch.where(pick.form == i, form.spent(price), spent)
+    return pick.option.bytes + float(spent.sum())
+
+
+def _settled(choices: Sequence[Choices], picks: _Picks, room: float) -> _Picks:
+    """The same bases, the adapters in the forms of the price at which these fit."""
+
+    def at(price: float) -> tuple[_Picks, float]:
+        now = [
+            None if pick is None else _used(pick.option, c.own.value(price), price)[1]
+            for c, pick in zip(choices, picks, strict=True)
+        ]
+        return now, sum(_spent(c, pick, price) for c, pick in zip(choices, now, strict=True))
+
+    return at(_fitting_price(at, room))[0]
+
+
 def _finished(choices: Sequence[Choices], picks: _Picks, method: str, room: int, live: Tensor) -> Plan:
-    """The plan with these bases and forms, the bytes that are left spent on components; without bases if too large.
+    """The plan with these bases and forms, the bytes that are left spent on components.
 
     Components have one cost along each chain and gains that fall, so the best first is the best, up to the last few.
     """
     left = room - sum(pick.bytes for pick in picks if pick is not None)
-    if left < 0:
-        picks, left = _dropped(picks, float(room))
     chains = [_chains(c, pick) for c, pick in zip(choices, picks, strict=True)]
     bought = _bought(
         torch.cat([gains.flatten() for gains, _ in chains]), torch.cat([costs.flatten() for _, costs in chains]), left
@@ -218,7 +220,7 @@ def _finished(choices: Sequence[Choices], picks: _Picks, method: str, room: int,
     return Plan(method, tuple(targets), errors.clamp_min(0))
 
 
-def _chains(choices: Choices, pick: _Pick | None) -> tuple[Tensor, Tensor]:
+def _chains(choices: Choices, pick: Pick | None) -> tuple[Tensor, Tensor]:
     """Gains and costs (t, k) of the components that each adapter can have in its form."""
     forms = [] if pick is None else list(enumerate(pick.option.forms))
     width = max(form.chain.shape[1] for form in (choices.own, *(form for _, form in forms)))
@@ -235,7 +237,7 @@ def _wider(chain: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(chain, (0, width - chain.shape[1]))
 
 
-def _planned(choices: Choices, pick: _Pick | None, count: Tensor, captured: Tensor) -> tuple[Planned, Tensor]:
+def _planned(choices: Choices, pick: Pick | None, count: Tensor, captured: Tensor) -> tuple[Planned, Tensor]:
     """A target with as many components as were bought, and what each adapter gains by all of it.
 
     An adapter without a part of its core does not use the bases after all.
@@ -257,14 +259,14 @@ def _planned(choices: Choices, pick: _Pick | None, count: Tensor, captured: Tens
     return Planned(record, target, candidate, form, group, rank, kept), captured
 
 
-def _dropped(picks: _Picks, room: float) -> tuple[list[_Pick | None], float]:
+def _fitting(picks: _Picks, room: float) -> _Picks:
     """The bases that fit, those that gain most for a byte first."""
-    kept: list[_Pick | None] = [None] * len(picks)
+    kept: list[Pick | None] = [None] * len(picks)
     there = [(i, pick) for i, pick in enumerate(picks) if pick is not None]
     for i, pick in sorted(there, key=lambda each: (-each[1].density, each[0])):
         if pick.bytes <= room:
             kept[i], room = pick, room - pick.bytes
-    return kept, room
+    return kept
 
 
 def _bought(gains: Tensor, costs: Tensor, room: float) -> Tensor:
@@ -277,12 +279,12 @@ def _bought(gains: Tensor, costs: Tensor, room: float) -> Tensor:
     count = int((spent <= room).sum())
     bought[order[:count]] = 1
     left = room - (float(spent[count - 1]) if count else 0.0)
-    for i in _fitting(costs[order[count:]], left):
+    for i in _still_fitting(costs[order[count:]], left):
         bought[order[count + i]] = 1
     return bought
 
 
-def _fitting(costs: Tensor, left: float) -> Iterator[int]:
+def _still_fitting(costs: Tensor, left: float) -> Iterator[int]:
     """Later ones that are cheaper than the first that did not fit; a chain's own later ones cost as much as that."""
     if not len(costs):
         return

@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
 
 def kept_all(shared: Shared, rank: int) -> int:
-    """`Part.kept` of a joining adapter of a rank: half of sparse coefficients, and of a core the rank if factors pay."""
+    """`Part.kept` of a joining adapter of a rank: half of sparse coefficients, the rank of a core if factors pay."""
     if shared.method == "sparse":
         return max(1, shared.width // 2)
     rank = max(1, rank)
