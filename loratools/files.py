@@ -261,7 +261,7 @@ def write(
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         return Saved(weights, weights, nbytes, None)
     with AtomicFolder(weights.parent, shared=shared, last=weights.name) as folder:
-        with SafetensorsSink(folder.temporary / weights.name, reserve=header_room(adapter)) as sink:
+        with SafetensorsSink(folder.temporary / weights.name, reserve=header_room(adapter), named=False) as sink:
             declared = _fill(sink, adapter, updates)
             nbytes = sink.commit(_metadata(adapter, declared, placeholder=False))
         folder.write_text(CONFIG_NAME, json.dumps(declared.config, indent=2, ensure_ascii=False) + "\n")

@@ -63,7 +63,7 @@ def fuse(adapter: Adapter, base: BaseWeights, path: str | os.PathLike[str], *, f
     with AtomicFolder(place) as folder:
         for name, tensors in files.items():
             room = len(header_bytes({key: source.specs[key] for key in tensors}, metadata))
-            with SafetensorsSink(folder.temporary / name, reserve=room) as sink:
+            with SafetensorsSink(folder.temporary / name, reserve=room, named=False) as sink:
                 for key in tensors:
                     sink.write(key, sums.fused(key))
                 nbytes += sink.commit(metadata)

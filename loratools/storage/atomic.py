@@ -101,10 +101,11 @@ class AtomicFile:
             self.write_at(end - size + by, data)
             end -= size
 
-    def commit(self, size: int, *, durable: bool = True) -> None:
+    def commit(self, size: int, *, durable: bool = True, named: bool = True) -> None:
         """Cut the file to `size` bytes, fsync it and put it in place; OutputError leaves the destination as it was.
 
         What is not `durable` is not fsynced: should the machine fail, there may be an older file, an empty one or none.
+        Where its name need not be durable, for the folder is to be put in place itself, `named` is False.
         """
         try:
             with explained(self.path):
@@ -118,7 +119,7 @@ class AtomicFile:
             raise
         folders = [self._final.parent, *(folder.parent for folder in self._made)]
         self._made.clear()
-        for folder in folders if durable else ():
+        for folder in folders if durable and named else ():
             fsync_folder(folder)
 
     def abort(self) -> None:

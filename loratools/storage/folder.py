@@ -20,7 +20,7 @@ class AtomicFolder:
     not followed.
 
     With `shared` a folder at `path` stays, for others may be at work in it: files are put into it one by one, each
-    whole, `last` after the others.
+    whole, `last` after the others; where nothing lies there, the folder is put in place as otherwise.
     """
 
     def __init__(self, path: Path, *, carry: bool = True, shared: bool = False, last: str = "") -> None:
@@ -59,15 +59,17 @@ class AtomicFolder:
     def commit(self) -> None:
         """Put the folder in place; OutputError leaves the destination as it was, but for files of a `shared` one."""
         with explained(self.path):
-            if self._shared:
-                self._put_files()
-            elif self._final.is_dir():
+            if not self._shared and self._final.is_dir():
                 for item in self._final.iterdir() if self._carry else ():
                     _carry_over(item, self.temporary / item.name)
                 self._final.rename(self._retired)
-            if not self._shared:
+            try:
                 fsync_folder(self.temporary)
-                self.temporary.rename(self._final)
+                self.temporary.rename(self._final)  # of folders it replaces an empty one alone
+            except OSError:
+                if not self._shared:
+                    raise
+                self._put_files()
         folders = [self._final.parent, *(folder.parent for folder in self._made)]
         self._made.clear()
         for folder in folders:

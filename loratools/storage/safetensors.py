@@ -162,13 +162,15 @@ class SafetensorsSink(TensorSink):
     The data starts after `reserve` bytes. A header that needs less is padded with spaces; one that needs more moves
     the data, which costs one more copy of the file. So the size is `file_size(specs, metadata, reserve=reserve)` to the
     byte; `reserve=0` writes the smallest file, and `reserve=len(header_bytes(specs, metadata))` saves the copy.
+    `named=False` as `AtomicFile.commit`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, reserve: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, reserve: int = 0, named: bool = True) -> None:
         if not 0 <= reserve <= MAX_HEADER:
             raise ValueError(f"reserve={reserve} lies outside 0 to {MAX_HEADER}")
         self._specs: dict[str, TensorSpec] = {}
         self._start = self._end = rounded(reserve)
+        self._named = named
         self._file = AtomicFile(Path(path))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -196,7 +198,7 @@ class SafetensorsSink(TensorSink):
         if by:
             self._file.shift(self._start, self._end, by)
         self._file.write_at(0, header)
-        self._file.commit(self._end + by)
+        self._file.commit(self._end + by, named=self._named)
         return self._end + by
 
     def abort(self) -> None:

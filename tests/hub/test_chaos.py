@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,43 @@ def test_an_output_leaves_what_others_put_beside_it(make_hub: Make, tmp_path: Pa
     assert run(RECIPE, hub, out, Run(resume=True, executor=here)).counts == {"done": 1, "kept": 1}
     assert not (out / "a0").is_symlink()
     assert contents(elsewhere) == before
+
+
+def test_an_output_is_durable_before_its_receipt_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, out = tmp_path / "hub", tmp_path / "out"
+    write_peft(hub / "a0", 0)
+    events: list[str] = []
+
+    def name(path: object) -> str:
+        return re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", os.path.relpath(os.fspath(path), out))  # type: ignore[call-overload]
+
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def fsynced(fd: int) -> None:
+        events.append(f"fsync {name(os.readlink(f'/proc/self/fd/{fd}'))}")
+        fsync(fd)
+
+    def moved(real: Callable[..., None], source: object, place: object) -> None:
+        real(source, place)
+        events.append(f"to {name(place)}")
+
+    monkeypatch.setattr(os, "fsync", fsynced)
+    monkeypatch.setattr(os, "replace", partial(moved, replace))
+    monkeypatch.setattr(os, "rename", partial(moved, rename))
+    receipt = f"to {FOLDER}/receipts/a0.json"
+    for how in (HERE, Run(force=True, executor=here)):
+        events.clear()
+        assert run(RECIPE, hub, out, how).counts == {"done": 1}
+        weights, config = (f"a0/{file}" for file in ("adapter_model.safetensors", "adapter_config.json"))
+        begun = [event for event in events if event.startswith(("fsync .a0.tmp/", "to .a0.tmp/"))]
+        assert begun == [
+            f"fsync .a0.tmp/.{weights[3:]}.tmp", f"to .a0.tmp/{weights[3:]}", f"fsync .a0.tmp/{config[3:]}",
+        ]  # fmt: skip
+        after = events[events.index(begun[-1]) + 1 :]
+        if how == HERE:  # whole, where nothing was
+            assert after == ["fsync .a0.tmp", "to a0", "fsync .", receipt]
+        else:  # file by file, where something was
+            assert after == ["fsync .a0.tmp", f"to {config}", f"to {weights}", "fsync a0", "fsync .", receipt]
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_of_others(make_hub: Make, tmp_path: Path) -> None:
