@@ -172,10 +172,11 @@ def _caught(
     """(N, n) inputs and (N, m) outputs of each module at the places of all texts, float32 on the CPU."""
     catch = _Catch()
     nets = {path: _Net(catch) for path in paths}
+    run = _without_head(side.model, paths)
     with _netted(side.model, nets):
         for text in texts:
             catch.begin(text.places[which])
-            side.model(input_ids=torch.tensor([text.ids[which]], device=device))
+            run(input_ids=torch.tensor([text.ids[which]], device=device))
     found = {}
     joined: dict[tuple[int, ...], Tensor] = {}  # what several modules read is held once
     for path, net in nets.items():
@@ -188,6 +189,13 @@ def _caught(
             joined[shared] = torch.cat(net.inputs)
         found[path] = joined[shared], torch.cat(net.outputs)
     return found
+
+
+def _without_head(model: Any, paths: dict[str, None]) -> Any:
+    """What runs all these modules; the logits of a large vocabulary take longer than all layers of a small model."""
+    inner = getattr(model, "base_model", model)
+    within = set(inner.modules())
+    return inner if all(module_at(model, path, path) in within for path in paths) else model
 
 
 class _Catch:

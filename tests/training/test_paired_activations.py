@@ -117,6 +117,24 @@ def test_few_texts_map_the_few_directions_that_they_show(folders: tuple[Path, Pa
     assert all(0 < row.kept < 0.9 for row in report.targets.values())
 
 
+def test_no_logits_are_computed_that_nobody_asks_for(folders: tuple[Path, Path]) -> None:
+    one, two = two_sides(folders)
+    texts, calls = paired_texts(one, two, TEXTS[:4]), [0]
+    for side in (one, two):
+        side.model.lm_head.register_forward_hook(lambda *passed: calls.__setitem__(0, calls[0] + 1))
+    name = "model.layers.1.mlp.down_proj"
+    alone = PairedActivations(one, two, texts, [(name, name)])(name, name)
+    assert calls == [0]
+    maps = PairedActivations(one, two, texts, [(name, name), ("lm_head", "lm_head")])
+    beside = maps(name, name)
+    assert calls == [2 * len(texts)]
+    assert len(maps("lm_head", "lm_head").outputs.left) == one.model.lm_head.out_features
+    for side in ("inputs", "outputs"):
+        a, b = (getattr(found, side) for found in (alone, beside))
+        assert torch.equal(a.left, b.left)
+        assert torch.equal(a.right, b.right)
+
+
 class Words:
     """A tokenizer that ends a token at every blank and at the end, after a special token of no characters."""
 
