@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 _BUDGET = 1 << 30  # bytes of activations that are held at once
-_KEPT = 4  # maps that are at hand for the next modules
-# Modules whose outputs go, channel by channel, to what enters another: of a few inputs they span a part of it alone.
+_KEPT = 8  # maps that are at hand for the next modules
+# Modules whose outputs go, channel by channel, to what enters another: one space, which each of them shows a part of.
 _LEADS_TO = {"gate_proj": "down_proj", "up_proj": "down_proj", "fc1": "fc2", "c_fc": "c_proj", "wi": "wo"}
 
 
@@ -128,24 +128,30 @@ class PairedActivations:
 
     def _run(self, group: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[_Caught, _Caught]]:
         paths = [dict.fromkeys(pair[which] for pair in group) for which in (0, 1)]
-        ends = [
-            {path: _leads_to(side.model, path) for path in found}
+        inner = [
+            {path: _inner_space(side.model, path) for path in found}
             for side, found in zip(self._sides, paths, strict=True)
         ]
         caught = [
-            _caught(side, dict.fromkeys((*found, *filter(None, end.values()))), self.texts, which, self.device)
-            for which, (side, found, end) in enumerate(zip(self._sides, paths, ends, strict=True))
+            _caught(side, dict.fromkeys((*found, *(p for s in spaces.values() for p in s))), self.texts, i, self.device)
+            for i, (side, found, spaces) in enumerate(zip(self._sides, paths, inner, strict=True))
         ]
-
-        def of(which: int, path: str, *, led: bool) -> _Caught:
-            x, y = caught[which][path]
-            end = ends[which][path]
-            return (x, torch.cat([y, caught[which][end][0]])) if led and end is not None else (x, y)
-
+        joined: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         found = {}
         for a, b in group:
-            led = ends[0][a] is not None and ends[1][b] is not None
-            found[a, b] = of(0, a, led=led), of(1, b, led=led)
+            sides = [caught[0][a], caught[1][b]]
+            spaces = inner[0][a], inner[1][b]
+            if spaces[0] and [_leaf(path) for path in spaces[0]] == [_leaf(path) for path in spaces[1]]:
+                key = spaces[0] + spaces[1]
+                if key not in joined:
+                    one, other = (_rows_of(caught[i], spaces[i]) for i in (0, 1))
+                    joined[key] = one, other
+                ends = a == spaces[0][-1], b == spaces[1][-1]
+                if ends[0] == ends[1]:
+                    sides = [
+                        (rows, y) if ends[0] else (x, rows) for rows, (x, y) in zip(joined[key], sides, strict=True)
+                    ]
+            found[a, b] = sides[0], sides[1]
         return found
 
     @property
@@ -153,17 +159,32 @@ class PairedActivations:
         return self.one, self.other
 
 
-def _leads_to(model: Any, path: str) -> str | None:
-    """The module that what leaves another enters, channel by channel; None where the names tell none."""
+def _inner_space(model: Any, path: str) -> tuple[str, ...]:
+    """The modules whose outputs go, channel by channel, to what enters the last one, if `path` is one of them.
+
+    None of them where the names tell none, or the shapes are others.
+    """
     parent, _, leaf = path.rpartition(".")
-    if leaf not in _LEADS_TO:
-        return None
-    end = f"{parent}.{_LEADS_TO[leaf]}"
+    last = _LEADS_TO.get(leaf, leaf)
     modules = dict(model.named_modules())
-    sizes = [getattr(modules.get(name), "weight", None) for name in (path, end)]
-    if any(weight is None or weight.ndim != 2 for weight in sizes) or isinstance(modules[path], torch.nn.Embedding):
-        return None
-    return end
+    found = [f"{parent}.{name}" for name, end in _LEADS_TO.items() if end == last and f"{parent}.{name}" in modules]
+    weights = [getattr(modules.get(name), "weight", None) for name in (*found, f"{parent}.{last}")]
+    if not found or any(w is None or w.ndim != 2 for w in weights):
+        return ()
+    if any(isinstance(modules[name], torch.nn.Embedding) for name in found):
+        return ()
+    return (*found, f"{parent}.{last}")
+
+
+def _rows_of(caught: dict[str, _Caught], space: tuple[str, ...]) -> Tensor:
+    """What leaves all modules but the last and enters that one, each of norm 1, so that none outweighs another."""
+    *before, last = space
+    parts = [*(caught[path][1] for path in before), caught[last][0]]
+    return torch.cat([part / (float(part.norm()) or 1.0) for part in parts])
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _caught(

@@ -117,6 +117,21 @@ def test_few_texts_map_the_few_directions_that_they_show(folders: tuple[Path, Pa
     assert all(0 < row.kept < 0.9 for row in report.targets.values())
 
 
+def test_the_inside_of_an_mlp_is_one_space(folders: tuple[Path, Path]) -> None:
+    """Whatever of it an adapter is for, and however much fits a pass."""
+    one, two = two_sides(folders)
+    texts = paired_texts(one, two, TEXTS[:3])
+    gate, up, down = (f"model.layers.1.mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
+    together = PairedActivations(one, two, texts, [(path, path) for path in (down, gate, up)])
+    inner = together(down, down).inputs
+    assert together(gate, gate).outputs is inner
+    assert together(up, up).outputs is inner
+    for budget in (1, 1 << 30):
+        alone = PairedActivations(one, two, texts, [(up, up)], budget=budget)(up, up).outputs
+        assert torch.equal(alone.left, inner.left)
+        assert torch.equal(alone.right, inner.right)
+
+
 def test_no_logits_are_computed_that_nobody_asks_for(folders: tuple[Path, Path]) -> None:
     one, two = two_sides(folders)
     texts, calls = paired_texts(one, two, TEXTS[:4]), [0]
