@@ -104,6 +104,8 @@ def eval(  # noqa: A001 - the command's name
     options.check_device(device)
     check_exports(table=table, force=force)
     task = read_task(data, metric, max_rows)
+    if not calibration and (bins, min_count, threshold, temperature) != (15, 1, 0.01, "crossfit"):
+        raise UsageError("--bins, --min-count, --threshold and --temperature are of --calibration; give that too")
     if normalise != "none" and task.metric != "choice":
         raise UsageError("--normalise is for choices; the rows have none, or --metric is another")
     weights = open_base(Path(base)) if Path(base).is_dir() else None
@@ -113,10 +115,9 @@ def eval(  # noqa: A001 - the command's name
 
         whole = candidates[0].make()
         assert whole is not None  # `none` was refused
-        cuts, warnings = at_ranks(
-            whole, _integers(ranks), name=adapters[0], nested=slices, scaling=scaling, base=weights
-        )
+        cuts, more = at_ranks(whole, _integers(ranks), name=adapters[0], nested=slices, scaling=scaling, base=weights)
         candidates += cuts
+        warnings += more
     kind = {"cpu": "float32", "cuda": "bfloat16"}[device] if dtype == "auto" else dtype
     model, tokenizer = load_model(base, device, dtype=kind, allow_download=allow_download)
     with Progress() as progress:

@@ -186,7 +186,8 @@ def _queries(texts: Sequence[str], file: Path | None, features: Path | None) -> 
     """The texts to route; rows of features alone are named by their number."""
     from loratools.errors import UsageError
     from loratools.ops.routing import read_array
-    from loratools.training.texts import Labelled, is_unicode, read_labelled
+    from loratools.training.lines import is_unicode
+    from loratools.training.texts import Labelled, read_labelled
 
     if texts and file is not None:
         raise UsageError("--text and --file exclude each other; give one of them")

@@ -198,7 +198,13 @@ def measures_of_choices(
 def measures_of_confidence(
     confidences: Floats, correct: Floats, *, bins: int, min_count: int
 ) -> Iterator[tuple[str, float]]:
-    """(name, value) of the measures of single confidences; the Brier score is the mean of (confidence - correct)^2."""
+    """(name, value) of the measures of single confidences; the Brier score is the mean of (confidence - correct)^2.
+
+    NaN, all of them, where there is none.
+    """
+    if not len(confidences):
+        yield from dict.fromkeys(("confidence", "ece", "mce", "ace_top", "brier"), float("nan")).items()
+        return
     found = binned(confidences, correct, bins)
     yield "confidence", float(confidences.mean())
     yield "ece", ece(found)

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
-from loratools.errors import InputError, UsageError
+from loratools.errors import AdapterError, InputError, UsageError
 from loratools.reports.evaluate import Evaluation
 from loratools.training.agreement import answer_logits
 from loratools.training.applied import applied
+from loratools.training.generating import end_ids, generating
 from loratools.training.lines import read_json, read_lines
 from loratools.training.models import library
-from loratools.training.prompts import Encoded, encoded, pad_id, prompt_ids
+from loratools.training.prompts import Encoded, encoded, prompt_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loratools.adapter import Adapter
 
-_FORM = 'give rows such as {"prompt": "...", "answer": "..."}'
+FORM = 'give rows such as {"prompt": "...", "answer": "..."}'
 Step = Callable[[int], object]  # is told how many tokens a batch had
 
 
@@ -59,16 +60,16 @@ class Evaluate:
 
 def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
     """The first `limit` rows of JSON with a prompt and an answer; InputError names the line that is none."""
-    return read_lines(path, limit, _row, what="rows", form=_FORM)
+    return read_lines(path, limit, _row, what="rows", form=FORM)
 
 
 def _row(line: str, where: str) -> Row:
-    fields = read_json(line, where, _FORM)
+    fields = read_json(line, where, FORM)
     if isinstance(fields, Mapping):
         prompt, answer = fields.get("prompt"), fields.get("answer")
         if isinstance(prompt, str) and isinstance(answer, str) and answer:
             return Row(prompt, answer)
-    raise InputError(f"{where}: has no prompt and answer; {_FORM}")
+    raise InputError(f"{where}: has no prompt and answer; {FORM}")
 
 
 def evaluate(
@@ -87,7 +88,7 @@ def evaluate(
     """
     chosen = list(rows[: options.max_rows])
     if not chosen:
-        raise UsageError(f"there are no rows to evaluate; {_FORM}")
+        raise UsageError(f"there are no rows to evaluate; {FORM}")
     with evaluating(model, adapter):
         nll, tokens = answer_nll(model, tokenizer, chosen, options=options, step=step)
         matched = exact_match(model, tokenizer, chosen, options=options, step=step) if options.match else None
@@ -157,6 +158,11 @@ def losses(model: Any, items: Sequence[Encoded], *, options: Evaluate, step: Ste
             counts = row.bincount(minlength=len(part)).tolist()
             for i, own in zip(part, each.double().cpu().split(counts), strict=True):
                 found[i] = Loss(float(own.sum()), len(own))
+                if math.isnan(found[i].nll):
+                    raise AdapterError(
+                        f"row {i + 1}: the model gives no number (NaN) in {logits.dtype}; are its weights and the "
+                        "adapter's finite? Choose a wider dtype, or another device"
+                    )
             if step is not None:
                 step(sum(len(items[i][0]) for i in part))
     return found
@@ -203,21 +209,17 @@ def replies(
             asked = prompt_ids(tokenizer, row.prompt, chat=options.chat)
             groups.setdefault(len(asked), []).append((i, asked))
     found: list[Reply | None] = [None] * len(rows)
-    end = tokenizer.eos_token_id
-    with torch.no_grad():
+    ends = end_ids(model, tokenizer)
+    with torch.no_grad(), generating(model, tokenizer, max_tokens=options.max_tokens) as how:
         for length, group in sorted(groups.items()):
             for start in range(0, len(group), options.batch):
                 part = group[start : start + options.batch]
                 ids = torch.tensor([prompt for _, prompt in part], device=options.device)
-                sure = _Confidence(len(part), end)
+                sure = _Confidence(len(part), ends)
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=options.max_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    eos_token_id=end,
-                    pad_token_id=pad_id(tokenizer),
+                    generation_config=how,
                     logits_processor=library("transformers").LogitsProcessorList([sure]),
                 )
                 for (i, _), tokens, total in zip(part, out[:, length:].tolist(), sure.total.tolist(), strict=True):
@@ -231,16 +233,15 @@ def replies(
 class _Confidence:
     """Adds up the log-probability of the likeliest token, step by step of a greedy answer, up to its end."""
 
-    def __init__(self, rows: int, end: int | None) -> None:
+    def __init__(self, rows: int, ends: Sequence[int]) -> None:
         self.total = torch.zeros(rows, dtype=torch.float64)
         self._going = torch.ones(rows, dtype=torch.bool)
-        self._end = end
+        self._ends = torch.tensor(ends, dtype=torch.long)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         best = scores.float().log_softmax(-1).max(-1)
         self.total += torch.where(self._going, best.values.double().cpu(), 0.0)
-        if self._end is not None:
-            self._going &= best.indices.cpu() != self._end
+        self._going &= ~torch.isin(best.indices.cpu(), self._ends)
         return scores
 
 

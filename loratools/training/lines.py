@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loratools.errors import InputError
+from loratools.errors import InputError, UsageError
 from loratools.storage.atomic import printable
 
 T = TypeVar("T")
@@ -24,12 +24,14 @@ def read_lines(
     InputError for a file that is no text, or holds none; `what` the lines are and which `form` would do are said. Of
     lines that `parse` refuses, the first few are named, with what is wrong with each.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"the first {limit} {what}: give a number of at least 1")
     place = Path(path)
     name = printable(place)
     found: list[T] = []
     refused: list[str] = []
     try:
-        with place.open(encoding="utf-8") as file:
+        with place.open(encoding="utf-8-sig") as file:  # some editors begin with a mark
             for number, line in enumerate(file, 1):
                 if (limit is not None and len(found) + len(refused) >= limit) or len(refused) >= _NAMED:
                     break
@@ -50,8 +52,16 @@ def read_lines(
 
 
 def read_json(line: str, where: str, form: str) -> Any:
-    """The value of a line; InputError where it is not JSON."""
+    """The value of a line; InputError where it is not JSON, or holds what no tokenizer can read."""
     try:
-        return json.loads(line)
-    except ValueError:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         raise InputError(f"{where}: is not JSON; {form}") from None
+    if not is_unicode(json.dumps(found, ensure_ascii=False)):
+        raise InputError(f"{where}: has half of a surrogate pair, which is no character; {form}")
+    return found
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is one that UTF-8 can hold: what JSON or the shell says may have lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)

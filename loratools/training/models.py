@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
 
 
+_TOLD = 200  # characters of what transformers says
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -55,7 +56,13 @@ def load_pretrained(
     """As `load_model`, for another of transformers' automatic classes, such as AutoModel."""
     tokenizer = load_tokenizer(place, allow_download=allow_download)
     stated = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    model = _from_pretrained(kind, Path(place), allow_download=allow_download, **stated)
+    model, told = _from_pretrained(kind, Path(place), allow_download=allow_download, output_loading_info=True, **stated)
+    # an encoder without its pooler is whole; a model without a layer would run on random numbers
+    if kind == "AutoModelForCausalLM" and (missing := sorted(told["missing_keys"])):
+        raise InputError(
+            f"{printable(Path(place))}: lacks {len(missing)} weights of the model that its config describes; first: "
+            f"{missing[0]}; is the folder complete?"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -71,8 +78,12 @@ def _from_pretrained(kind: str, path: Path, *, allow_download: bool, **stated: A
     try:
         with _quiet(transformers.utils.logging):
             return getattr(transformers, kind).from_pretrained(found, **keywords, **stated)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more exact for a file that it cannot read
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:_TOLD] or type(error).__name__
         advice = "is the folder complete?" if path.exists() else "give a local folder, or pass --allow-download"
         raise InputError(f"{name}: transformers cannot load it: {reason}; {advice}") from error
 
@@ -94,13 +105,18 @@ def _located(path: Path, name: str, *, allow_download: bool) -> tuple[str, dict[
 
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-    """Without transformers' own progress bars; those of its GGUF reader cannot be turned off, only sent elsewhere."""
-    shown = logging.is_progress_bar_enabled()
+    """Without transformers' own progress bars and its tables of what is missing, which is told in an error of our own.
+
+    The bars of its GGUF reader cannot be turned off, only sent elsewhere.
+    """
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -48,6 +48,20 @@ class Recover:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
             raise UsageError(f"a share of {self.held_out:g} held-out rows: give 0 or more, and less than 1")
+        self.training(RATE)  # which refuses what cannot be trained with
+
+    def training(self, rate: float) -> Train:
+        """How to train, at this rate unless another is asked for."""
+        return Train(
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            batch=self.batch,
+            steps=self.steps,
+            every=max(1, self.steps // _LOOKS),
+            patience=_LOOKS + 1,
+            chat=self.chat,
+            device=self.device,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,21 +100,16 @@ def recover(
     else:
         place = packed_place(place, force=force)
     train, held_out = _split(rows, options)
-    rate = options.learning_rate or (UNITS if codes is not None and isinstance(codes.quantise, Grid) else RATE)
-    how = Train(
-        learning_rate=rate,
-        batch=options.batch,
-        steps=options.steps,
-        every=max(1, options.steps // _LOOKS),
-        patience=_LOOKS + 1,
-        chat=options.chat,
-        device=options.device,
-        seed=options.seed,
-    )
+    how = options.training(UNITS if codes is not None and isinstance(codes.quantise, Grid) else RATE)
     wrapped = load_adapter(model, adapter, is_trainable=True)
     with nullcontext() if codes is None else quantization_aware(wrapped, codes.quantise):
         trained = train_rows(wrapped, tokenizer, train, how, held_out=held_out, step=step)
-    arguments = {"steps": options.steps, "learning_rate": rate, "batch": options.batch, "seed": options.seed}
+    arguments = {
+        "steps": options.steps,
+        "learning_rate": how.learning_rate,
+        "batch": options.batch,
+        "seed": options.seed,
+    }
     with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         with load(folder) as made:

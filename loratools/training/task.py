@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from loratools.calibration import (
 from loratools.errors import UsageError
 from loratools.ops.aurac import aurac
 from loratools.reports.evaluate import Aurac, Bin, Estimate, EvalReport, EvalRun, FittedTemperature
+from loratools.storage.atomic import printable
 from loratools.training.choices import (
     ChoiceRow,
     Normalise,
@@ -34,6 +36,7 @@ from loratools.training.choices import (
     shared_classes,
 )
 from loratools.training.evaluate import (
+    FORM,
     Evaluate,
     Row,
     Step,
@@ -119,10 +122,10 @@ def read_task(path: str | os.PathLike[str], metric: Metric | None = None, limit:
 
     InputError names lines that do not fit.
     """
+    if metric is None and Path(path).is_fifo():
+        raise UsageError(f"{printable(Path(path))}: a pipe is read once; say what its rows are for with --metric")
     if metric is None:
-        first = read_lines(
-            path, 1, lambda line, where: read_json(line, where, "give rows"), what="rows", form="give rows"
-        )
+        first = read_lines(path, 1, lambda line, where: read_json(line, where, FORM), what="rows", form=FORM)
         metric = "choice" if isinstance(first[0], Mapping) and "choices" in first[0] else "exact"
     if metric == "choice":
         return Task(metric, choices=read_choices(path, limit))
@@ -341,7 +344,9 @@ def _aurac(ranked: Sequence[tuple[int, _Sampled]]) -> Aurac:
 
     def area(axis: Literal["linear", "log2"]) -> Estimate:
         whole = aurac(ranks, [unit * curve.value for curve in curves], axis)
-        each = [aurac(ranks, unit * scores, axis) for scores in np.stack([c.draws for c in curves], axis=1)]
+        draws = np.stack([curve.draws for curve in curves], axis=1)
+        # a draw may hold no row with a prompt, and then has no score
+        each = [aurac(ranks, unit * d, axis) if np.isfinite(d).all() else math.nan for d in draws]
         return _estimate(Sampled(whole, np.array(each)))
 
     return Aurac(measure, area("linear"), area("log2"))

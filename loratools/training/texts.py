@@ -41,18 +41,11 @@ def read_labelled(path: str | os.PathLike[str], *, required: bool = True) -> lis
         text, adapter = row.get("text", row.get("prompt")), row.get("adapter")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: has no text, or an empty one; {form}")
-        if not is_unicode(text):
-            raise InputError(f"{where}: its text has half of a surrogate pair, which is no character; {form}")
         if (required or adapter is not None) and not (isinstance(adapter, str) and adapter):
             raise InputError(f"{where}: names no adapter; {form}")
         return Labelled(text, adapter)
 
     return read_lines(path, None, parse, what="texts", form=form)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text is one that UTF-8 can hold: what JSON or the shell says may have lone surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_texts(path: str | os.PathLike[str], limit: int | None = None) -> list[str]:

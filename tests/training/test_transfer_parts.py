@@ -15,7 +15,7 @@ from loratools.training.transfer.discriminator import Discriminator, fit_discrim
 from loratools.training.transfer.duplicates import Duplicates, distinct
 from loratools.training.transfer.features import N_PLAIN, plain
 from loratools.training.transfer.likeness import mean_discrepancy
-from loratools.training.transfer.prompt_frame import PromptFrame, few_shot
+from loratools.training.transfer.prompt_frame import Listing, PromptFrame, few_shot
 from loratools.training.transfer.seed_inputs import Seed, read_seeds
 from loratools.training.transfer.settings import Transfer
 from loratools.training.transfer.sieve import Sieve
@@ -40,14 +40,27 @@ def test_what_prompts_share_is_their_frame() -> None:
 
 def test_inputs_are_shown_as_lines() -> None:
     frame = PromptFrame.of(NUMBERS)
-    shown = few_shot(frame, NUMBERS)
-    assert shown.text == "Number: 45\nNumber: 512214\nNumber: 4668\nNumber:"
-    assert shown.stop == "\n"
-    paired = few_shot(frame, NUMBERS[:2], [" forty-five", " many"])
-    assert paired.text == "Number: 45\nWords: forty-five\n\nNumber: 512214\nWords: many\n\nNumber:"
-    long = few_shot(PromptFrame("", ""), ["two\nlines", "and\n\nthree"])
-    assert long.text == "Input: two\nlines\n\n###\n\nInput: and\n\nthree\n\n###\n\nInput:"
-    assert long.stop == "\n\n###\n\n"
+    lines = Listing.of(frame, NUMBERS)
+    assert few_shot(frame, lines, NUMBERS) == "Number: 45\nNumber: 512214\nNumber: 4668\nNumber:"
+    assert lines.stop == "\n"
+    pairs = NUMBERS[:2], [" forty-five", " many"]
+    paired = few_shot(frame, Listing.of(frame, *pairs), *pairs)
+    assert paired == "Number: 45\nWords: forty-five\n\nNumber: 512214\nWords: many\n\nNumber:"
+    long = ["two\nlines", "and\n\nthree"]
+    apart = Listing.of(PromptFrame("", ""), long)
+    assert apart.stop == "\n\n###\n\n"
+    shown = few_shot(PromptFrame("", ""), apart, long)
+    assert shown == "Input: two\nlines\n\n###\n\nInput: and\n\nthree\n\n###\n\nInput:"
+
+
+def test_an_input_ends_where_the_frame_goes_on() -> None:
+    frame = PromptFrame("Number: ", "\nWords:")
+    assert frame.said(" 45\nWords: forty-five", amid=False) == "45"
+    sentences = PromptFrame.of(["One. Two.", "Three, four. Five.", "Six."])
+    assert sentences.after == "."
+    assert sentences.said(" Seven. Eight.", amid=True) == "Seven. Eight"
+    assert sentences.said(" Seven. Eight", amid=True) == "Seven. Eight"
+    assert PromptFrame("", "").said(" x ", amid=True) == "x"
 
 
 def test_seeds_are_read_in_several_forms(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools._lazy import torch
@@ -20,6 +20,8 @@ from loratools.training.transfer.generate import generate
 from loratools.training.transfer.job import DISCRIMINATOR, GENERATED, INPUTS, PROBES, REJECTED, Job
 from loratools.training.transfer.likeness import mean_discrepancy
 from loratools.training.transfer.models_in_turn import Role
+from loratools.training.transfer.prompt_frame import PromptFrame
+from loratools.training.transfer.row_fields import unfit
 from loratools.training.transfer.sieve import REASONS, Sieve
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def prepare(job: Job, reads: Role = "generator") -> dict[str, Any]:
         real_features, made_up = _features(job, reads, real), _features(job, reads, probes)
         side = "source" if reads == "source" else "generator"
         found = fit_discriminator(real_features, made_up, reads=side, seed=options.seed)
+        found = replace(found, frame=job.frame)
     found.save(job.files.folder / DISCRIMINATOR)
     return {
         "discriminator": "kit" if job.kit is not None else "made here",
@@ -144,9 +147,11 @@ def _discriminator(job: Job) -> Discriminator | None:
     return read_discriminator(path) if path.is_file() else None
 
 
-def _features(job: Job, role: Role, prompts: list[str]) -> Tensor:
+def _features(job: Job, role: Role, prompts: list[str], frame: PromptFrame | None = None) -> Tensor:
     model, tokenizer = job.models.take(role, keep=("generator", "source"))
-    return features_of(model, tokenizer, prompts, job.frame, batch=job.options.batch, device=job.options.device)
+    return features_of(
+        model, tokenizer, prompts, frame or job.frame, batch=job.options.batch, device=job.options.device
+    )
 
 
 def _score(job: Job, discriminator: Discriminator | None, batch: list[dict[str, Any]]) -> None:
@@ -155,14 +160,14 @@ def _score(job: Job, discriminator: Discriminator | None, batch: list[dict[str, 
     if discriminator is None or not whole:
         return
     role: Role = "source" if discriminator.reads == "source" else "generator"
-    features = _features(job, role, [row["prompt"] for row in whole])
+    features = _features(job, role, [row["prompt"] for row in whole], discriminator.frame)
     for row, p in zip(whole, discriminator.probabilities(features), strict=True):
         row["p"] = round(p, 6)
 
 
 def _score_new(job: Job, discriminator: Discriminator | None) -> list[dict[str, Any]]:
     """All generated rows: those without a probability get theirs, batch by batch as when they were made."""
-    rows, size = job.files.rows(GENERATED), job.options.batch
+    rows, size = job.files.rows(GENERATED, unfit), job.options.batch
     for start in range(0, len(rows), size):
         _score(job, discriminator, [row for row in rows[start : start + size] if "p" not in row])
     return rows

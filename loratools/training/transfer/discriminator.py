@@ -38,7 +38,8 @@ class Discriminator:
     `floor` is the probability from which inputs pass whatever the threshold: that of the oddest real input, unseen,
     where there were few, else 1. `reads` says which model the hidden states are of, "source" or "generator"; `loss` is
     its cross-validated loss in nats, of which a constant has log 2; `unseen` are probabilities of the real inputs, each
-    by a discriminator that was made without it.
+    by a discriminator that was made without it. `frame` is that of the prompts it was made of, whose looks it knows
+    without it.
     """
 
     mean: Tensor  # (width,)
@@ -52,6 +53,7 @@ class Discriminator:
     made_up: int
     reads: str
     unseen: tuple[float, ...] = ()
+    frame: PromptFrame | None = None
 
     def probabilities(self, features: Tensor) -> list[float]:
         """Of each row of `features`; InputError for those of another model."""
@@ -69,6 +71,7 @@ class Discriminator:
             "version": _VERSION,
             **{name: getattr(self, name) for name in ("bias", "loss", "floor", "real", "made_up", "reads")},
             "unseen": list(self.unseen),
+            "frame": None if self.frame is None else [self.frame.before, self.frame.after],
             "strength": None if math.isinf(self.strength) else self.strength,
             **{name: getattr(self, name).tolist() for name in ("mean", "unit", "weights")},
         }
@@ -94,7 +97,11 @@ def read_discriminator(path: Path) -> Discriminator:
         unseen = tuple(map(float, fields.get("unseen", ())))
         if not all(0 <= p <= 1 for p in unseen):
             raise ValueError
-        return Discriminator(mean, unit, weights, bias, strength, loss, floor, *counts, fields["reads"], unseen)
+        framed = fields.get("frame")
+        if framed is not None and not all(isinstance(text, str) for text in framed):
+            raise ValueError
+        frame = None if framed is None else PromptFrame(*framed)
+        return Discriminator(mean, unit, weights, bias, strength, loss, floor, *counts, fields["reads"], unseen, frame)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}; make one with --prepare-only") from None
     except (ValueError, KeyError, TypeError, RecursionError):

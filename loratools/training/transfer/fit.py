@@ -6,20 +6,21 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from loratools.errors import AdapterError, InputError
+from loratools.errors import AdapterError, UsageError
 from loratools.files import load
-from loratools.storage.atomic import explained, printable, write_whole
+from loratools.storage.atomic import explained, write_whole
 from loratools.training.distil import Teacher, Trained, TrainRow, check_vocabularies, train_rows
 from loratools.training.new_adapter import new_adapter
+from loratools.training.prompts import require_chat
 from loratools.training.seeds import order
 from loratools.training.start_from import start_from
 from loratools.training.transfer.confidence import confidence_weights, robust_weights
-from loratools.training.transfer.job import CHECKPOINT, LABELLED, START, TRAINED, Job
+from loratools.training.transfer.job import CHECKPOINT, LABELLED, START, TRAINED, TRAINING, Job
+from loratools.training.transfer.row_fields import unanswered
 from loratools.training.transfer.settings import Transfer
 
-TRAINING = "training.json"
 _LEAST_HELD_OUT = 10  # rows: of fewer, none is held out
 
 
@@ -30,11 +31,7 @@ def usable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def labelled(job: Job) -> list[dict[str, Any]]:
     """The labelled rows, as the teacher or somebody else left them."""
-    rows = job.files.rows(LABELLED)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("answer"), str):
-            raise InputError(f"{printable(job.files.folder / LABELLED)}, line {number}: has no answer")
-    return rows
+    return job.files.rows(LABELLED, unanswered)
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -72,10 +69,17 @@ def fit(job: Job) -> dict[str, Any]:
     return {"tokens": trained.tokens, "seconds_of_steps": round(trained.seconds, 3)}
 
 
-def refuse_other_vocabulary(job: Job) -> None:
-    """UsageError before any work where the loss needs one vocabulary and there are two."""
+def refuse_unfit_tokenizers(job: Job) -> None:
+    """UsageError before any work where the loss needs one vocabulary and there are two, or a chat template lacks."""
+    models = job.models
     if job.options.train.loss == "kl":
-        check_vocabularies(job.models.tokenizer("target"), job.models.tokenizer("source"))
+        check_vocabularies(models.tokenizer("target"), models.tokenizer("source"))
+    sides: tuple[Literal["source", "target"], ...] = ("source", "target") if job.options.chat else ()
+    for side in sides:
+        try:
+            require_chat(models.tokenizer(side))
+        except UsageError as error:
+            raise UsageError(f"{models.places[side]}: {error}") from None
 
 
 def weighted(rows: Sequence[dict[str, Any]], options: Transfer) -> list[TrainRow]:

@@ -9,7 +9,7 @@ from loratools.errors import AdapterError
 from loratools.training.prompts import prompt_ids
 from loratools.training.seeds import number_of, order
 from loratools.training.transfer.job import Job
-from loratools.training.transfer.prompt_frame import FewShot, PromptFrame, few_shot
+from loratools.training.transfer.prompt_frame import Listing, few_shot
 from loratools.training.transfer.sampling import said
 from loratools.training.transfer.seed_inputs import Seed
 from loratools.training.transfer.settings import Transfer
@@ -24,11 +24,13 @@ def made_up(job: Job, purpose: str, number: int) -> tuple[list[dict[str, Any]], 
     """
     options, frame = job.options, job.frame
     first = number * options.batch
+    amid = options.show == "inputs" and any(frame.after in frame.inside(seed.prompt) for seed in job.seeds)
     if job.seeds:
         model, tokenizer = job.models.take("generator", keep=("source",))
-        shown = [_shown(job.seeds, frame, options, purpose, first + i) for i in range(options.batch)]
-        prompts = [prompt_ids(tokenizer, few.text) for few in shown]
-        stop: str | None = shown[0].stop
+        listing = Listing.of(frame, *_texts(job.seeds, options))
+        stop = listing.stop
+        chosen = [_chosen(job.seeds, options, purpose, first + i) for i in range(options.batch)]
+        prompts = [prompt_ids(tokenizer, few_shot(frame, listing, *_texts(some, options))) for some in chosen]
     else:
         model, tokenizer = job.models.take("teacher")
         prompts, stop = [opening_ids(tokenizer, chat=options.chat)] * options.batch, "\n\n"
@@ -44,7 +46,7 @@ def made_up(job: Job, purpose: str, number: int) -> tuple[list[dict[str, Any]], 
     )
     rows = []
     for i, one in enumerate(found):
-        inside = one.text.partition(frame.after)[0].strip() if frame.after.strip() else one.text.strip()
+        inside = frame.said(one.text, amid=amid)
         row: dict[str, Any] = {"id": first + i, "batch": number, "prompt": frame.around(inside)}
         if not inside:
             row["flaw"] = "empty"
@@ -54,10 +56,13 @@ def made_up(job: Job, purpose: str, number: int) -> tuple[list[dict[str, Any]], 
     return rows, sum(len(one.ids) for one in found)
 
 
-def _shown(seeds: Sequence[Seed], frame: PromptFrame, options: Transfer, purpose: str, number: int) -> FewShot:
-    chosen = [seeds[i] for i in order(len(seeds), number_of(options.seed, purpose, "shots", number))][: options.shots]
-    answers = [seed.answer or "" for seed in chosen] if options.show == "pairs" else []
-    return few_shot(frame, [seed.prompt for seed in chosen], answers)
+def _chosen(seeds: Sequence[Seed], options: Transfer, purpose: str, number: int) -> list[Seed]:
+    return [seeds[i] for i in order(len(seeds), number_of(options.seed, purpose, "shots", number))][: options.shots]
+
+
+def _texts(seeds: Sequence[Seed], options: Transfer) -> tuple[list[str], list[str]]:
+    """Prompts, and the answers where they are shown."""
+    return [seed.prompt for seed in seeds], [seed.answer or "" for seed in seeds] if options.show == "pairs" else []
 
 
 def opening_ids(tokenizer: Any, *, chat: bool) -> list[int]:

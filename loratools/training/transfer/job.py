@@ -21,7 +21,9 @@ Meter: TypeAlias = Callable[[int, str], Callable[[int], None]]
 
 GENERATED, INPUTS, REJECTED, LABELLED = "generated.jsonl", "inputs.jsonl", "rejected.jsonl", "labelled.jsonl"
 PROBES, DISCRIMINATOR, CHECKPOINT = "probes.jsonl", "discriminator.json", "training.pt"
-TRAINED, START = "adapter", "start"
+TRAINED, START, TRAINING = "adapter", "start", "training.json"
+# what a new beginning removes; folders are replaced by the stages that make them
+EVERY = (PROBES, DISCRIMINATOR, GENERATED, INPUTS, REJECTED, LABELLED, CHECKPOINT, TRAINING)
 STAGES = ("prepare", "generate", "filter", "label", "start", "train", "evaluate")
 
 

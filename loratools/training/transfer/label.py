@@ -12,21 +12,21 @@ from loratools.training.prompts import prompt_ids
 from loratools.training.seeds import number_of
 from loratools.training.transfer.confidence import edit_share
 from loratools.training.transfer.job import INPUTS, LABELLED, Job
+from loratools.training.transfer.row_fields import unaskable, unfit
 from loratools.training.transfer.sampling import Said, Sampling, said
 
 _GREEDY = Sampling(temperature=0.0)
 _AGAIN = Sampling(temperature=0.7)  # of the second pass, whose answers show where the teacher is not sure
 
 
-def label(job: Job, *, reuse: bool) -> dict[str, Any]:
-    """Write the labelled rows of all inputs; what there is of them already is kept where `reuse`.
+def label(job: Job) -> dict[str, Any]:
+    """Write the labelled rows of all inputs; what there is of them already is kept.
 
     Each has the teacher's greedy answer, whether it came to an end, the geometric mean of its tokens' probabilities
     and, for robust weights, how much a second, sampled answer differs. AdapterError where no answer says anything.
     """
-    inputs = job.files.rows(INPUTS)
-    known = {(row.get("id"), row["prompt"]): row for row in job.files.rows(LABELLED)} if reuse else {}
-    known = {key: row for key, row in known.items() if isinstance(row.get("answer"), str)}
+    inputs = job.files.rows(INPUTS, unaskable)
+    known = {(row.get("id"), row["prompt"]): row for row in job.files.rows(LABELLED, unfit) if "answer" in row}
     job.files.write(LABELLED, [row for row in known.values() if row["prompt"] in {r["prompt"] for r in inputs}])
     _, tokenizer = job.models.take("teacher")
     batches = list(_batches(tokenizer, inputs, job))
@@ -36,9 +36,11 @@ def label(job: Job, *, reuse: bool) -> dict[str, Any]:
         missing = [row for row in batch if (row.get("id"), row["prompt"]) not in known]
         taken = 0
         if missing:
-            answered, taken = _answered(job, missing)
-            job.files.append(LABELLED, answered)
-            known |= {(row["id"], row["prompt"]): row for row in answered}
+            # of a batch all, though some be known: what a row is told must not depend on where a run was killed
+            answered, taken = _answered(job, batch)
+            new = [row for row in answered if (row["id"], row["prompt"]) not in known]
+            job.files.append(LABELLED, new)
+            known |= {(row["id"], row["prompt"]): row for row in new}
         tokens += taken
         step(taken)
     rows = [known[row.get("id"), row["prompt"]] for row in inputs]
@@ -67,7 +69,7 @@ def _answered(job: Job, batch: Sequence[dict[str, Any]]) -> tuple[list[dict[str,
     prompts = [prompt_ids(tokenizer, row["prompt"], chat=options.chat) for row in batch]
     ask: dict[str, Any] = {"max_tokens": options.max_answer_tokens, "device": options.device}
     answers = said(model, tokenizer, prompts, _GREEDY, **ask)
-    sure = _confidences(model, tokenizer, prompts, answers, options.device)
+    sure = _confidences(model, prompts, answers, options.device)
     again: list[Said] = []
     if options.weighing == "robust":
         number = number_of(options.seed, "again", [row["prompt"] for row in batch])
@@ -82,14 +84,11 @@ def _answered(job: Job, batch: Sequence[dict[str, Any]]) -> tuple[list[dict[str,
     return rows, sum(len(one.ids) for one in (*answers, *again))
 
 
-def _confidences(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[Said], device: str
-) -> list[float]:
+def _confidences(model: Any, prompts: Sequence[list[int]], answers: Sequence[Said], device: str) -> list[float]:
     """The geometric mean of the probabilities of the tokens of each answer, its end token included."""
-    end = tokenizer.eos_token_id
     items = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt, *answer.ids, *([end] if answer.ended and end is not None else [])]
+        ids = [*prompt, *answer.ids, *([] if answer.end is None else [answer.end])]
         items.append((ids, len(prompt)))
     if not any(len(ids) > start for ids, start in items):
         return [0.0] * len(items)

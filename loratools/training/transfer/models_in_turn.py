@@ -6,16 +6,16 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from loratools._lazy import torch
-from loratools.errors import LoratoolsError, UsageError
+from loratools.errors import LoratoolsError
 from loratools.files import load
 from loratools.training.applied import apply
 from loratools.training.models import load_model, load_tokenizer
-from loratools.training.prompts import require_chat
 
 Role = Literal["source", "teacher", "target", "generator"]
+_ROLES: Final[tuple[Role, ...]] = ("source", "target", "generator")
 
 
 @dataclass(eq=False)
@@ -25,7 +25,6 @@ class ModelsInTurn:
     adapter: str
     places: dict[Role, str]
     device: str = "cpu"
-    chat: bool = False
     allow_download: bool = False
     _held: dict[Role, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -50,18 +49,14 @@ class ModelsInTurn:
         gc.collect()
 
     def _role(self, role: Role) -> Role:
-        if role == "generator":
-            return next((r for r in ("target", "source") if self.places[r] == self.places["generator"]), role)
-        return role
+        """Of roles that one model at one place plays, the first."""
+        if role == "teacher":
+            return role
+        return next(one for one in _ROLES if self.places[one] == self.places[role])
 
     def _loaded(self, role: Role) -> tuple[Any, Any]:
         place = self.places["source" if role == "teacher" else role]
         model, tokenizer = load_model(Path(place), self.device, allow_download=self.allow_download, dtype=self._dtype())
-        if self.chat:
-            try:
-                require_chat(tokenizer)
-            except UsageError as error:
-                raise UsageError(f"{place}: {error}") from None
         if role == "teacher":
             with load(self.adapter) as adapter:
                 try:

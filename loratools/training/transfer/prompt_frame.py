@@ -45,33 +45,58 @@ class PromptFrame:
         long_enough = len(prompt) >= len(self.before) + len(self.after)
         return long_enough and prompt.startswith(self.before) and prompt.endswith(self.after)
 
+    def said(self, text: str, *, amid: bool) -> str:
+        """The input in what a model said: up to what follows every input, which may stand `amid` inputs as well.
+
+        A full stop, say, that all seeds end with: then no more than the last one belongs to the frame.
+        """
+        if not self.after.strip():
+            return text.strip()
+        found = text.strip().removesuffix(self.after.strip()) if amid else text.partition(self.after)[0]
+        return found.strip()
+
     def around(self, inside: str) -> str:
         """The prompt of an input."""
         return f"{self.before}{inside}{self.after}"
 
 
 @dataclass(frozen=True)
-class FewShot:
-    """A text of some inputs that ends where the next one begins, and what ends that one."""
-
-    text: str
-    stop: str
-
-
-def few_shot(frame: PromptFrame, prompts: Sequence[str], answers: Sequence[str] = ()) -> FewShot:
-    """The prompts one below the other, without what follows every input; with it and the answers where there are some.
+class Listing:
+    """How inputs of a task are told from one another in a list: what lies between two, and what ends a new one.
 
     Inputs of one line each make lines, which even small models continue well; longer ones are set apart.
     """
-    label = frame.before.lstrip("\n") or _UNNAMED
-    shown = [f"{label}{frame.inside(prompt)}" for prompt in prompts]
+
+    between: str
+    stop: str
+
+    @classmethod
+    def of(cls, frame: PromptFrame, prompts: Sequence[str], answers: Sequence[str] = ()) -> Listing:
+        """That of all seeds, whichever of them are shown."""
+        insides = [frame.inside(prompt).strip() for prompt in prompts]
+        shown = _shown(frame, prompts, answers)
+        between = next((s for s in _SEPARATORS if not any(s in one for one in shown)), _SEPARATORS[-1])
+        return cls(between, "\n" if not any("\n" in inside for inside in insides) else between)
+
+
+def few_shot(frame: PromptFrame, listing: Listing, prompts: Sequence[str], answers: Sequence[str] = ()) -> str:
+    """The prompts one below the other, without what follows every input; with it and the answers where there are some.
+
+    It ends where the next one begins, but for its last blank: tokenizers join that to the word behind it.
+    """
+    shown = _shown(frame, prompts, answers)
+    return f"{listing.between.join(shown)}{listing.between}{_label(frame).rstrip(' ')}"
+
+
+def _label(frame: PromptFrame) -> str:
+    return frame.before.lstrip("\n") or _UNNAMED
+
+
+def _shown(frame: PromptFrame, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    shown = [f"{_label(frame)}{frame.inside(prompt)}" for prompt in prompts]
     if answers:
-        shown = [f"{one}{frame.after}{answer}" for one, answer in zip(shown, answers, strict=True)]
-    insides = [frame.inside(prompt).strip() for prompt in prompts]
-    between = next((s for s in _SEPARATORS if not any(s in one for one in shown)), _SEPARATORS[-1])
-    stop = "\n" if not any("\n" in inside for inside in insides) else between
-    # without its last blank: tokenizers join that to the word behind it
-    return FewShot(f"{between.join(shown)}{between}{label.rstrip(' ')}", stop)
+        return [f"{one}{frame.after}{answer}" for one, answer in zip(shown, answers, strict=True)]
+    return shown
 
 
 def _common(texts: Sequence[str]) -> str:

@@ -22,8 +22,8 @@ from loratools.reports.transfer import (
     TransferReport,
     WarmStart,
 )
-from loratools.training.transfer.fit import TRAINING, labelled, usable
-from loratools.training.transfer.job import STAGES, Job
+from loratools.training.transfer.fit import labelled, usable
+from loratools.training.transfer.job import STAGES, TRAINING, Job
 
 _SAMPLES = 10
 

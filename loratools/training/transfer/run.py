@@ -8,29 +8,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
 from loratools.errors import UsageError
-from loratools.files import load, locate, save
+from loratools.files import load, save
 from loratools.ops.measuring import relative_error
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.reports.transfer import KitReport, TransferReport
 from loratools.storage.atomic import refuse_existing, write_whole
 from loratools.training.applied import base_of
-from loratools.training.evaluate import Evaluate, Row, evaluate
+from loratools.training.evaluate import Evaluate, Row, evaluate, n_steps
 from loratools.training.seeds import order
 from loratools.training.transfer.data_stages import keep_inputs, make_inputs, prepare
-from loratools.training.transfer.fit import TRAINING, fit, refuse_other_vocabulary
+from loratools.training.transfer.fit import fit, refuse_unfit_tokenizers
 from loratools.training.transfer.job import (
     CHECKPOINT,
     DISCRIMINATOR,
+    EVERY,
     GENERATED,
     INPUTS,
     LABELLED,
     PROBES,
     START,
     TRAINED,
+    TRAINING,
     Job,
     Meter,
     in_memory,
@@ -41,8 +43,11 @@ from loratools.training.transfer.models_in_turn import ModelsInTurn, Role
 from loratools.training.transfer.reporting import reported
 from loratools.training.transfer.seed_inputs import Seed, read_seeds
 from loratools.training.transfer.settings import Transfer
-from loratools.training.transfer.stage_files import StageFiles
+from loratools.training.transfer.stage_files import FIGURES, RECORD, StageFiles
 from loratools.training.transfer.warm_start import warm_start
+
+if TYPE_CHECKING:
+    from loratools.adapter import Adapter
 
 RECEIPT = "transfer.json"
 SEEDS = "seeds.jsonl"
@@ -71,9 +76,10 @@ def transfer(
     stage leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same
     result; files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
     """
-    out = Path(output)
-    refuse_existing(out, force=force or resume)
-    locate(Path(adapter))
+    out = Path(os.path.abspath(output)) if Path(output).name in ("", "..") else Path(output)
+    files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
+    refuse_existing(out, force=force or (resume and files.has_begun))
+    known = _identity(adapter)
     kit = Path(adapter) / KIT / DISCRIMINATOR
     if not seeds and kit.is_file():
         seeds = read_seeds(kit.with_name(SEEDS))
@@ -82,12 +88,11 @@ def transfer(
         "target": str(target),
         "generator": str(generator if generator is not None else target),
     }
-    models = ModelsInTurn(str(adapter), places, options.device, options.chat, allow_download)
-    files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
+    models = ModelsInTurn(str(adapter), places, options.device, allow_download)
     job = Job(models, files, options, tuple(seeds), kit if kit.is_file() and seeds else None, meter)
-    refuse_other_vocabulary(job)
-    files.open(resume=resume, force=force)
-    _run(job, str(adapter), rows)
+    refuse_unfit_tokenizers(job)
+    files.open(EVERY, resume=resume, force=force)
+    _run(job, known, rows)
     report = _finished(job, str(adapter), out)
     models.drop()
     return report
@@ -112,38 +117,51 @@ def save_kit(
     refuse_existing(place / DISCRIMINATOR, force=force)
     if not seeds:
         raise UsageError("a discriminator learns from real inputs: give --seeds with as many as there are")
+    _identity(adapter)
     models = ModelsInTurn(
         str(adapter),
         {"source": str(source), "target": str(source), "generator": str(source)},
         options.device,
-        options.chat,
         allow_download,
     )
     files = StageFiles(place)
-    files.open(resume=True, force=force)
-    few = tuple(seeds)
-    with in_memory("prepare"):
-        figures = prepare(Job(models, files, replace(options, passing="threshold"), few, None, meter), reads="source")
-    chosen = sorted(order(len(few), options.seed)[: options.shots])
-    shown = [few[i] for i in chosen]
+    files.open(resume=True)
+    job = Job(models, files, replace(options, passing="threshold"), tuple(seeds), None, meter)
+    # first, as the discriminator tells that all is there
+    shown = [seeds[i] for i in sorted(order(len(seeds), options.seed)[: options.shots])]
     files.write(SEEDS, [{k: v for k, v in asdict(seed).items() if v is not None} for seed in shown])
-    files.remove(PROBES, "figures.json")
+    made_from = files.digest(settings=[_made_of(job, models.places["source"]), options.batch])
+    _stage(job, "prepare", made_from, lambda job: prepare(job, reads="source"), PROBES)
+    figures = files.figures("prepare")
+    files.remove(PROBES, FIGURES, RECORD)
     models.drop()
     return KitReport(figures["real"], figures["made_up"], figures["loss"], len(shown), str(place))
 
 
-def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
+def _identity(adapter: str | os.PathLike[str]) -> list[Any]:
+    """What tells an adapter from another that lies at the same place some day."""
+    with load(adapter) as opened:
+        return [None if opened.origin is None else opened.origin.sha256(), opened.config]
+
+
+def _made_of(job: Job, generator: Any) -> dict[str, Any]:
+    """What inputs are made of. How many at once does not belong to it: with less memory, what was made is kept."""
+    o = job.options
+    return {
+        "seeds": [asdict(seed) for seed in job.seeds],
+        "generator": generator,
+        "sampling": asdict(o.sampling),
+        **{name: getattr(o, name) for name in ("shots", "show", "max_input_tokens", "seed", "chat")},
+    }
+
+
+def _run(job: Job, known: list[Any], rows: Sequence[Row]) -> None:
     """All stages, in turn: each is made from the settings that matter to it, and the files before it."""
     o, places = job.options, job.models.places
-    made_of = {
-        "seeds": [asdict(seed) for seed in job.seeds],
-        "generator": places["generator"] if job.seeds else [adapter, places["source"]],
-        "sampling": asdict(o.sampling),
-        **{name: getattr(o, name) for name in ("shots", "show", "max_input_tokens", "batch", "seed", "chat")},
-    }
+    made_of = _made_of(job, places["generator"] if job.seeds else [known, places["source"]])
     sifting = {name: getattr(o, name) for name in ("samples", "passing", "threshold", "similar", "candidates")}
     asking = {
-        "teacher": [adapter, places["source"]],
+        "teacher": [known, places["source"]],
         "again": o.weighing == "robust",
         **{name: getattr(o, name) for name in ("max_answer_tokens", "chat", "seed")},
     }
@@ -151,16 +169,16 @@ def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
     training |= {"weighing": o.weighing, "held_out": o.held_out}
     if o.training.loss != "ce":
         training["teacher"] = asking["teacher"]
-    kit = str(job.kit) if job.kit is not None else None
+    kit = None if job.kit is None else job.kit.read_text("utf-8", "replace")
 
     if o.warm_start not in (None, "activations"):  # which need no rows: first, for an error costs least here
-        _start(job, adapter)
+        _start(job, known)
     _stage(job, "prepare", job.files.digest(settings=[made_of, o.passing == "none", kit]), prepare, PROBES)
     raw, judge = job.files.digest(settings=made_of), job.files.digest(DISCRIMINATOR)
-    known = job.files.figures("generate")
-    if known.get("raw", raw) != raw:
+    before = job.files.figures("generate")
+    if before.get("raw", raw) != raw:
         job.files.remove(GENERATED)
-    elif known.get("judge", judge) != judge:  # the same inputs, of other probabilities
+    elif before.get("judge", judge) != judge:  # the same inputs, of other probabilities
         unscored = [{k: v for k, v in row.items() if k != "p"} for row in job.files.rows(GENERATED)]
         job.files.write(GENERATED, unscored)
     job.files.note_figures("generate", raw=raw, judge=judge)
@@ -168,31 +186,31 @@ def _run(job: Job, adapter: str, rows: Sequence[Row]) -> None:
     _stage(job, "generate", job.files.digest(settings=[raw, judge, sifting]), make_inputs)
     _stage(job, "filter", job.files.digest(DISCRIMINATOR, GENERATED, settings=sifting), keep_inputs)
     asked = job.files.digest(settings=asking)
-    previous = job.files.figures("label").get("asked")
+    if job.files.figures("label").get("asked", asked) != asked:
+        job.files.remove(LABELLED)
     job.files.note_figures("label", asked=asked)
-    _stage(
-        job,
-        "label",
-        job.files.digest(INPUTS, settings=asking),
-        lambda job: label(job, reuse=previous in (None, asked)),
-    )
+    _stage(job, "label", job.files.digest(INPUTS, settings=asking), label)
     if o.warm_start == "activations":
-        _start(job, adapter)
-    start = (f"{START}/adapter_model.safetensors", f"{START}/adapter_config.json") if o.warm_start is not None else ()
+        _start(job, known)
+    start = _adapter_files(START) if o.warm_start is not None else ()
     _stage(job, "train", job.files.digest(LABELLED, *start, settings=training), fit, CHECKPOINT)
-    scored = {"rows": [asdict(row) for row in rows], "base": places, "adapter": adapter, "squeeze": o.squeeze_to}
+    scored = {"rows": [asdict(row) for row in rows], "base": places, "squeeze": o.squeeze_to, "asking": asking}
     _stage(
         job,
         "evaluate",
-        job.files.digest(TRAINING, f"{TRAINED}/adapter_model.safetensors", settings=scored),
+        job.files.digest(TRAINING, *_adapter_files(TRAINED), settings=scored),
         lambda job: _evaluated(job, rows),
     )
 
 
-def _start(job: Job, adapter: str) -> None:
+def _adapter_files(folder: str) -> tuple[str, str]:
+    return f"{folder}/adapter_model.safetensors", f"{folder}/adapter_config.json"
+
+
+def _start(job: Job, known: list[Any]) -> None:
     """The stage of a warm start; of "activations" it reads the labelled rows."""
     o, places = job.options, job.models.places
-    made_of = [adapter, places["source"], places["target"], o.warm_start, o.adapter.rank, o.device, o.seed]
+    made_of = [known, places["source"], places["target"], o.warm_start, o.adapter.rank, o.device, o.seed]
     rows = (LABELLED,) if o.warm_start == "activations" else ()
     _stage(job, "start", job.files.digest(*rows, settings=made_of), warm_start)
 
@@ -228,12 +246,16 @@ def _evaluated(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return figures
     how = Evaluate(batch=options.batch, max_tokens=options.max_answer_tokens, device=options.device, chat=options.chat)
-    model, tokenizer = job.models.take("target")
-    figures["evaluations"]["target"] = asdict(evaluate(model, tokenizer, rows, options=how))
+
+    def scored(role: Role, adapter: Adapter | None = None) -> dict[str, Any]:
+        model, tokenizer = job.models.take(role)
+        step = job.meter(n_steps(tokenizer, rows, how), f"batches of --eval by the {'new one' if adapter else role}")
+        return asdict(evaluate(model, tokenizer, rows, adapter, options=how, step=step))
+
+    figures["evaluations"]["target"] = scored("target")
     with load(_final(job)) as made:
-        figures["evaluations"]["transferred"] = asdict(evaluate(model, tokenizer, rows, made, options=how))
-    model, tokenizer = job.models.take("teacher")
-    figures["evaluations"]["teacher"] = asdict(evaluate(model, tokenizer, rows, options=how))
+        figures["evaluations"]["transferred"] = scored("target", made)
+    figures["evaluations"]["teacher"] = scored("teacher")
     return figures
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
 from loratools.errors import UsageError
+from loratools.training.generating import end_ids, generating
 from loratools.training.models import library
 from loratools.training.prompts import pad_id
 from loratools.training.seeds import seeded
@@ -33,11 +33,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model went on with: its tokens, their text, and whether it came to an end by itself."""
+    """What a model went on with: its tokens, their text, whether it came to an end by itself, and the token of that."""
 
     ids: tuple[int, ...]
     text: str
     ended: bool
+    end: int | None = None
 
 
 def said(
@@ -56,42 +57,33 @@ def said(
     Depends on the prompts and the seed alone. Prompts of different lengths are padded on the left.
     """
     most = max(map(len, prompts))
-    pad, end = pad_id(tokenizer), tokenizer.eos_token_id
+    pad, ends = pad_id(tokenizer), end_ids(model, tokenizer)
     ids = torch.tensor([[pad] * (most - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (most - len(p)) + [1] * len(p) for p in prompts], device=device)
-    transformers = library("transformers")
-    how = transformers.GenerationConfig(
-        max_new_tokens=max_tokens,
-        do_sample=sampling.temperature > 0,
-        temperature=sampling.temperature or 1.0,
-        top_p=sampling.top_p if sampling.temperature else 1.0,
-        top_k=0 if sampling.temperature else 50,
-        num_beams=1,
-        eos_token_id=end,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    criteria = transformers.StoppingCriteriaList()
+    criteria = library("transformers").StoppingCriteriaList()
     if stop is not None:
         criteria.append(_until(stop, tokenizer, most))
-    with torch.no_grad(), seeded("said", seed), _own_settings(model, how):
+    settings = generating(
+        model, tokenizer, max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p
+    )
+    with torch.no_grad(), seeded("said", seed), settings as how:
         out = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=how, stopping_criteria=criteria
         ).tolist()
-    return [_said(tokenizer, row[most:], end, stop) for row in out]
+    return [_said(tokenizer, row[most:], ends, stop) for row in out]
 
 
-def _said(tokenizer: Any, ids: Sequence[int], end: int | None, stop: str | None) -> Said:
-    kept = list(ids[: ids.index(end)]) if end is not None and end in ids else list(ids)
-    ended = len(kept) < len(ids)
+def _said(tokenizer: Any, ids: Sequence[int], ends: Sequence[int], stop: str | None) -> Said:
+    at = next((i for i, one in enumerate(ids) if one in ends), None)
+    kept, end = list(ids[:at]), None if at is None else ids[at]
     text = str(tokenizer.decode(kept, skip_special_tokens=True))
     if stop is not None:
         # blanks and line ends before the first word are no end: a model may begin with them
         lead = len(text) - len(text.lstrip())
-        at = text.find(stop, lead)
-        if at >= 0:
-            return Said(tuple(kept), text[:at], True)
-    return Said(tuple(kept), text, ended)
+        cut = text.find(stop, lead)
+        if cut >= 0:
+            return Said(tuple(kept), text[:cut], True)
+    return Said(tuple(kept), text, end is not None, end)
 
 
 def _until(stop: str, tokenizer: Any, start: int) -> Any:
@@ -103,14 +95,3 @@ def _until(stop: str, tokenizer: Any, start: int) -> Any:
             return torch.tensor([stop in text.lstrip() for text in texts], device=ids.device)
 
     return Until()
-
-
-@contextmanager
-def _own_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Within the block the model's own defaults for generating, which fill what is not stated, are these."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before

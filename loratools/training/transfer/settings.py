@@ -57,6 +57,8 @@ class Transfer:
         for name in ("threshold", "similar", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be from 0 to 1, not {getattr(self, name):g}")
+        if self.squeeze_to is not None and self.squeeze_to > self.adapter.rank:
+            raise UsageError(f"a squeeze to {self.squeeze_to} of an adapter of rank {self.adapter.rank}: give less")
         if not self.sampling.temperature > 0:
             raise UsageError("inputs are sampled: give a temperature above 0")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,23 @@ class StageFiles:
 
     folder: Path
 
-    def open(self, *, resume: bool, force: bool) -> None:
-        """Make the folder; UsageError where an earlier run has left stages and nobody said what to do with them."""
-        if (self.folder / RECORD).exists():
-            if not (resume or force):
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier run has left its record here."""
+        return (self.folder / RECORD).is_file()
+
+    def open(self, stale: Sequence[str] = (), *, resume: bool, force: bool = False) -> None:
+        """Make the folder; UsageError where an earlier run has left stages and nobody said what to do with them.
+
+        With `force` alone that run's record and its files called `stale` are removed, and nothing else that lies there.
+        """
+        if self.has_begun and not resume:
+            if not force:
                 raise UsageError(
                     f"{printable(self.folder)}: holds an earlier run; pass --resume to go on with it, or --force to "
                     "begin anew"
                 )
-            if force and not resume:
-                with explained(self.folder):
-                    for path in sorted(self.folder.glob("*.json*")):
-                        path.unlink()
+            self.remove(*stale, FIGURES, RECORD)
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -69,14 +75,14 @@ class StageFiles:
                 found.update(path.read_bytes())
         return found.hexdigest()
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a file, none where it is not there; InputError names a line that is none.
+    def rows(self, name: str, unfit: Callable[[dict[str, Any]], str] = lambda row: "") -> list[dict[str, Any]]:
+        """The rows of a file, none where it is not there; InputError names a line that is none, or is `unfit`: why.
 
-        What a killed run left of a last line does not count.
+        What a killed run left of a last line does not count, nor do fields that are null.
         """
         path = self.folder / name
         try:
-            text = path.read_bytes().decode("utf-8", "surrogatepass")
+            text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError):
@@ -89,6 +95,9 @@ class StageFiles:
             row = _row(line)
             if row is None or not isinstance(row.get("prompt"), str):
                 raise InputError(f'{printable(path)}, line {number}: is no row such as {{"prompt": "..."}}')
+            row = {key: value for key, value in row.items() if value is not None}
+            if why := unfit(row):
+                raise InputError(f"{printable(path)}, line {number}: {why}; mend or remove it")
             found.append(row)
         return found
 
