@@ -121,6 +121,14 @@ def transfer(
         if prepare_only:
             raise UsageError("--report is of a transfer, which --prepare-only does not make")
         check_place(page, force=force or resume)
+    if prepare_only or weights_only:
+        _refuse(
+            "--weights-only" if weights_only else "--prepare-only",
+            {"--generator": generator is not None, "--work": work is not None, "--resume": resume}
+            | ({} if weights_only else {"--to": target is not None, "--eval": evaluate is not None})
+            | {"--rank": rank != 16, "--method": method != "lora", "--loss": loss != "ce", "--epochs": epochs != 3}
+            | ({"--samples": samples != 500, "--weights": weights != "none", "--chat": chat} if weights_only else {}),
+        )
     if weights_only:
         from loratools_cli.transfer_weights import transfer_weights
 
@@ -200,3 +208,11 @@ def transfer(
         write_page(report, page, force=force or resume)
         say(f"wrote {page}")
     shown.show(report)
+
+
+def _refuse(form: str, stated: dict[str, bool]) -> None:
+    """UsageError for options that this form of the command would pass over."""
+    from loratools.errors import UsageError
+
+    if given := [name for name, is_given in stated.items() if is_given]:
+        raise UsageError(f"{form} trains nothing, and makes no use of {', '.join(given)}; leave that out")

@@ -216,6 +216,14 @@ def test_scaled_rows_were_never_fitted_on() -> None:
         scaled(scores[:3], labels[:3], folds=5, seed=0)
 
 
+def test_without_confidences_there_are_no_measures() -> None:
+    sure = np.array([0.5])
+    some = dict(measures_of_confidence(sure, sure, bins=10, min_count=1))
+    none = dict(measures_of_confidence(sure[:0], sure[:0], bins=10, min_count=1))
+    assert list(none) == list(some)
+    assert all(math.isnan(value) for value in none.values())
+
+
 def test_measures_of_confidence_are_those_of_two_classes() -> None:
     rng = np.random.default_rng(5)
     sure = rng.uniform(size=200)

@@ -39,7 +39,7 @@ class Synthesis:
     """The inputs that were made up.
 
     `inputs` is "few-shot" where seeds were shown, "self-prompted" where the source with its adapter was only told to
-    begin, "given" where they were there already. `duplicate` are equal to an earlier one, `similar` nearly so;
+    begin. `duplicate` are equal to an earlier one, `similar` nearly so;
     `improbable` are those that the discriminator took for made up; `acceptance` is the share of all generated that were
     kept. `distinct_n` is the share of runs of n words that differ; `discrepancy` the squared maximum mean discrepancy
     of inputs and seeds. `discriminator_loss` is its cross-validated loss in nats: at log 2 = 0.69 it could not tell the

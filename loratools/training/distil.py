@@ -109,9 +109,9 @@ class _Item:
     """A row as the student reads it, and as the teacher does where it is asked."""
 
     ids: Encoded
-    answer: str
     weight: float
     taught: Encoded | None
+    shared: tuple[tuple[int, int], ...] = ()  # for "uld": tokens of both that begin at the same character
 
 
 def train_rows(
@@ -156,7 +156,7 @@ def train_rows(
                 model.train()
                 if forward is not None:
                     forward(model, run.step)
-                run.descend(_loss(model, tokenizer, batch, options, asked))
+                run.descend(_loss(model, batch, options, asked))
             tokens = sum(len(item.ids[0]) for item in batch)
             run.tokens += tokens
             if step is not None:
@@ -209,14 +209,22 @@ def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Te
         ids = encoded(tokenizer, row.prompt, row.answer, chat=options.chat)
         if not ids[1] < len(ids[0]) <= options.max_tokens or not row.weight > 0:
             continue
-        taught = None
-        if teacher is not None:
-            taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
-        found.append(_Item(ids, row.answer, row.weight, taught))
+        if teacher is None:
+            found.append(_Item(ids, row.weight, None))
+            continue
+        taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
+        shared = []
+        if options.loss == "uld":
+            starts, others = (
+                token_starts(one, every[first:], row.answer)[: len(every) - first]
+                for one, (every, first) in ((tokenizer, ids), (teacher.tokenizer, taught))
+            )
+            shared = shared_starts(starts, others)
+        found.append(_Item(ids, row.weight, taught, tuple(shared)))
     return found
 
 
-def _loss(model: Any, tokenizer: Any, batch: Sequence[_Item], options: Train, teacher: Teacher | None) -> Tensor:
+def _loss(model: Any, batch: Sequence[_Item], options: Train, teacher: Teacher | None) -> Tensor:
     logits, wanted, row = answer_logits(model, [item.ids for item in batch], options.device)
     weights = torch.tensor([item.weight for item in batch], device=logits.device)[row]
     hard = cross_entropy(logits, wanted, weights)
@@ -231,27 +239,20 @@ def _loss(model: Any, tokenizer: Any, batch: Sequence[_Item], options: Train, te
         words = min(logits.shape[-1], meant.shape[-1])  # some models have room for more words than the tokenizer has
         soft = divergence(logits[:, :words], meant[:, :words], weights, options.temperature)
     else:
-        mine, theirs = _aligned(tokenizer, teacher, batch, row, of_row)
+        mine, theirs = _aligned(batch, row, of_row)
         if not mine:
             return hard
         soft = sorted_distance(logits[mine], meant[theirs], weights[mine])
     return options.hard * hard + (1 - options.hard) * soft
 
 
-def _aligned(
-    tokenizer: Any, teacher: Teacher, batch: Sequence[_Item], row: Tensor, of_row: Tensor
-) -> tuple[list[int], list[int]]:
+def _aligned(batch: Sequence[_Item], row: Tensor, of_row: Tensor) -> tuple[list[int], list[int]]:
     """Positions among all answer tokens of a batch, of the student's and the teacher's, where the same text goes on."""
     mine, theirs = [], []
     for i, item in enumerate(batch):
-        assert item.taught is not None
-        (ids, start), (taught, first) = item.ids, item.taught
-        starts = token_starts(tokenizer, ids[start:], item.answer)[: len(ids) - start]
-        others = token_starts(teacher.tokenizer, taught[first:], item.answer)[: len(taught) - first]
         base, other = int((row < i).sum()), int((of_row < i).sum())
-        for a, b in shared_starts(starts, others):
-            mine.append(base + a)
-            theirs.append(other + b)
+        mine += [base + a for a, _ in item.shared]
+        theirs += [other + b for _, b in item.shared]
     return mine, theirs
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
@@ -111,8 +112,9 @@ class TrainingRun:
         """Go on from a file that `save` wrote for this very run; False where there is none."""
         try:
             state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            fits = state["made_for"] == made_for and state["parameters"].keys() == self._trained.keys()
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+            shapes = {name: p.shape for name, p in self._trained.items()}
+            fits = state["made_for"] == made_for and {n: p.shape for n, p in state["parameters"].items()} == shapes
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError):
             return False  # a checkpoint is a convenience: without one the run begins anew, with the same result
         if not fits:
             return False

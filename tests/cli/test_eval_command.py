@@ -91,6 +91,7 @@ def test_what_people_read_fits_80_columns(run: Run, base: Path, lora: Path, quiz
         (("--metric", "choice"), 3, "line 1: has no two or more choices"),
         (("--metric", "nll", "--calibration"), 2, "--calibration needs exact or choice"),
         (("--bins", "0"), 2, "bins must be at least 1"),
+        (("--bins", "7"), 2, "--temperature are of --calibration; give that too"),
         (("--max-rows", "0"), 2, "max_rows must be at least 1"),
         (("--table", "x.xls"), 2, "a table is written as"),
     ],
@@ -102,6 +103,14 @@ def test_mistakes(
     assert (done.code, done.out) == (code, "")
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_warnings_of_an_adapter_that_is_cut_are_told(
+    run: Run, base: Path, lora: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bare.safetensors").write_bytes((lora / "adapter_model.safetensors").read_bytes())
+    done = run("eval", tmp_path / "bare.safetensors", "--base", base, "--data", rows, "--ranks", "1")
+    assert (done.code, "alpha is unknown" in done.err) == (0, True)
 
 
 def test_ranks_are_of_one_adapter(run: Run, base: Path, lora: Path, rows: Path) -> None:

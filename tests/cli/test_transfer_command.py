@@ -74,3 +74,5 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     done = run(*told, "--prepare-only", "--seeds", places.seeds, "--report", tmp_path / "page.html")
     assert (done.code, "--prepare-only" in done.err) == (2, True)
     assert not list(tmp_path.glob("far*"))
+    done = run(*told, "--prepare-only", "--seeds", places.seeds, "--to", places.second)
+    assert (done.code, "makes no use of --to" in done.err) == (2, True)

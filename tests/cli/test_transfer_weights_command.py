@@ -79,6 +79,8 @@ def test_to_another_base(run: Run, bases: tuple[Path, Path], lora: Path, tmp_pat
         (("--texts", "t.jsonl"), 2, "--align activations runs some --texts"),
         (("--seeds", "s.jsonl"), 2, "--weights-only needs no seeds"),
         (("--squeeze-to", "4"), 2, "neither evaluates nor squeezes"),
+        (("--rank", "8", "--resume"), 2, "makes no use of --resume, --rank; leave that out"),
+        (("--generator", "x", "--chat"), 2, "makes no use of --generator, --chat"),
         (("--to", "missing"), 3, "missing"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,20 @@ def test_a_killed_run_goes_on_to_the_same_result(folder: Path, tmp_path: Path, k
     again = train_rows(other, tokenizer, ROWS[:11], TASK, checkpoint=tmp_path / "state.pt")  # another run's file
     assert len(again.losses) == TASK.steps
     assert again.losses != found.losses
+
+
+def test_a_checkpoint_of_something_else_is_none(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "state.pt"
+    model, tokenizer = loaded(folder)
+    expected = train_rows(model, tokenizer, ROWS, replace(TASK, steps=6), checkpoint=place).losses
+    larger, tokenizer = load_model(folder)
+    tokenizer.eos_token = "~"
+    wide = new_adapter(larger, NewAdapter("lora", rank=6), seed=5)
+    assert len(train_rows(wide, tokenizer, ROWS, replace(TASK, steps=6), checkpoint=place).losses) == 6
+    for junk in (b"", b"junk" * 9, pickle.dumps([1]), pickle.dumps(Path)):
+        place.write_bytes(junk)
+        model, tokenizer = loaded(folder)
+        assert train_rows(model, tokenizer, ROWS, replace(TASK, steps=6), checkpoint=place).losses == expected
 
 
 def test_it_stops_when_agreement_grows_no_more(folder: Path) -> None:

@@ -112,6 +112,14 @@ def test_what_cannot_be_trained_is_said(base: Path, lora: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"learning_rate": 0.0}, {"steps": 0}, {"batch": 0}, {"learning_rate": float("nan")}]
+)
+def test_what_nothing_is_trained_with_is_refused_at_once(fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"more than 0|at least 1"):
+        Recover(**fields)
+
+
 def test_rows_are_read_or_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n{"text": "c d"}\n')

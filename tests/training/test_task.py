@@ -15,7 +15,7 @@ from training.tiny import save_tiny_lora, save_tiny_model
 
 from loratools import aurac, load, squeeze, truncate
 from loratools.adapter import Adapter
-from loratools.errors import InputError, UsageError
+from loratools.errors import AdapterError, InputError, UsageError
 from loratools.training.applied import applied
 from loratools.training.choices import ChoiceRow, choice_scores, read_choices, shared_classes
 from loratools.training.cut import at_ranks
@@ -204,6 +204,45 @@ def test_shares_are_averaged_over_ranks_in_percent(loaded: tuple[Any, Any], adap
 def test_ranks_are_checked(adapter: Adapter, ranks: list[int]) -> None:
     with pytest.raises(UsageError, match="give different ranks of at least 1"):
         at_ranks(adapter, ranks, name="it")
+
+
+def test_draws_without_a_prompt_have_no_match(loaded: tuple[Any, Any], adapter: Adapter) -> None:
+    """Of four rows with one prompt every third draw or so has none."""
+    rows = (Row("abc", "d"), Row("", "six"), Row("", "seven"), Row("", "eight"))
+    cuts, _ = at_ranks(adapter, [1, 2], name="x")
+    how = Measuring(calibration=True, resamples=30)
+    report = run_task(*loaded, Task("exact", rows), cuts, options=Evaluate(max_tokens=3), measuring=how)
+    assert report.aurac is not None
+    for run in report.runs:
+        assert run.measures["exact_match"].value == 0
+        assert 0 <= run.measures["ece"].low <= run.measures["ece"].high <= 1
+    assert (report.aurac.v2.value, report.aurac.v2.low, report.aurac.v2.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "task", [Task("nll", (Row("abc", "d"),)), Task("choice", (), (ChoiceRow("q", ("a", "b"), 0),))]
+)
+def test_a_model_that_gives_no_numbers_is_not_measured(loaded: tuple[Any, Any], task: Task) -> None:
+    """The likeliest of nothing would be the first choice."""
+    model, tokenizer = loaded
+    weight = model.model.norm.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(math.nan)
+        with pytest.raises(AdapterError, match=r"row 1: the model gives no number \(NaN\) in torch.float32"):
+            run_task(model, tokenizer, task, [Candidate("none", lambda: None)])
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_a_pipe_is_not_read_twice(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"pipe is read once.*--metric"):
+        read_task(tmp_path / "pipe")
 
 
 def test_the_model_is_as_it_was(loaded: tuple[Any, Any], adapter: Adapter) -> None:

@@ -1,0 +1,74 @@
+"""What ends an answer and what a model's own files may not change, against loops over single tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.tiny import save_tiny_model
+from transformers import GenerationConfig
+
+from loratools.training.evaluate import Evaluate, Row, replies
+from loratools.training.generating import end_ids
+from loratools.training.models import load_model
+from loratools.training.transfer.label import _confidences
+from loratools.training.transfer.sampling import Sampling, said
+
+PROMPT, MOST = "ab: ", 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "base")
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    model, tokenizer = load_model(folder)
+    tokenizer.eos_token = "~"
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # as it is made it says hardly anything
+    return model, tokenizer
+
+
+def greedy(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
+    found, logs = list(ids), []
+    for _ in range(MOST):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([found])).logits[0, -1].double()
+        found.append(int(logits.argmax()))
+        logs.append(float(torch.log_softmax(logits, 0).max()))
+    return found[len(ids) :], logs
+
+
+def test_penalties_of_the_models_own_change_no_answer(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    expected, logs = greedy(model, tokenizer(PROMPT).input_ids)
+    assert len(set(expected)) < MOST  # what repeats could be penalised
+    own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    model.generation_config = own
+    (reply,) = replies(model, tokenizer, [Row(PROMPT, "x")], options=Evaluate(max_tokens=MOST))
+    assert reply is not None
+    assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert reply.confidence == pytest.approx(float(torch.tensor(logs).sum().exp()), rel=1e-4)
+    assert model.generation_config is own
+
+
+def test_an_answer_ends_with_any_of_the_models_ends(folder: Path) -> None:
+    model, tokenizer = loaded(folder)
+    ids = tokenizer(PROMPT).input_ids
+    expected, logs = greedy(model, ids)
+    place = next(i for i in range(1, MOST) if expected[i] not in expected[:i])
+    end = expected[place]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    assert end_ids(model, tokenizer) == [tokenizer.eos_token_id, end]
+    (answer,) = said(model, tokenizer, [ids], Sampling(temperature=0.0), max_tokens=MOST, device="cpu")
+    assert (list(answer.ids), answer.ended, answer.end) == (expected[:place], True, end)
+    (sure,) = _confidences(model, [ids], [answer], "cpu")
+    assert sure == pytest.approx(float(torch.tensor(logs[: place + 1]).mean().exp()), rel=1e-4)
+    (reply,) = replies(model, tokenizer, [Row(PROMPT, "x")], options=Evaluate(max_tokens=MOST))
+    assert reply is not None
+    assert reply.text.startswith(tokenizer.decode(expected[:place], skip_special_tokens=True))
+    assert len(reply.text) <= place + 1
+    assert reply.confidence == pytest.approx(float(torch.tensor(logs[: place + 1]).sum().exp()), rel=1e-4)
