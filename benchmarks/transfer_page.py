@@ -11,7 +11,7 @@ from typing import Any
 from contestants import table
 
 UNFILTERED, FILTERED = "distilled, unfiltered", "distilled, filtered by the seeds"
-MADE_WITH, ROBUST = "distilled, filtered", "the same, robust weights"
+MADE_WITH, ROBUST = "filtered by a kit made with the adapter", "the same, robust weights"
 SOURCE = "the adapter on its own base"
 ACCEPTED, OF_A_REASON = 6, 3  # rows that are shown
 
@@ -72,18 +72,22 @@ def page(lines: Sequence[Line], files: Path, about: dict[str, Any]) -> str:
 
 
 def _text(about: dict[str, Any]) -> str:
+    kit = (
+        f" By a kit: by a discriminator that was made with the adapter (`--prepare-only`), while {about['known']} "
+        "inputs of its task were there, as the paper has it; the inputs themselves are gone. Robust weights: rows "
+        "count by how sure the source is of its answer and how much a second, sampled one differs; a fifth is dropped."
+        if "known" in about
+        else ""
+    )
     return (
         "en_lora_r64 (number words, LoRA of rank 64 on SmolLM2-135M-Instruct) moved to Gemma-3-270M, a base model of "
         f"another family, tokenizer, width and depth. Distilled: {about['seeds']} inputs of the training data and no "
         f"answer were shown to Gemma, which made up {about['samples']} others; the source with its adapter answered "
-        "them. Unfiltered: as they came, but for duplicates. Filtered by the seeds: by a discriminator of these "
-        f"{about['seeds']}, which so few teach little. Filtered: by one that was made with the adapter "
-        f"(`--prepare-only`), while {about['known']} inputs of its task were there, as the paper has it; no answer of "
-        "theirs is used, and the inputs themselves are gone. Robust weights: rows count by how sure the source is of "
-        "its answer and how much a second, sampled one differs; a fifth is dropped. Warm start: training begins with "
-        "what the weights by bases made of the adapter. Weights: nothing is trained; by singular vectors of the bases, "
-        f"or by what both make of {about['texts']} labelled rows. Real data: as many rows of the adapter's own "
-        f"training data, with their true answers. All train LoRA of rank {about['rank']} for {about['steps']} steps of "
+        "them. Unfiltered: as they came, but for duplicates; filtered: by a discriminator of the "
+        f"{about['seeds']} seeds, which so few teach little.{kit} Warm start: filtered, and training begins with what "
+        "the weights by bases made of the adapter. Weights: nothing is trained; by singular vectors of the bases, or "
+        f"by what both make of {about['texts']} labelled rows. Real data: as many rows of the adapter's own training "
+        f"data, with their true answers. All train LoRA of rank {about['rank']} for {about['steps']} steps of "
         f"{about['of']} rows, AdamW at {about['rate']:g}; a tenth of the rows decides which step is kept. DoRA: the "
         "filtered rows, to DoRA of the same rank on the adapter's own base. Exact: share of "
         f"{about['rows']} held-out greedy answers that are right word for word (standard error at most "

@@ -70,17 +70,23 @@ def main(*, quick: bool = False) -> str:
     how = _settings(size)
     places = _places(size, how)
     began, lines = time.perf_counter(), []
-    for line in measured(places, how):
+    whole = of_size(True, False, True, quick=quick)
+    for line in measured(places, how, whole=whole):
         print(*told(line), file=sys.stderr, flush=True)
         lines.append(line)
     if quick:
         print(_estimate(lines, time.perf_counter() - began), file=sys.stderr, flush=True)
-    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH, "known": KNOWN}
-    return page(lines, places.work / f"{MADE_WITH}.transfer", about)
+    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH}
+    if whole:
+        about["known"] = KNOWN
+    return page(lines, places.work / f"{FILTERED}.transfer", about)
 
 
-def measured(places: Places, how: Transfer) -> Iterator[Line]:
-    """Every contestant, one after another; those that are in the cache come from there."""
+def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
+    """Every contestant, one after another; those that are in the cache come from there.
+
+    `whole`: also what a discriminator that was made with the adapter, and robust weights, are worth.
+    """
     from loratools.training.new_adapter import NewAdapter
 
     def kept(name: str, make: Callable[[], Line]) -> Line:
@@ -98,15 +104,16 @@ def measured(places: Places, how: Transfer) -> Iterator[Line]:
     yield kept("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
-    yield transferred(MADE_WITH, how, places.target, UNFILTERED)
-    yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     warm = replace(how, warm_start="bases")
-    yield transferred("the same, warm start", warm, places.target, MADE_WITH)
+    yield transferred("distilled, warm start", warm, places.target, FILTERED)
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     dora = replace(how, adapter=NewAdapter("dora", RANK))
-    yield transferred("distilled to DoRA on its own base", dora, places.source, MADE_WITH)
+    yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
+    if whole:
+        yield transferred(MADE_WITH, how, places.target, UNFILTERED)
+        yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
 
 
 def _settings(size: Size) -> Transfer:
