@@ -60,6 +60,9 @@ def transfer(
     prepare_only: Annotated[
         bool, Option("--prepare-only", help="Learn what real inputs look like, and save that with the adapter.")
     ] = False,
+    kit: Annotated[
+        Path | None, Option(metavar="FOLDER", help="What --prepare-only saved, where it is not with the adapter.")
+    ] = None,
     seed: Annotated[int, Option(metavar="N", help="Another one makes other inputs and another start.")] = 0,
     weights_only: Annotated[
         bool, Option("--weights-only", help="Train nothing: carry it over by the weights of both bases.")
@@ -124,7 +127,12 @@ def transfer(
     if prepare_only or weights_only:
         _refuse(
             "--weights-only" if weights_only else "--prepare-only",
-            {"--generator": generator is not None, "--work": work is not None, "--resume": resume}
+            {
+                "--generator": generator is not None,
+                "--kit": kit is not None,
+                "--work": work is not None,
+                "--resume": resume,
+            }
             | ({} if weights_only else {"--to": target is not None, "--eval": evaluate is not None})
             | {"--rank": rank != 16, "--method": method != "lora", "--loss": loss != "ce", "--epochs": epochs != 3}
             | ({"--samples": samples != 500, "--weights": weights != "none", "--chat": chat} if weights_only else {}),
@@ -177,10 +185,10 @@ def transfer(
     found = [] if seeds is None else read_seeds(seeds)
     with Progress() as progress:
         if prepare_only:
-            kit = save_kit(
+            saved = save_kit(
                 path, source, found, output, how, force=force, allow_download=allow_download, meter=progress.meter
             )
-            shown.show(kit)
+            shown.show(saved)
             return
         if target is None or output is None:
             raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
@@ -195,6 +203,7 @@ def transfer(
             output,
             how,
             generator=generator,
+            kit=kit,
             work=work,
             rows=rows,
             resume=resume,

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Read once, when the libraries load: so before torch and the Hugging Face libraries are imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,6 +17,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from training.tiny_task import Places
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,3 +61,11 @@ def samples(shared: Path) -> Callable[[str], Path]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees what another one, or the user, has kept of base models."""
     monkeypatch.setenv("LORATOOLS_CACHE", str(tmp_path_factory.getbasetemp() / "no-cache" / os.urandom(4).hex()))
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Two tiny bases and an adapter of one of them, which tests leave as they are."""
+    from training.tiny_task import save_places
+
+    return save_places(tmp_path_factory.mktemp("places"))

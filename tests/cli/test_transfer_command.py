@@ -7,16 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from training.tiny_task import Places, save_places
+from training.tiny_task import Places
 
 Run = Callable[..., Any]
 SMALL = ("--samples", 12, "--max-input-tokens", 8, "--max-answer-tokens", 12, "--rank", 2, "--epochs", 1, "--batch", 4)
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return save_places(tmp_path_factory.mktemp("places"))
 
 
 def test_transfer(run: Run, places: Places, tmp_path: Path) -> None:
@@ -67,6 +61,9 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     assert done.code == 3
     assert "--allow-download" in done.err
     assert run(*told, "--prepare-only").code == 2
+    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--kit", tmp_path / "nothing")
+    assert (done.code, done.err.count("\n")) == (3, 1)
+    assert "nothing: holds no discriminator.json" in done.err
     far = ("--to", places.second, "-o", tmp_path / "far", "--report")
     done = run(*told, *far, empty / "page.html")
     assert (done.code, done.err.count("\n")) == (5, 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training.tiny_task import Places, answer, save_places
+from training.tiny_task import Places, answer
 
 from loratools.errors import AdapterError, InputError, UsageError
 from loratools.reports.transfer import TransferReport
@@ -37,11 +37,6 @@ HOW = Transfer(
 )
 ROWS = [Row("No: 44\nW:", " low"), Row("No: 81\nW:", " high")]
 FILES = ("probes", "generated", "inputs", "rejected", "labelled")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return save_places(tmp_path_factory.mktemp("places"))
 
 
 def moved(places: Places, out: Path, how: Transfer = HOW, **keywords: Any) -> TransferReport:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from training.test_transfer import HOW, KilledError, killing, moved, result
-from training.tiny_task import Places, save_places
+from training.tiny_task import Places
 
 from loratools.errors import InputError, OutputError, UsageError
 from loratools.training.training_run import TrainingRun
@@ -20,14 +20,9 @@ from loratools.training.transfer.discriminator import read_discriminator
 from loratools.training.transfer.job import Job
 from loratools.training.transfer.models_in_turn import ModelsInTurn
 from loratools.training.transfer.prompt_frame import PromptFrame
-from loratools.training.transfer.run import save_kit, transfer
+from loratools.training.transfer.run import kit_of, save_kit, transfer
 from loratools.training.transfer.seed_inputs import Seed, read_seeds
 from loratools.training.transfer.stage_files import StageFiles
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return save_places(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture(scope="module")
@@ -207,12 +202,24 @@ def test_a_kit_of_other_inputs_is_another(places: Places, tmp_path: Path, monkey
     save_kit(adapter, places.first, seeds, tmp_path / "kit", HOW)
     made = (adapter / "transfer_kit" / "discriminator.json").read_bytes()
     assert made == (tmp_path / "kit" / "discriminator.json").read_bytes()
+    told = transfer(places.adapter, places.first, places.second, [], tmp_path / "named", HOW, kit=tmp_path / "kit")
+    assert (told.synthesis.discriminator, told.synthesis.seeds) == ("kit", 5)
+    assert made == (tmp_path / "named.transfer" / "discriminator.json").read_bytes()
+    with pytest.raises(InputError, match=r"adapter: holds no discriminator\.json"):
+        transfer(adapter, places.first, places.second, [], tmp_path / "other", HOW, kit=adapter)
     moved(replace(places, adapter=adapter), tmp_path / "moved", seeds=[], rows=())
     save_kit(adapter, places.first, seeds[:25], options=HOW, force=True)
     moved(replace(places, adapter=adapter), tmp_path / "moved", seeds=[], rows=(), resume=True)
     used = (tmp_path / "moved.transfer" / "discriminator.json").read_bytes()
     assert used != made
     assert used == (adapter / "transfer_kit" / "discriminator.json").read_bytes()
+
+
+def test_a_kit_of_a_single_file_lies_next_to_it(places: Places, tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    file.touch()
+    assert kit_of(file) == tmp_path / "adapter.safetensors.transfer_kit"
+    assert kit_of(places.adapter) == places.adapter / "transfer_kit"
 
 
 def test_a_discriminator_sees_inputs_as_it_learnt_them(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training.test_transfer import HOW, KilledError, killing, moved, result
 from training.tiny import ATTENTION, save_tiny_lora
-from training.tiny_task import Places, save_places
+from training.tiny_task import Places
 
 from loratools.errors import AdapterError
 from loratools.files import load
@@ -21,11 +21,6 @@ from loratools.training.new_adapter import NewAdapter
 from loratools.training.training_run import TrainingRun
 from loratools.training.transfer import fit, run, warm_start
 from loratools.training.transfer.stage_files import StageFiles
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    return save_places(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture(autouse=True)

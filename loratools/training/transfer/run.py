@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools._version import __version__
-from loratools.errors import UsageError
+from loratools.errors import InputError, UsageError
 from loratools.files import load, save
 from loratools.ops.measuring import relative_error
 from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.reports.transfer import KitReport, TransferReport
-from loratools.storage.atomic import refuse_existing, write_whole
+from loratools.storage.atomic import printable, refuse_existing, write_whole
 from loratools.training.applied import base_of
 from loratools.training.evaluate import Evaluate, Row, evaluate, n_steps
 from loratools.training.seeds import order
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 RECEIPT = "transfer.json"
 SEEDS = "seeds.jsonl"
-KIT = "transfer_kit"  # beside an adapter's files: what --prepare-only saved
+KIT = "transfer_kit"
 
 
 def transfer(
@@ -63,6 +63,7 @@ def transfer(
     options: Transfer = Transfer(),
     *,
     generator: str | os.PathLike[str] | None = None,
+    kit: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     rows: Sequence[Row] = (),
     resume: bool = False,
@@ -72,24 +73,27 @@ def transfer(
 ) -> TransferReport:
     """Train an adapter for `target` that answers as `adapter` does on `source`, on inputs that a model makes up.
 
-    Without `seeds`, the source with its adapter is asked to begin by itself. `rows` are evaluated by all models. Every
-    stage leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same
-    result; files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
+    What `save_kit` saved with the adapter, or in the folder `kit`, is used. Without `seeds`, its seeds are; where there
+    is none, the source with its adapter is asked to begin by itself. `rows` are evaluated by all models. Every stage
+    leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same result;
+    files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
     """
     out = Path(os.path.abspath(output)) if Path(output).name in ("", "..") else Path(output)
     files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
     refuse_existing(out, force=force or (resume and files.has_begun))
     known = _identity(adapter)
-    kit = Path(adapter) / KIT / DISCRIMINATOR
-    if not seeds and kit.is_file():
-        seeds = read_seeds(kit.with_name(SEEDS))
+    judge = (kit_of(adapter) if kit is None else Path(kit)) / DISCRIMINATOR
+    if kit is not None and not judge.is_file():
+        raise InputError(f"{printable(judge.parent)}: holds no {DISCRIMINATOR}; make one with --prepare-only")
+    if not seeds and judge.is_file():
+        seeds = read_seeds(judge.with_name(SEEDS))
     places: dict[Role, str] = {
         "source": str(source),
         "target": str(target),
         "generator": str(generator if generator is not None else target),
     }
     models = ModelsInTurn(str(adapter), places, options.device, allow_download)
-    job = Job(models, files, options, tuple(seeds), kit if kit.is_file() and seeds else None, meter)
+    job = Job(models, files, options, tuple(seeds), judge if judge.is_file() and seeds else None, meter)
     refuse_unfit_tokenizers(job)
     files.open(EVERY, resume=resume, force=force)
     _run(job, known, rows)
@@ -111,9 +115,9 @@ def save_kit(
 ) -> KitReport:
     """Save what a later transfer needs of a task's inputs: a discriminator, and a few of them as seeds.
 
-    Beside the adapter unless `output` says where. To be done while the task's inputs are there: they can go then.
+    As `kit_of` has it unless `output` says where. To be done while the task's inputs are there: they can go then.
     """
-    place = Path(output) if output is not None else Path(adapter) / KIT
+    place = Path(output) if output is not None else kit_of(adapter)
     refuse_existing(place / DISCRIMINATOR, force=force)
     if not seeds:
         raise UsageError("a discriminator learns from real inputs: give --seeds with as many as there are")
@@ -136,6 +140,12 @@ def save_kit(
     files.remove(PROBES, FIGURES, RECORD)
     models.drop()
     return KitReport(figures["real"], figures["made_up"], figures["loss"], len(shown), str(place))
+
+
+def kit_of(adapter: str | os.PathLike[str]) -> Path:
+    """Where what `save_kit` saves lies: in the folder of an adapter, or next to its only file."""
+    place = Path(adapter)
+    return place.with_name(f"{place.name}.{KIT}") if place.is_file() else place / KIT
 
 
 def _identity(adapter: str | os.PathLike[str]) -> list[Any]:
