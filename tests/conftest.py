@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -32,6 +33,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look through all modules and tests: code that frees models asks for many."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -68,4 +74,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
     """Two tiny bases and an adapter of one of them, which tests leave as they are."""
     from training.tiny_task import save_places
 
-    return save_places(tmp_path_factory.mktemp("places"))
+    made = save_places(tmp_path_factory.mktemp("places"))
+    gc.freeze()  # transformers and peft are there by now
+    return made
