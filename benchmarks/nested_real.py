@@ -1,18 +1,26 @@
-"""One adapter for many ranks on a real task: LoRA, DyLoRA and MatryoshkaLoRA on the same budget, cut to every rank."""
+"""One adapter for many ranks on a real task: LoRA, DyLoRA and MatryoshkaLoRA on the same budget, cut to every rank.
+
+What an objective came to lies in the cache of benchmarks: an interrupted run goes on with the next one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contestants import of_size, table
+from contestants import CACHE, device, of_size, table
 from number_words import BATCH, fresh, load_real, reason_missing, scores, train
 
 if TYPE_CHECKING:
+    from real.smollm2 import RealModel
+
     from loratools.adapter import Adapter
+    from loratools.training.nested import Objective, Scaling
 
 Cut = Callable[[Any, int], Any]
 
@@ -30,33 +38,24 @@ def main(*, quick: bool = False) -> str:
 
 
 def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
-    from loratools import load, squeeze
+    from loratools import __version__
     from loratools.ops.aurac import aurac
-    from loratools.training.nested import diagonal, nested
 
-    real = load_real(folder, n_rows=n_rows)
     ranks = [2**i for i in range(RANK.bit_length()) if 2**i <= RANK]
+    settings = json.dumps([__version__, device(), steps, n_rows, RANK, RATE])
+    cache = CACHE / "nested_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    real: RealModel | None = None
     rows, areas = [], []
     for objective, scaling in (("lora", "keep"), ("dylora", "keep"), ("matryoshka", "keep"), ("matryoshka", "sqrt")):
-        name = objective if scaling == "keep" else f"{objective}, {scaling}"
-        model = fresh(real, RANK, RANK) if scaling == "keep" else fresh(real, RANK, 1, "rslora")
-        place = folder / name
-        with nested(model, objective, ranks, scaling=scaling, seed=0) as begin_step:
-            train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
-        cuts: list[tuple[str, Path, Cut]] = [(name, place, _prefix if scaling == "keep" else _prefix_sqrt)]
-        if objective == "lora":
-            cuts.append(("lora, squeezed", place, lambda adapter, rank: squeeze(adapter, rank)[0]))
-        if objective == "matryoshka":
-            _fold(model, diagonal(RANK, ranks, scaling))
-            model.save_pretrained(folder / f"{name}, folded", save_embedding_layers=False)
-            cuts.append((f"{name}, P kept", folder / f"{name}, folded", _prefix))
-        model.unload()
-        for name, place, cut in cuts:
-            found = []
-            for rank in ranks:
-                adapter = load(place)
-                found.append(scores(real, adapter if rank == RANK else cut(adapter, rank)))
-                print(name, rank, *found[-1], file=sys.stderr, flush=True)
+        place = cache / f"{objective}, {scaling}.json"
+        if not place.is_file():
+            if real is None:
+                real = load_real(folder, n_rows=n_rows)
+            scored = _scored(real, folder, objective, scaling, ranks, steps)
+            place.with_suffix(".tmp").write_text(json.dumps(scored), encoding="utf-8")
+            place.with_suffix(".tmp").replace(place)
+        for name, found in json.loads(place.read_text(encoding="utf-8")).items():
             exact = [100 * share for _, share in found]
             area = [aurac(ranks, exact, "log2"), aurac(ranks, exact, "linear")]
             nll = aurac(ranks, [value for value, _ in found], "log2")
@@ -81,6 +80,35 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         + "\n\nNegative log-likelihood of a token, and its area on log2 (less is better):\n\n"
         + table(["", *wide, "area"], rows)
     )
+
+
+def _scored(
+    real: RealModel, folder: Path, objective: Objective, scaling: Scaling, ranks: list[int], steps: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Train by an objective; NLL and share of exact answers at each rank, for each way to cut."""
+    from loratools import load, squeeze
+    from loratools.training.nested import diagonal, nested
+
+    keep = scaling == "keep"
+    name = objective if keep else f"{objective}, {scaling}"
+    model, place = fresh(real, RANK, RANK) if keep else fresh(real, RANK, 1, "rslora"), folder / name
+    with nested(model, objective, ranks, scaling=scaling, seed=0) as begin_step:
+        train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
+    cuts: list[tuple[str, Path, Cut]] = [(name, place, _prefix if keep else _prefix_sqrt)]
+    if objective == "lora":
+        cuts.append(("lora, squeezed", place, lambda adapter, rank: squeeze(adapter, rank)[0]))
+    if objective == "matryoshka":
+        _fold(model, diagonal(RANK, ranks, scaling))
+        model.save_pretrained(folder / f"{name}, folded", save_embedding_layers=False)
+        cuts.append((f"{name}, P kept", folder / f"{name}, folded", _prefix))
+    model.unload()
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, place, cut in cuts:
+        for rank in ranks:
+            adapter = load(place)
+            found.setdefault(name, []).append(scores(real, adapter if rank == RANK else cut(adapter, rank)))
+            print(name, rank, *found[name][-1], file=sys.stderr, flush=True)
+    return found
 
 
 def _prefix(adapter: Adapter, rank: int) -> Adapter:
