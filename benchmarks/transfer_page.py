@@ -11,7 +11,8 @@ from typing import Any
 from contestants import table
 
 UNFILTERED, FILTERED = "distilled, unfiltered", "distilled, filtered by the seeds"
-MADE_WITH, ROBUST = "filtered by a kit made with the adapter", "the same, robust weights"
+MADE_WITH, WARM = "distilled, filtered by a kit", "the same, warm start"
+ROBUST = "the same, robust weights"
 SOURCE = "the adapter on its own base"
 ACCEPTED, OF_A_REASON = 6, 3  # rows that are shown
 
@@ -60,7 +61,7 @@ def page(lines: Sequence[Line], files: Path, about: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# Transferred without data",
-            _text(about),
+            _text(about, robust=any(line.name == ROBUST for line in lines)),
             table(["", "base", "exact", "of the adapter", "NLL", "seconds", "kept"], rows),
             "Seconds of each stage:",
             _stages(lines),
@@ -71,25 +72,24 @@ def page(lines: Sequence[Line], files: Path, about: dict[str, Any]) -> str:
     )
 
 
-def _text(about: dict[str, Any]) -> str:
-    kit = (
-        f" By a kit: by a discriminator that was made with the adapter (`--prepare-only`), while {about['known']} "
-        "inputs of its task were there, as the paper has it; the inputs themselves are gone. Robust weights: rows "
-        "count by how sure the source is of its answer and how much a second, sampled one differs; a fifth is dropped."
-        if "known" in about
-        else ""
+def _text(about: dict[str, Any], *, robust: bool) -> str:
+    weighed = (
+        " Robust weights: rows count by how sure the source is of its answer and how much a second, sampled one "
+        "differs; a fifth is dropped."
     )
     return (
         "en_lora_r64 (number words, LoRA of rank 64 on SmolLM2-135M-Instruct) moved to Gemma-3-270M, a base model of "
         f"another family, tokenizer, width and depth. Distilled: {about['seeds']} inputs of the training data and no "
         f"answer were shown to Gemma, which made up {about['samples']} others; the source with its adapter answered "
-        "them. Unfiltered: as they came, but for duplicates; filtered: by a discriminator of the "
-        f"{about['seeds']} seeds, which so few teach little.{kit} Warm start: filtered, and training begins with what "
-        "the weights by bases made of the adapter. Weights: nothing is trained; by singular vectors of the bases, or "
+        "them. Unfiltered: as they came, but for duplicates. Filtered by the seeds: by a discriminator of these "
+        f"{about['seeds']}, which so few teach little; by a kit: by one that was made with the adapter "
+        f"(`--prepare-only`) while {about['known']} inputs of its task were there, as the paper has it. Warm start: "
+        f"training begins with what the weights by bases made of the adapter.{weighed if robust else ''} Weights: "
+        "nothing is trained; by singular vectors of the bases, or "
         f"by what both make of {about['texts']} labelled rows. Real data: as many rows of the adapter's own training "
         f"data, with their true answers. All train LoRA of rank {about['rank']} for {about['steps']} steps of "
         f"{about['of']} rows, AdamW at {about['rate']:g}; a tenth of the rows decides which step is kept. DoRA: the "
-        "filtered rows, to DoRA of the same rank on the adapter's own base. Exact: share of "
+        "rows filtered by a kit, to DoRA of the same rank on the adapter's own base. Exact: share of "
         f"{about['rows']} held-out greedy answers that are right word for word (standard error at most "
         f"{0.5 / about['rows'] ** 0.5:.3f}); NLL: of an answer token, which tokenizers split differently: compare it "
         "within a base. Seconds: to make it, on a machine with other work, with the generated and labelled rows that "

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contestants import CACHE, ROOT, device, of_size
-from transfer_page import FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, Line, page, told
+from transfer_page import FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, WARM, Line, page, told
 
 if TYPE_CHECKING:
     from loratools.ops.weight_space import Align
@@ -76,16 +76,14 @@ def main(*, quick: bool = False) -> str:
         lines.append(line)
     if quick:
         print(_estimate(lines, time.perf_counter() - began), file=sys.stderr, flush=True)
-    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH}
-    if whole:
-        about["known"] = KNOWN
-    return page(lines, places.work / f"{FILTERED}.transfer", about)
+    about = asdict(size) | {"rate": RATE, "rank": RANK, "seeds": SEEDS, "texts": TEXTS, "of": BATCH, "known": KNOWN}
+    return page(lines, places.work / f"{MADE_WITH}.transfer", about)
 
 
 def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     """Every contestant, one after another; those that are in the cache come from there.
 
-    `whole`: also what a discriminator that was made with the adapter, and robust weights, are worth.
+    `whole`: also what robust weights are worth.
     """
     from loratools.training.new_adapter import NewAdapter
 
@@ -100,19 +98,19 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     def transferred(name: str, options: Transfer, target: Path, of: str | None) -> Line:
         return kept(name, lambda: _transferred(name, places, options, target, of))
 
+    warm = replace(how, warm_start="bases")
+    dora = replace(how, adapter=NewAdapter("dora", RANK))
     yield kept("base alone", lambda: _scored("base alone", places, places.target, None))
     yield kept("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
+    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
+    yield transferred(MADE_WITH, how, places.target, UNFILTERED)
+    yield transferred(WARM, warm, places.target, MADE_WITH)
+    yield transferred("distilled to DoRA on its own base", dora, places.source, MADE_WITH)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
-    warm = replace(how, warm_start="bases")
-    yield transferred("distilled, warm start", warm, places.target, FILTERED)
-    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
-    dora = replace(how, adapter=NewAdapter("dora", RANK))
-    yield transferred("distilled to DoRA on its own base", dora, places.source, FILTERED)
     if whole:
-        yield transferred(MADE_WITH, how, places.target, UNFILTERED)
         yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
 
 
