@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contestants import CACHE, ROOT, device, of_size
-from transfer_page import FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, WARM, Line, page, told
+from transfer_page import DORA, FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, WARM, Line, page, told
 
 if TYPE_CHECKING:
     from loratools.ops.weight_space import Align
@@ -107,7 +107,8 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     yield transferred(MADE_WITH, how, places.target, UNFILTERED)
     yield transferred(WARM, warm, places.target, MADE_WITH)
-    yield transferred("distilled to DoRA on its own base", dora, places.source, MADE_WITH)
+    yield transferred(DORA, replace(dora, passing="none"), places.source, UNFILTERED)
+    yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     if whole:
@@ -144,7 +145,7 @@ def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str
         shutil.copytree(places.work / f"{of}.transfer", copy)
         copy.replace(files)
     seeds = [Seed(row.prompt) for row in places.train[:SEEDS]]
-    adapter = places.adapter if name in (UNFILTERED, FILTERED) else _with_kit(places, how)
+    adapter = places.adapter if name in (UNFILTERED, FILTERED, DORA) else _with_kit(places, how)
     report = transfer(adapter, places.source, target, seeds, out, how, generator=places.target, work=files, resume=True)
     made = report.synthesis
     return replace(
