@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +98,6 @@ def _measured(hub: Path, folder: Path, *, quick: bool) -> str:
         for method in METHODS[:1] if real else METHODS:
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
-            began = time.perf_counter()
             try:
                 report = pack(hub, out, Packing(budget, method))
             except UsageError:
@@ -107,7 +105,6 @@ def _measured(hub: Path, folder: Path, *, quick: bool) -> str:
                 continue
             cells[method].append(f"{math.sqrt(sum(e * e for e in report.errors) / len(report.errors)):.4f}")
             if real:
-                cells[method][-1] += f" ({time.perf_counter() - began:.0f} s)"
                 for single, lost in report.expected.items():
                     if single != method:
                         cells[single].append(f"{math.sqrt(lost / len(report.errors)):.4f} planned")
