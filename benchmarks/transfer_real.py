@@ -95,8 +95,8 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
             place.with_suffix(".tmp").replace(place)
         return Line.read(place)
 
-    def transferred(name: str, options: Transfer, target: Path, of: str | None) -> Line:
-        return kept(name, lambda: _transferred(name, places, options, target, of))
+    def transferred(name: str, options: Transfer, target: Path, of: str | None, *, kit: bool = False) -> Line:
+        return kept(name, lambda: _transferred(name, places, options, target, of, kit=kit))
 
     warm = replace(how, warm_start="bases")
     dora = replace(how, adapter=NewAdapter("dora", RANK))
@@ -105,14 +105,14 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
     yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
-    yield transferred(MADE_WITH, how, places.target, UNFILTERED)
-    yield transferred(WARM, warm, places.target, MADE_WITH)
+    yield transferred(MADE_WITH, how, places.target, UNFILTERED, kit=True)
+    yield transferred(WARM, warm, places.target, MADE_WITH, kit=True)
     yield transferred(DORA, replace(dora, passing="none"), places.source, UNFILTERED)
-    yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH)
+    yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH, kit=True)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     if whole:
-        yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH)
+        yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH, kit=True)
 
 
 def _settings(size: Size) -> Transfer:
@@ -133,7 +133,7 @@ def _settings(size: Size) -> Transfer:
     )
 
 
-def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str | None) -> Line:
+def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str | None, *, kit: bool) -> Line:
     """A transfer that takes over what another one has generated and labelled, where it is the same."""
     from loratools.training.transfer.run import transfer
     from loratools.training.transfer.seed_inputs import Seed
@@ -145,7 +145,7 @@ def _transferred(name: str, places: Places, how: Transfer, target: Path, of: str
         shutil.copytree(places.work / f"{of}.transfer", copy)
         copy.replace(files)
     seeds = [Seed(row.prompt) for row in places.train[:SEEDS]]
-    adapter = places.adapter if name in (UNFILTERED, FILTERED, DORA) else _with_kit(places, how)
+    adapter = _with_kit(places, how) if kit else places.adapter
     report = transfer(adapter, places.source, target, seeds, out, how, generator=places.target, work=files, resume=True)
     made = report.synthesis
     return replace(

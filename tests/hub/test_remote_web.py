@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,6 @@ def remote(text: str) -> Remote:
     place = parse_place(text)
     assert isinstance(place, Remote)
     return place
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    """The file system memory://, empty."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
-    yield files
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
 
 
 def upload(files: Any, folder: Path, to: str) -> None:

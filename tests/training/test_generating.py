@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from training.tiny import save_tiny_model
+from training.tiny import load_tiny_model, save_tiny_model
 from transformers import GenerationConfig
 
 from loratools.training.evaluate import Evaluate, Row, replies
 from loratools.training.generating import end_ids
-from loratools.training.models import load_model
 from loratools.training.transfer.label import _confidences
 from loratools.training.transfer.sampling import Sampling, said
 
@@ -22,14 +21,6 @@ PROMPT, MOST = "ab: ", 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "base")
-
-
-def loaded(folder: Path) -> tuple[Any, Any]:
-    model, tokenizer = load_model(folder)
-    tokenizer.eos_token = "~"
-    with torch.no_grad():
-        model.lm_head.weight.mul_(40)  # as it is made it says hardly anything
-    return model, tokenizer
 
 
 def greedy(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
@@ -43,7 +34,7 @@ def greedy(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
 
 
 def test_penalties_of_the_models_own_change_no_answer(folder: Path) -> None:
-    model, tokenizer = loaded(folder)
+    model, tokenizer = load_tiny_model(folder)
     expected, logs = greedy(model, tokenizer(PROMPT).input_ids)
     assert len(set(expected)) < MOST  # what repeats could be penalised
     own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
@@ -56,7 +47,7 @@ def test_penalties_of_the_models_own_change_no_answer(folder: Path) -> None:
 
 
 def test_an_answer_ends_with_any_of_the_models_ends(folder: Path) -> None:
-    model, tokenizer = loaded(folder)
+    model, tokenizer = load_tiny_model(folder)
     ids = tokenizer(PROMPT).input_ids
     expected, logs = greedy(model, ids)
     place = next(i for i in range(1, MOST) if expected[i] not in expected[:i])

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training.tiny import save_tiny_lora, save_tiny_model
+from training.tiny import load_tiny_model, save_tiny_lora, save_tiny_model
 
 from loratools import Quantize, load, quantize_file, save, squeeze
 from loratools.adapter import Adapter
 from loratools.errors import InputError, OutputError, UsageError
 from loratools.training.distil import TrainRow
 from loratools.training.evaluate import Evaluate, Row, evaluate
-from loratools.training.models import load_model
 from loratools.training.recover import Recover, read_train_rows, recover
 
 pytest.importorskip("peft")
@@ -34,17 +32,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_lora(tmp_path_factory.mktemp("lora") / "lora", rank=4)
 
 
-def loaded(base: Path) -> tuple[Any, Any]:
-    model, tokenizer = load_model(base)
-    tokenizer.eos_token = "~"
-    with torch.no_grad():
-        model.lm_head.weight.mul_(40)  # as it is made it says hardly anything
-    return model, tokenizer
-
-
 def nll(base: Path, adapter: Adapter) -> float:
     rows = [Row(row.prompt, row.answer) for row in ROWS]
-    return evaluate(*loaded(base), rows, adapter, options=Evaluate(match=False)).nll
+    return evaluate(*load_tiny_model(base), rows, adapter, options=Evaluate(match=False)).nll
 
 
 def test_after_a_squeeze_the_task_comes_back(base: Path, lora: Path, tmp_path: Path) -> None:
@@ -52,7 +42,7 @@ def test_after_a_squeeze_the_task_comes_back(base: Path, lora: Path, tmp_path: P
     save(small, tmp_path / "small")
     counted: list[int] = []
     saved, report = recover(
-        *loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK, step=counted.append
+        *load_tiny_model(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK, step=counted.append
     )
     before, after = nll(base, small), nll(base, load(saved.path))
     assert after < before - 0.3
@@ -65,10 +55,10 @@ def test_after_a_squeeze_the_task_comes_back(base: Path, lora: Path, tmp_path: P
     assert {entry.rank for entry in made.entries.values()} == {2}
     assert list(made) == list(small)
     assert json.loads(made.metadata["loratools"])["verb"] == "recover"
-    again, _ = recover(*loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "again", TASK)
+    again, _ = recover(*load_tiny_model(base), load(tmp_path / "small"), ROWS, tmp_path / "again", TASK)
     assert again.weights.read_bytes() == saved.weights.read_bytes()
     with pytest.raises(OutputError, match="exists"):
-        recover(*loaded(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK)
+        recover(*load_tiny_model(base), load(tmp_path / "small"), ROWS, tmp_path / "better", TASK)
 
 
 def test_the_dtype_stays(base: Path, tmp_path: Path, lora: Path) -> None:
@@ -76,7 +66,7 @@ def test_the_dtype_stays(base: Path, tmp_path: Path, lora: Path) -> None:
 
     made, _ = convert(load(lora), "peft", Convert(dtype="bf16"))
     save(made, tmp_path / "half")
-    saved, _ = recover(*loaded(base), load(tmp_path / "half"), ROWS, tmp_path / "better", TASK)
+    saved, _ = recover(*load_tiny_model(base), load(tmp_path / "half"), ROWS, tmp_path / "better", TASK)
     assert load(saved.path).usual_dtype == "BF16"
 
 
@@ -89,7 +79,7 @@ def test_codes_are_trained_in_and_kept(base: Path, lora: Path, tmp_path: Path, p
     place, _ = quantize_file(load(lora), tmp_path / "small.safetensors", packing)
     rate = 0.5 if packing.method == "grid" else 2e-2
     options = Recover(steps=20, learning_rate=rate, batch=4, held_out=0.2, seed=3)
-    saved, report = recover(*loaded(base), load(place.path), ROWS, tmp_path / "better.safetensors", options)
+    saved, report = recover(*load_tiny_model(base), load(place.path), ROWS, tmp_path / "better.safetensors", options)
     made = load(saved.path)
     assert made.origin is not None
     assert made.origin.container == "packed"
@@ -99,16 +89,16 @@ def test_codes_are_trained_in_and_kept(base: Path, lora: Path, tmp_path: Path, p
         assert saved.nbytes < 1.02 * place.nbytes
     # What the model was when the rows were looked at is what lies in the file.
     held = [Row(row.prompt, row.answer) for i, row in enumerate(ROWS) if i % 5 == 4][:12]
-    found = evaluate(*loaded(base), held, made, options=Evaluate(match=False)).nll
+    found = evaluate(*load_tiny_model(base), held, made, options=Evaluate(match=False)).nll
     assert report.nll_after == pytest.approx(found, rel=0.02)
 
 
 def test_what_cannot_be_trained_is_said(base: Path, lora: Path, tmp_path: Path) -> None:
     place, _ = quantize_file(load(lora), tmp_path / "small.safetensors", Quantize("balanced", 4))
     with pytest.raises(UsageError, match=r"balanced.*dequantize"):
-        recover(*loaded(base), load(place.path), ROWS, tmp_path / "out", TASK)
+        recover(*load_tiny_model(base), load(place.path), ROWS, tmp_path / "out", TASK)
     with pytest.raises(UsageError, match="no rows"):
-        recover(*loaded(base), load(lora), [], tmp_path / "out", TASK)
+        recover(*load_tiny_model(base), load(lora), [], tmp_path / "out", TASK)
     assert not (tmp_path / "out").exists()
 
 
