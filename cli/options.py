@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -140,6 +141,25 @@ def check_device(device: str) -> None:
         from loratools.errors import UsageError
 
         raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
+
+
+def refuse_unused(context: typer.Context, form: str, used: Collection[str]) -> None:
+    """UsageError for options on the command line that this form of the command, having read them, would pass over.
+
+    `used` are the names of its parameters; where to compute, what to replace and how to answer are of every form.
+    """
+    every = {*used, "device", "allow_download", "force", "as_json", "quiet"}
+    stated = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and parameter.name not in every
+        and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    if stated:
+        from loratools.errors import UsageError
+
+        raise UsageError(f"{form} makes no use of {', '.join(stated)}; leave that out")
 
 
 def thresholds(text: str | None) -> float | dict[str, float] | None:

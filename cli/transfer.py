@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Option
+from typer import Context, Option
 
 from loratools_cli import options
 
+# what two of its forms make use of, beside what every command does
+_PREPARING = {
+    "path", "source", "seeds", "output", "show", "temperature", "top_p", "max_input_tokens", "batch", "chat", "seed",
+    "prepare_only",
+}  # fmt: skip
+_CARRYING = {"path", "source", "target", "output", "weights_only", "align", "texts", "page"}
+
 
 def transfer(
+    context: Context,
     path: options.AdapterPath,
     source: Annotated[
         str, Option("--from", metavar="BASE", help="The base it was trained on: a folder, a .gguf file.")
@@ -120,32 +128,23 @@ def transfer(
 
     shown = Output(as_json=as_json, quiet=quiet)
     options.check_device(device)
-    if page is not None:
-        if prepare_only:
-            raise UsageError("--report is of a transfer, which --prepare-only does not make")
-        check_place(page, force=force or resume)
-    if prepare_only or weights_only:
-        _refuse(
-            "--weights-only" if weights_only else "--prepare-only",
-            {
-                "--generator": generator is not None,
-                "--kit": kit is not None,
-                "--work": work is not None,
-                "--resume": resume,
-            }
-            | ({} if weights_only else {"--to": target is not None, "--eval": evaluate is not None})
-            | {"--rank": rank != 16, "--method": method != "lora", "--loss": loss != "ce", "--epochs": epochs != 3}
-            | ({"--samples": samples != 500, "--weights": weights != "none", "--chat": chat} if weights_only else {}),
+    if weights_only and prepare_only:
+        raise UsageError("--prepare-only is for training, and --weights-only trains nothing; choose one")
+    if weights_only or prepare_only:
+        options.refuse_unused(
+            context, "--weights-only" if weights_only else "--prepare-only", _CARRYING if weights_only else _PREPARING
         )
+    elif texts is not None:
+        raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
+    if not prepare_only and (target is None or output is None):
+        raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
+    if page is not None:
+        check_place(page, force=force or resume)
     if weights_only:
         from loratools_cli.transfer_weights import transfer_weights
 
-        if warm_start:
-            raise UsageError("--weights-only trains nothing, so nothing can start warm; choose one")
-        if prepare_only or seeds is not None or evaluate is not None or squeeze_to is not None:
-            raise UsageError("--weights-only needs no seeds, and neither evaluates nor squeezes; see eval and squeeze")
-        if target is None or output is None:
-            raise UsageError("name the base to move to, --to, and what to write, -o")
+        assert target is not None
+        assert output is not None
         carried = transfer_weights(
             path, source, target, output, align=align, texts=texts, device=device, allow_download=allow_download,
             force=force,
@@ -153,16 +152,12 @@ def transfer(
         if page is not None:
             from loratools.reports.weight_transfer_page import write_page as write_weight_page
 
-            write_weight_page(carried, page, force=force or resume)
+            write_weight_page(carried, page, force=force)
             say(f"wrote {page}")
         shown.show(carried)
         return
-    if texts is not None:
-        raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
     if align != "bases" and not warm_start:
         raise UsageError("--align goes with --weights-only or --warm-start")
-    if warm_start and prepare_only:
-        raise UsageError("--prepare-only trains nothing, so nothing can start warm")
     how = Transfer(
         samples=samples,
         sampling=Sampling(temperature, top_p),
@@ -190,8 +185,8 @@ def transfer(
             )
             shown.show(saved)
             return
-        if target is None or output is None:
-            raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
+        assert target is not None
+        assert output is not None
         rows = [] if evaluate is None else read_rows(evaluate)
         if not (as_json or quiet):
             say(estimated(source, target, how).sentence)
@@ -218,10 +213,3 @@ def transfer(
         say(f"wrote {page}")
     shown.show(report)
 
-
-def _refuse(form: str, stated: dict[str, bool]) -> None:
-    """UsageError for options that this form of the command would pass over."""
-    from loratools.errors import UsageError
-
-    if given := [name for name, is_given in stated.items() if is_given]:
-        raise UsageError(f"{form} trains nothing, and makes no use of {', '.join(given)}; leave that out")

@@ -73,3 +73,5 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("far*"))
     done = run(*told, "--prepare-only", "--seeds", places.seeds, "--to", places.second)
     assert (done.code, "makes no use of --to" in done.err) == (2, True)
+    done = run(*told, "--prepare-only", "--seeds", places.seeds, "--samples", 500, "--warm-start")
+    assert (done.code, "--prepare-only makes no use of --samples, --warm-start" in done.err) == (2, True)

@@ -77,10 +77,12 @@ def test_to_another_base(run: Run, bases: tuple[Path, Path], lora: Path, tmp_pat
     [
         (("--align", "activations"), 2, "--align activations runs some --texts"),
         (("--texts", "t.jsonl"), 2, "--align activations runs some --texts"),
-        (("--seeds", "s.jsonl"), 2, "--weights-only needs no seeds"),
-        (("--squeeze-to", "4"), 2, "neither evaluates nor squeezes"),
-        (("--rank", "8", "--resume"), 2, "makes no use of --resume, --rank; leave that out"),
-        (("--generator", "x", "--chat"), 2, "makes no use of --generator, --chat"),
+        (("--seeds", "s.jsonl"), 2, "--weights-only makes no use of --seeds; leave that out"),
+        (("--rank", "16", "--squeeze-to", "4", "--resume"), 2, "no use of --rank, --squeeze-to, --resume; leave"),
+        (("--generator", "x", "--show", "pairs", "--filter", "none", "--chat"), 2, "--generator, --show, --filter, --ch"),
+        (("--temperature", "0.5", "--batch", "4"), 2, "makes no use of --temperature, --batch"),
+        (("--warm-start",), 2, "makes no use of --warm-start"),
+        (("--prepare-only",), 2, "choose one"),
         (("--to", "missing"), 3, "missing"),
     ],
 )
