@@ -87,7 +87,7 @@ def eval(  # noqa: A001 - the command's name
 
     from loratools.errors import UsageError
     from loratools.training.evaluate import Evaluate
-    from loratools.training.models import load_model
+    from loratools.training.models import load_model, working_dtype
     from loratools.training.task import Measuring, read_task, run_task
     from loratools_cli.exports import check_exports, write_exports
     from loratools_cli.opening import open_base
@@ -104,6 +104,7 @@ def eval(  # noqa: A001 - the command's name
     options.check_device(device)
     check_exports(table=table, force=force)
     task = read_task(data, metric, max_rows)
+    task.check(measuring)
     if not calibration and (bins, min_count, threshold, temperature) != (15, 1, 0.01, "crossfit"):
         raise UsageError("--bins, --min-count, --threshold and --temperature are of --calibration; give that too")
     if normalise != "none" and task.metric != "choice":
@@ -118,7 +119,8 @@ def eval(  # noqa: A001 - the command's name
         cuts, more = at_ranks(whole, _integers(ranks), name=adapters[0], nested=slices, scaling=scaling, base=weights)
         candidates += cuts
         warnings += more
-    kind = {"cpu": "float32", "cuda": "bfloat16"}[device] if dtype == "auto" else dtype
+    kind = working_dtype(device) if dtype == "auto" else dtype
+    shown.announce(lambda: task.cost(base, len(candidates), how))
     model, tokenizer = load_model(base, device, dtype=kind, allow_download=allow_download)
     with Progress() as progress:
         step = progress.meter(task.n_batches(tokenizer, how) * len(candidates), "batches")

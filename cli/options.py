@@ -152,8 +152,7 @@ def refuse_unused(context: typer.Context, form: str, used: Collection[str]) -> N
     stated = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name is not None
-        and parameter.name not in every
+        if parameter.name not in every
         and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
     ]
     if stated:

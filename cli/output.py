@@ -7,11 +7,15 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from loratools_cli.text import plain
+
+if TYPE_CHECKING:
+    from loratools.training.cost import Cost
 
 
 class Report(Protocol):
@@ -38,6 +42,11 @@ class Output:
             raise UsageError("--json and --quiet exclude each other; give one of them")
         self.mode = Mode.JSON if as_json else Mode.QUIET if quiet else Mode.TABLE
         self.everything = everything
+
+    def announce(self, find: Callable[[], Cost | None]) -> None:
+        """Tell people what a run will take, where that is known."""
+        if self.mode is Mode.TABLE and (cost := find()) is not None:
+            say(cost.sentence)
 
     def show(self, report: Report, *, planned: Path | None = None) -> None:
         """Show `report`; `planned` is where a dry run would have written."""

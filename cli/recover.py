@@ -12,7 +12,7 @@ from loratools_cli import options
 
 def recover(
     path: options.AdapterPath,
-    base: Annotated[Path, Option(metavar="MODEL", help="Base model: a Hugging Face folder.")],
+    base: Annotated[Path, Option(metavar="MODEL", help="Base model: a Hugging Face folder, a .gguf file.")],
     data: Annotated[Path, Option(metavar="FILE", help="Rows of JSON: prompt and answer, or text.")],
     output: Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or file where it is in codes.")],
     steps: Annotated[int, Option(metavar="N", help="Steps of training.")] = 50,
@@ -27,6 +27,8 @@ def recover(
     chat: Annotated[bool, Option("--chat", help="Put prompts into the tokenizer's chat template.")] = False,
     seed: Annotated[int, Option(metavar="N", help="Of the order of the rows.")] = 0,
     device: options.Device = "cpu",
+    allow_download: Annotated[bool, Option("--allow-download", help="Names of models may be fetched.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where an earlier run ended.")] = False,
     force: Annotated[bool, Option("--force", help="Replace an existing output.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -41,9 +43,8 @@ def recover(
       loratools squeeze my_lora --rank 4 -o small
       loratools recover small --base model/ --data task.jsonl --steps 50 -o better
     """
-    from loratools.storage.atomic import refuse_existing
-    from loratools.training.models import load_model
-    from loratools.training.recover import Recover, codes_of, read_train_rows
+    from loratools.training.models import load_model, working_dtype
+    from loratools.training.recover import Recover, cost, output_of, read_train_rows
     from loratools.training.recover import recover as recovered
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
@@ -53,11 +54,11 @@ def recover(
     options.check_device(device)
     how = Recover(steps, learning_rate, batch, held_out, chat, device, seed)
     adapter = open_adapter(path)
-    if codes_of(adapter) is None:
-        refuse_existing(output, force=force)
+    output_of(adapter, output, resume=resume, force=force)
     rows = read_train_rows(data, max_rows)
-    model, tokenizer = load_model(base, device)
+    shown.announce(lambda: cost(base, rows, how))
+    model, tokenizer = load_model(base, device, allow_download=allow_download, dtype=working_dtype(device))
     with Progress() as progress:
-        step = progress.steps(steps, "steps")
-        _, report = recovered(model, tokenizer, adapter, rows, output, how, force=force, step=lambda tokens: step())
+        step = progress.meter(steps, "steps")
+        _, report = recovered(model, tokenizer, adapter, rows, output, how, resume=resume, force=force, step=step)
     shown.show(report)

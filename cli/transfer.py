@@ -51,6 +51,10 @@ def transfer(
         Literal["ce", "kl", "uld"],
         Option(help="The teacher's words; or also its probabilities, of one vocabulary, or of any two."),
     ] = "ce",
+    loss_temperature: Annotated[
+        float,
+        Option("--loss-temperature", metavar="T", help="Of kl: how far the teacher's probabilities are softened."),
+    ] = 2.0,
     weights: Annotated[
         Literal["none", "confidence", "robust"], Option(help="Let rows count as the teacher was sure of them.")
     ] = "none",
@@ -112,13 +116,15 @@ def transfer(
       loratools transfer my_lora --from base1 --to base2 --weights-only -o moved
       loratools transfer my_lora --from base1 --to base2 --warm-start -o new
     """
+    from functools import partial
+
     from loratools.errors import UsageError
     from loratools.reports.pages import check_place
     from loratools.training.distil import Train
     from loratools.training.evaluate import read_rows
     from loratools.training.new_adapter import NewAdapter
-    from loratools.training.transfer.estimate import estimated
-    from loratools.training.transfer.run import save_kit
+    from loratools.training.transfer.cost import estimated
+    from loratools.training.transfer.run import judge_of, save_kit
     from loratools.training.transfer.run import transfer as run
     from loratools.training.transfer.sampling import Sampling
     from loratools.training.transfer.seed_inputs import read_seeds
@@ -136,28 +142,12 @@ def transfer(
         )
     elif texts is not None:
         raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
-    if not prepare_only and (target is None or output is None):
-        raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
+    if loss_temperature != 2.0 and loss != "kl":
+        raise UsageError("--loss-temperature is of --loss kl; give that too")
+    if align != "bases" and not (warm_start or weights_only):
+        raise UsageError("--align goes with --weights-only or --warm-start")
     if page is not None:
         check_place(page, force=force or resume)
-    if weights_only:
-        from loratools_cli.transfer_weights import transfer_weights
-
-        assert target is not None
-        assert output is not None
-        carried = transfer_weights(
-            path, source, target, output, align=align, texts=texts, device=device, allow_download=allow_download,
-            force=force,
-        )  # fmt: skip
-        if page is not None:
-            from loratools.reports.weight_transfer_page import write_page as write_weight_page
-
-            write_weight_page(carried, page, force=force)
-            say(f"wrote {page}")
-        shown.show(carried)
-        return
-    if align != "bases" and not warm_start:
-        raise UsageError("--align goes with --weights-only or --warm-start")
     how = Transfer(
         samples=samples,
         sampling=Sampling(temperature, top_p),
@@ -170,7 +160,7 @@ def transfer(
         weighing=weights,
         held_out=held_out,
         adapter=NewAdapter(method, rank),
-        train=Train(loss=loss, learning_rate=learning_rate, epochs=epochs, batch=batch),
+        train=Train(loss=loss, temperature=loss_temperature, learning_rate=learning_rate, epochs=epochs, batch=batch),
         warm_start=align if warm_start else None,
         squeeze_to=squeeze_to,
         chat=chat,
@@ -178,18 +168,33 @@ def transfer(
         seed=seed,
     )
     found = [] if seeds is None else read_seeds(seeds)
-    with Progress() as progress:
-        if prepare_only:
+    if prepare_only:
+        with Progress() as progress:
             saved = save_kit(
                 path, source, found, output, how, force=force, allow_download=allow_download, meter=progress.meter
             )
-            shown.show(saved)
-            return
-        assert target is not None
-        assert output is not None
-        rows = [] if evaluate is None else read_rows(evaluate)
-        if not (as_json or quiet):
-            say(estimated(source, target, how).sentence)
+        shown.show(saved)
+        return
+    if target is None or output is None:
+        raise UsageError("name the base to move to, --to, and what to write, -o; or pass --prepare-only")
+    if weights_only:
+        from loratools_cli.transfer_weights import transfer_weights
+
+        carried = transfer_weights(
+            path, source, target, output, align=align, texts=texts, device=device, allow_download=allow_download,
+            force=force,
+        )  # fmt: skip
+        if page is not None:
+            from loratools.reports.weight_transfer_page import write_page as write_weight_page
+
+            write_weight_page(carried, page, force=force)
+            say(f"wrote {page}")
+        shown.show(carried)
+        return
+    rows = [] if evaluate is None else read_rows(evaluate)
+    with_kit = judge_of(path, kit) is not None
+    shown.announce(partial(estimated, source, target, how, generator=generator, with_kit=with_kit))
+    with Progress() as progress:
         report = run(
             path,
             source,
@@ -212,4 +217,3 @@ def transfer(
         write_page(report, page, force=force or resume)
         say(f"wrote {page}")
     shown.show(report)
-

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools._lazy import torch
-from loratools.training.models import library
+from loratools.errors import UsageError
+from loratools.training.models import library, room
 from loratools.training.prompts import Encoded, collated
 
 if TYPE_CHECKING:
@@ -49,8 +50,13 @@ def agreement_of(model: Any, items: Sequence[Encoded], *, batch: int, device: st
 
 
 def answer_logits(model: Any, items: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that foretell the tokens of answers, those tokens, and the row of each; the head runs for few others."""
+    """Logits that foretell the tokens of answers, those tokens, and the row of each; the head runs for few others.
+
+    UsageError for a row that the model has no room for.
+    """
     ids, mask, wanted = collated(items, device)
+    if ids.shape[1] > room(model):
+        raise UsageError(f"a row of {ids.shape[1]} tokens is too long: the model has room for {room(model)}")
     foretold = wanted[:, 1:]
     places = torch.nn.functional.pad(foretold, (0, 1))  # each foretells the token behind it
     core = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -18,6 +18,7 @@ from loratools._lazy import torch
 from loratools.errors import UsageError
 from loratools.training.agreement import Agreement, agreement_of, answer_logits
 from loratools.training.losses import cross_entropy, divergence, shared_starts, sorted_distance, token_starts
+from loratools.training.models import room
 from loratools.training.prompts import Encoded, encoded
 from loratools.training.seeds import batch_of, seeded
 from loratools.training.training_run import Look, TrainingRun
@@ -123,28 +124,31 @@ def train_rows(
     held_out: Sequence[TrainRow] = (),
     teacher: Teacher | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    made_for: str = "",
     step: Callable[[int], None] | None = None,
     forward: Callable[[Any, int], None] | None = None,
 ) -> Trained:
     """Train what is trainable in `model`, a PeftModel, on `rows`, and leave it in its best state.
 
     The same for the same rows, options and seed, on one machine; also where it was killed and goes on from
-    `checkpoint`, a file written at every look. AdamW without decay, gradients cut to norm 1, a short warm-up and a
-    cosine to zero. `step` is called with the tokens of each step; `forward(model, step)` before each, to set what
-    should differ between steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to
+    `checkpoint`, a file written at every look, if that was `made_for` the same. AdamW without decay, gradients cut to
+    norm 1, a short warm-up and a cosine to zero. Rows that the model has no room for are left out, with a warning.
+    `step` is called with the tokens of each step; `forward(model, step)` before each, to set what should differ between
+    steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to
     train on, or `options.loss` needs a teacher of the same vocabulary and there is none.
     """
     asked = None if options.loss == "ce" else teacher
     _check_teacher(asked, tokenizer, options)
-    items = _items(tokenizer, rows, options, asked)
+    most = min(options.max_tokens, room(model), *(() if asked is None else (room(asked.model),)))
+    items = _items(tokenizer, rows, options, asked, most)
     if not items:
-        raise UsageError(f"there are no rows to train on of at most {options.max_tokens} tokens; raise max_tokens")
-    looked_at = [item.ids for item in _items(tokenizer, held_out, options, None)]
+        raise UsageError(f"there are no rows to train on of at most {most} tokens; raise max_tokens")
+    looked_at = [item.ids for item in _items(tokenizer, held_out, options, None, most)]
     run = TrainingRun(model, options.n_steps(len(items)), options.learning_rate)
     place = None if checkpoint is None else Path(checkpoint)
-    made_for = _digest(rows, held_out, options)
+    state_of = _digest(rows, held_out, options, made_for)
     if place is not None:
-        run.load(place, made_for)
+        run.load(place, state_of)
     every = options.every or max(1, min(_EVERY, run.steps // 8))
     was_training, began = model.training, time.monotonic()
     try:
@@ -166,19 +170,19 @@ def train_rows(
                     run.look(agreement_of(model, looked_at, batch=options.batch, device=options.device))
                 run.seconds, began = run.seconds + time.monotonic() - began, time.monotonic()
                 if place is not None:
-                    run.save(place, made_for)
+                    run.save(place, state_of)
         run.restore_best()
     finally:
         model.train(was_training)
     left_out = sum(row.weight > 0 for row in rows) - len(items)
-    warnings = (f"{left_out} rows are longer than {options.max_tokens} tokens and were left out",) if left_out else ()
+    warnings = (f"{left_out} rows are longer than {most} tokens and were left out",) if left_out else ()
     early = run.step < run.steps
     return Trained(model, tuple(run.losses), tuple(run.looks), run.best_step, run.tokens, run.seconds, early, warnings)
 
 
 def agreement(model: Any, tokenizer: Any, rows: Sequence[TrainRow], options: Train = Train()) -> Agreement:
     """How far `model`, told every answer of `rows` up to a token, would go on as the answer does."""
-    items = [item.ids for item in _items(tokenizer, rows, options, None)]
+    items = [item.ids for item in _items(tokenizer, rows, options, None, min(options.max_tokens, room(model)))]
     if not items:
         raise UsageError("there are no rows to compare with")
     return agreement_of(model, items, batch=options.batch, device=options.device)
@@ -202,17 +206,19 @@ def _check_teacher(teacher: Teacher | None, tokenizer: Any, options: Train) -> N
         check_vocabularies(tokenizer, teacher.tokenizer)
 
 
-def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None) -> list[_Item]:
-    """Rows that are short enough and have something to foretell."""
+def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None, most: int) -> list[_Item]:
+    """Rows of at most so many tokens that have something to foretell."""
     found = []
     for row in rows:
         ids = encoded(tokenizer, row.prompt, row.answer, chat=options.chat)
-        if not ids[1] < len(ids[0]) <= options.max_tokens or not row.weight > 0:
+        if not ids[1] < len(ids[0]) <= most or not row.weight > 0:
             continue
         if teacher is None:
             found.append(_Item(ids, row.weight, None))
             continue
         taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
+        if len(taught[0]) > most:
+            continue
         shared = []
         if options.loss == "uld":
             starts, others = (
@@ -256,7 +262,7 @@ def _aligned(batch: Sequence[_Item], row: Tensor, of_row: Tensor) -> tuple[list[
     return mine, theirs
 
 
-def _digest(rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train) -> str:
+def _digest(rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train, made_for: str) -> str:
     """What tells one run from another."""
-    told = repr(([asdict(row) for row in rows], [asdict(row) for row in held_out], asdict(options)))
+    told = repr(([asdict(row) for row in rows], [asdict(row) for row in held_out], asdict(options), made_for))
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()

@@ -210,8 +210,8 @@ def replies(
             groups.setdefault(len(asked), []).append((i, asked))
     found: list[Reply | None] = [None] * len(rows)
     ends = end_ids(model, tokenizer)
-    with torch.no_grad(), generating(model, tokenizer, max_tokens=options.max_tokens) as how:
-        for length, group in sorted(groups.items()):
+    for length, group in sorted(groups.items()):
+        with torch.no_grad(), generating(model, tokenizer, asked=length, max_tokens=options.max_tokens) as how:
             for start in range(0, len(group), options.batch):
                 part = group[start : start + options.batch]
                 ids = torch.tensor([prompt for _, prompt in part], device=options.device)

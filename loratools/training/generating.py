@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from loratools.training.models import library
+from loratools.errors import UsageError
+from loratools.training.models import library, room
 from loratools.training.prompts import pad_id
 
 
@@ -19,14 +20,18 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def generating(
-    model: Any, tokenizer: Any, *, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    model: Any, tokenizer: Any, *, asked: int, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0
 ) -> Iterator[Any]:
-    """The settings to generate with, greedy at a temperature of 0.
+    """The settings to generate with, greedy at a temperature of 0, behind prompts of at most `asked` tokens.
 
     Within the block they are the model's own too, which would fill what is not stated: penalties for repetition, say.
+    Answers end where the model has no more room; UsageError where prompts leave none.
     """
+    left = room(model) - asked
+    if left < 1:
+        raise UsageError(f"a prompt of {asked} tokens leaves no room for an answer: the model has {room(model)} in all")
     how = library("transformers").GenerationConfig(
-        max_new_tokens=max_tokens,
+        max_new_tokens=min(max_tokens, left),
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
         top_p=top_p if temperature else 1.0,

@@ -20,14 +20,17 @@ from loratools.files import Saved, load, packed_place, save
 from loratools.ops.convert import Convert, convert
 from loratools.ops.quantize import Quantize, dtype_named, quantize_file, recorded_arguments
 from loratools.reports.recover import RecoverReport
-from loratools.storage.atomic import refuse_existing
+from loratools.storage.atomic import explained, printable, refuse_existing
+from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
 from loratools.training.peft_model import load_adapter
 from loratools.training.qat import Grid, Quantiser, quantization_aware, rounding
+from loratools.training.training_run import identity
 
 _FORM = 'give rows such as {"prompt": "...", "answer": "..."} or {"text": "..."}'
 _DIRECT = ("rtn", "sign", "lloyd", "nf", "petl")
+_MOST_HELD_OUT = 64  # rows
 _LOOKS = 5  # at the held-out rows, on the way
 RATE, UNITS = 5e-4, 0.02  # learning rates: of plain numbers; of whole multiples of a unit
 
@@ -85,25 +88,37 @@ def recover(
     output: str | os.PathLike[str],
     options: Recover = Recover(),
     *,
+    resume: bool = False,
     force: bool = False,
     step: Callable[[int], None] | None = None,
 ) -> tuple[Saved, RecoverReport]:
     """Train `adapter` on the base `model` for some steps and write it: packed as it was, or else as a PEFT folder.
 
     The numbers have the dtype that they had. `model` is left with the adapter in it. `step` is called with the tokens
-    of each step. UsageError for codes that cannot be trained in; AdapterError where the loss is no longer finite.
+    of each step. A run that ends early leaves its state beside the output, from which one with `resume` goes on to the
+    same result. UsageError for codes that cannot be trained in, or where such a state lies and nobody said what to do
+    with it; AdapterError where the loss is no longer finite.
     """
     codes = codes_of(adapter)
-    place = Path(output)
-    if codes is None:
-        refuse_existing(place, force=force)
-    else:
-        place = packed_place(place, force=force)
+    place = output_of(adapter, output, resume=resume, force=force)
+    state = state_of(place)
+    if not resume:
+        with explained(state):
+            state.unlink(missing_ok=True)
     train, held_out = _split(rows, options)
     how = options.training(UNITS if codes is not None and isinstance(codes.quantise, Grid) else RATE)
     wrapped = load_adapter(model, adapter, is_trainable=True)
     with nullcontext() if codes is None else quantization_aware(wrapped, codes.quantise):
-        trained = train_rows(wrapped, tokenizer, train, how, held_out=held_out, step=step)
+        trained = train_rows(
+            wrapped,
+            tokenizer,
+            train,
+            how,
+            held_out=held_out,
+            checkpoint=state,
+            made_for=repr((identity(adapter), model.name_or_path)),
+            step=step,
+        )
     arguments = {
         "steps": options.steps,
         "learning_rate": how.learning_rate,
@@ -114,6 +129,8 @@ def recover(
         wrapped.save_pretrained(folder, save_embedding_layers=False)
         with load(folder) as made:
             saved = _written(made, adapter, codes, place, arguments, force=force)
+    with explained(state):
+        state.unlink(missing_ok=True)
     looks = {look.step: look.held_out for look in trained.looks}
     before, after = (None, None) if not looks else (looks[0], looks[trained.best_step])
     return saved, RecoverReport(
@@ -134,6 +151,41 @@ def recover(
         output=str(saved.path),
         warnings=trained.warnings,
     )
+
+
+def output_of(adapter: Adapter, output: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> Path:
+    """Where `recover` writes: a file for what is in codes, else a folder. OutputError where something lies there,
+    UsageError where an earlier run has left its state beside it."""
+    place = Path(output)
+    if codes_of(adapter) is None:
+        refuse_existing(place, force=force)
+    else:
+        place = packed_place(place, force=force)
+    if state_of(place).is_file() and not (resume or force):
+        raise UsageError(
+            f"{printable(state_of(place))}: is what an earlier run came to; pass --resume to go on with it, or --force "
+            "to begin anew"
+        )
+    return place
+
+
+def state_of(place: Path) -> Path:
+    """The file that a run which is not over keeps its state in."""
+    return place.with_name(f"{place.name}.recover.pt")
+
+
+def cost(base: str | os.PathLike[str], rows: Sequence[TrainRow], options: Recover) -> Cost | None:
+    """What training on those rows will take; None where the base is not here."""
+
+    def found() -> Cost:
+        weights, machine = n_weights(base), Machine(options.device)
+        each = sum(n_tokens(row.prompt, row.answer) for row in rows) / max(len(rows), 1)
+        tokens = options.batch * each
+        looks = (_LOOKS + 1) * _n_held_out(rows, options) * each
+        seconds = machine.training(weights, options.steps * tokens) + machine.reading(weights, looks)
+        return Cost(machine.memory(weights, weights, round(tokens)), seconds)
+
+    return known(found)
 
 
 def codes_of(adapter: Adapter) -> Codes | None:
@@ -164,12 +216,16 @@ def _written(
 
 def _split(rows: Sequence[TrainRow], options: Recover) -> tuple[list[TrainRow], list[TrainRow]]:
     """The last of each so many rows is held out."""
-    held = min(64, int(len(rows) * options.held_out))
+    held = _n_held_out(rows, options)
     if not held:
         return list(rows), []
     every = len(rows) // held
     chosen = {i * every + every - 1 for i in range(held)}
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def _n_held_out(rows: Sequence[TrainRow], options: Recover) -> int:
+    return min(_MOST_HELD_OUT, int(len(rows) * options.held_out))
 
 
 def _row(line: str, where: str) -> TrainRow:

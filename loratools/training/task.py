@@ -35,6 +35,7 @@ from loratools.training.choices import (
     read_choices,
     shared_classes,
 )
+from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
 from loratools.training.evaluate import (
     FORM,
     Evaluate,
@@ -97,11 +98,32 @@ class Task:
         """How many rows there are."""
         return len(self.answers) + len(self.choices)
 
+    def check(self, measuring: Measuring) -> None:
+        """UsageError for what cannot be measured of these rows."""
+        if self.metric == "nll" and measuring.calibration:
+            raise UsageError(
+                "the likelihood of given answers has no right and wrong; --calibration needs exact or choice"
+            )
+
     def n_batches(self, tokenizer: Any, options: Evaluate) -> int:
         """How often one run calls its step."""
         if self.choices:
             return n_choice_batches(self.choices, options)
         return n_steps(tokenizer, self.answers, self.fitting(options))
+
+    def cost(self, base: str | os.PathLike[str], runs: int, options: Evaluate) -> Cost | None:
+        """What so many runs with that base will take; None where it is not here."""
+
+        def found() -> Cost:
+            weights, machine = n_weights(base), Machine(options.device)
+            read = sum(n_tokens(row.prompt, row.answer) for row in self.answers)
+            read += sum(n_tokens(row.prompt, choice) for row in self.choices for choice in row.choices)
+            said = sum(n_tokens(row.answer) for row in self.answers) if self.fitting(options).match else 0.0
+            seconds = machine.reading(weights, read) + machine.saying(weights, said, options.batch)
+            tokens = options.batch * read / max(self.n_rows, 1)
+            return Cost(machine.memory(weights, weights, round(tokens)), runs * seconds)
+
+        return known(found)
 
     def fitting(self, options: Evaluate) -> Evaluate:
         """The options with answers of the model's own where they are asked for, and only there."""
@@ -148,8 +170,7 @@ def run_task(
     Deterministic. `step` is called after each batch, with its tokens. AURAC is there where candidates state ranks.
     Raises AdapterError where an adapter does not fit the model.
     """
-    if task.metric == "nll" and measuring.calibration:
-        raise UsageError("the likelihood of given answers has no right and wrong; --calibration needs exact or choice")
+    task.check(measuring)
     options = task.fitting(options)
     warnings: list[str] = []
     if task.n_rows < _FEW:

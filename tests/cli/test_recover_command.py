@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def test_a_squeezed_adapter_is_trained(run: Run, places: tuple[Path, Path, Path]
     usual = ("recover", tmp_path / "small", "--base", base, "--data", rows, "--steps", 6, "--batch", 4)
     done = run(*usual, "-o", tmp_path / "better")
     assert done.code == 0, done.err
+    assert done.err.startswith("estimated: ")
     assert "2 held-out rows" in done.out
     assert "NLL of a token" in done.out
     assert f"wrote {tmp_path / 'better'}" in " ".join(done.out.split())
@@ -64,3 +66,16 @@ def test_bad_input(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) ->
         assert len(done.err.strip().splitlines()) == 1
     assert run("recover", adapter, "--base", base, "--data", rows, "-o", tmp_path / "out", "--steps", 0).code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_is_gone_on_with_or_thrown_away(run: Run, places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, rows = places
+    usual = ("recover", adapter, "--base", base, "--data", rows, "--steps", 2, "-o", tmp_path / "out")
+    for last in ("--resume", "--force"):
+        (tmp_path / "out.recover.pt").write_bytes(b"not one")
+        done = run(*usual)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "out.recover.pt: is what an earlier run came to" in done.err
+        assert run(*usual, last).code == 0
+        assert not (tmp_path / "out.recover.pt").exists()
+        shutil.rmtree(tmp_path / "out")

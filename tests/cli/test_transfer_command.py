@@ -64,6 +64,8 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--kit", tmp_path / "nothing")
     assert done.code == 3
     assert "nothing: holds no discriminator.json" in done.err.splitlines()[-1]
+    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--loss-temperature", 3)
+    assert (done.code, "--loss-temperature is of --loss kl" in done.err) == (2, True)
     far = ("--to", places.second, "-o", tmp_path / "far", "--report")
     done = run(*told, *far, empty / "page.html")
     assert (done.code, done.err.count("\n")) == (5, 1)

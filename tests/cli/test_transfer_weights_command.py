@@ -79,7 +79,11 @@ def test_to_another_base(run: Run, bases: tuple[Path, Path], lora: Path, tmp_pat
         (("--texts", "t.jsonl"), 2, "--align activations runs some --texts"),
         (("--seeds", "s.jsonl"), 2, "--weights-only makes no use of --seeds; leave that out"),
         (("--rank", "16", "--squeeze-to", "4", "--resume"), 2, "no use of --rank, --squeeze-to, --resume; leave"),
-        (("--generator", "x", "--show", "pairs", "--filter", "none", "--chat"), 2, "--generator, --show, --filter, --ch"),
+        (
+            ("--generator", "x", "--show", "pairs", "--filter", "none", "--chat"),
+            2,
+            "--generator, --show, --filter, --ch",
+        ),
         (("--temperature", "0.5", "--batch", "4"), 2, "makes no use of --temperature, --batch"),
         (("--warm-start",), 2, "makes no use of --warm-start"),
         (("--prepare-only",), 2, "choose one"),

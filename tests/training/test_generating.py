@@ -10,8 +10,11 @@ import torch
 from training.tiny import load_tiny_model, save_tiny_model
 from transformers import GenerationConfig
 
-from loratools.training.evaluate import Evaluate, Row, replies
+from loratools.errors import UsageError
+from loratools.training.distil import Train, TrainRow, train_rows
+from loratools.training.evaluate import Evaluate, Row, answer_nll, replies
 from loratools.training.generating import end_ids
+from loratools.training.new_adapter import NewAdapter, new_adapter
 from loratools.training.transfer.label import _confidences
 from loratools.training.transfer.sampling import Sampling, said
 
@@ -63,3 +66,30 @@ def test_an_answer_ends_with_any_of_the_models_ends(folder: Path) -> None:
     assert reply.text.startswith(tokenizer.decode(expected[:place], skip_special_tokens=True))
     assert len(reply.text) <= place + 1
     assert reply.confidence == pytest.approx(float(torch.tensor(logs[: place + 1]).sum().exp()), rel=1e-4)
+
+
+def test_answers_end_where_the_model_has_no_more_room(folder: Path) -> None:
+    model, tokenizer = load_tiny_model(folder)  # of 64 positions
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    taken: list[object] = []
+    replies(
+        model,
+        tokenizer,
+        [Row("a" * 60, "b"), Row("a" * 10, "b")],
+        options=Evaluate(max_tokens=MOST),
+        step=taken.append,
+    )
+    assert taken == [10 + MOST, 64]
+    with pytest.raises(UsageError, match="a prompt of 64 tokens leaves no room"):
+        replies(model, tokenizer, [Row("a" * 64, "b")])
+    with pytest.raises(UsageError, match="65 tokens is too long: the model has room for 64"):
+        answer_nll(model, tokenizer, [Row("a" * 60, "b" * 5)])
+    assert answer_nll(model, tokenizer, [Row("a" * 60, "b" * 4)])[1] == 4
+
+
+def test_training_leaves_out_what_there_is_no_room_for(folder: Path) -> None:
+    model, tokenizer = load_tiny_model(folder)
+    adapted = new_adapter(model.requires_grad_(False), NewAdapter(rank=2))
+    rows = [TrainRow("a" * n, "b" * 4) for n in (10, 59, 60)]  # with an end token
+    trained = train_rows(adapted, tokenizer, rows, Train(steps=1, batch=3))
+    assert trained.warnings == ("1 rows are longer than 64 tokens and were left out",)

@@ -117,3 +117,51 @@ def test_rows_are_read_or_named(tmp_path: Path) -> None:
     file.write_text('{"text": "c"}\n{"prompt": "a"}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl.*2.*neither"):
         read_train_rows(file)
+
+
+@pytest.mark.parametrize("packing", [None, Quantize("rtn", 4)])
+def test_a_killed_run_goes_on_to_the_same_result(
+    base: Path, lora: Path, tmp_path: Path, packing: Quantize | None
+) -> None:
+    small = lora if packing is None else quantize_file(load(lora), tmp_path / "small.safetensors", packing)[0].path
+    name = "better" if packing is None else "better.safetensors"
+
+    def run(place: Path, **more: Any) -> Path:
+        return recover(*load_tiny_model(base), load(small), ROWS, place / name, TASK, **more)[0].weights
+
+    expected = run(tmp_path / "whole").read_bytes()
+    state, counted = tmp_path / f"{name}.recover.pt", 0
+
+    def count(tokens: int) -> None:
+        nonlocal counted
+        counted += 1
+        if counted == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, step=count)
+    assert state.is_file()
+    assert not (tmp_path / name).exists()
+    with pytest.raises(UsageError, match="--resume"):
+        run(tmp_path)
+    assert run(tmp_path, resume=True, step=count).read_bytes() == expected
+    assert counted == 11 + 12  # of 20 steps, 8 were looked at and kept
+    assert not state.exists()
+
+
+def test_the_state_of_another_adapter_is_none(base: Path, lora: Path, tmp_path: Path) -> None:
+    other = save_tiny_lora(tmp_path / "other", rank=4, lora_dropout=0.1)
+    state = tmp_path / "better.recover.pt"
+
+    def stop(tokens: int) -> None:
+        raise_after.append(tokens)
+        if len(raise_after) == 6:
+            raise KeyboardInterrupt
+
+    raise_after: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        recover(*load_tiny_model(base), load(other), ROWS, tmp_path / "better", TASK, step=stop)
+    assert state.is_file()
+    counted: list[int] = []
+    recover(*load_tiny_model(base), load(lora), ROWS, tmp_path / "better", TASK, resume=True, step=counted.append)
+    assert len(counted) == 20

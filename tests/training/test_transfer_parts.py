@@ -289,7 +289,14 @@ def test_by_their_odds_a_share_of_p_over_its_rest_passes() -> None:
 
 def test_rows_survive_a_torn_last_line(tmp_path: Path) -> None:
     files = StageFiles(tmp_path / "work")
-    files.open(resume=False, force=False)
+    with (
+        files.open(resume=False),
+        pytest.raises(UsageError, match="another run is at work here"),
+        files.open(resume=True),
+    ):
+        pass
+    with files.open(resume=True):
+        pass
     files.append("a.jsonl", [{"prompt": "x\u2028y"}, {"prompt": "z"}])
     path = tmp_path / "work" / "a.jsonl"
     whole = path.read_bytes()
@@ -315,8 +322,8 @@ def test_a_stage_is_done_again_when_what_it_was_made_of_changed(tmp_path: Path) 
     files.append("a.jsonl", [{"prompt": "y"}])
     assert not files.is_done("next", files.digest("a.jsonl", settings={"n": 1}))
     assert len({before, files.digest(settings={"n": 1}), files.digest("b.jsonl", settings={"n": 1})}) == 3
-    with pytest.raises(UsageError, match="--resume"):
-        files.open(resume=False, force=False)
+    with pytest.raises(UsageError, match="--resume"), files.open(resume=False):
+        pass
     (tmp_path / "stages.json").write_text("[")
     with pytest.raises(InputError, match="--force"):
         files.is_done("next", before)

@@ -20,6 +20,7 @@ from loratools.storage.atomic import printable, refuse_existing, write_whole
 from loratools.training.applied import base_of
 from loratools.training.evaluate import Evaluate, Row, evaluate, n_steps
 from loratools.training.seeds import order
+from loratools.training.training_run import identity
 from loratools.training.transfer.data_stages import keep_inputs, make_inputs, prepare
 from loratools.training.transfer.fit import fit, refuse_unfit_tokenizers
 from loratools.training.transfer.job import (
@@ -81,11 +82,10 @@ def transfer(
     out = Path(os.path.abspath(output)) if Path(output).name in ("", "..") else Path(output)
     files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
     refuse_existing(out, force=force or (resume and files.has_begun))
-    known = _identity(adapter)
-    judge = (kit_of(adapter) if kit is None else Path(kit)) / DISCRIMINATOR
-    if kit is not None and not judge.is_file():
-        raise InputError(f"{printable(judge.parent)}: holds no {DISCRIMINATOR}; make one with --prepare-only")
-    if not seeds and judge.is_file():
+    with load(adapter) as opened:
+        known = identity(opened)
+    judge = judge_of(adapter, kit)
+    if not seeds and judge is not None:
         seeds = read_seeds(judge.with_name(SEEDS))
     places: dict[Role, str] = {
         "source": str(source),
@@ -93,11 +93,11 @@ def transfer(
         "generator": str(generator if generator is not None else target),
     }
     models = ModelsInTurn(str(adapter), places, options.device, allow_download)
-    job = Job(models, files, options, tuple(seeds), judge if judge.is_file() and seeds else None, meter)
+    job = Job(models, files, options, tuple(seeds), judge if seeds else None, meter)
     refuse_unfit_tokenizers(job)
-    files.open(EVERY, resume=resume, force=force)
-    _run(job, known, rows)
-    report = _finished(job, str(adapter), out)
+    with files.open(EVERY, resume=resume, force=force):
+        _run(job, known, rows)
+        report = _finished(job, str(adapter), out)
     models.drop()
     return report
 
@@ -121,7 +121,7 @@ def save_kit(
     refuse_existing(place / DISCRIMINATOR, force=force)
     if not seeds:
         raise UsageError("a discriminator learns from real inputs: give --seeds with as many as there are")
-    _identity(adapter)
+    load(adapter).close()  # which refuses what is none
     models = ModelsInTurn(
         str(adapter),
         {"source": str(source), "target": str(source), "generator": str(source)},
@@ -129,15 +129,15 @@ def save_kit(
         allow_download,
     )
     files = StageFiles(place)
-    files.open(resume=True)
     job = Job(models, files, replace(options, passing="threshold"), tuple(seeds), None, meter)
-    # first, as the discriminator tells that all is there
     shown = [seeds[i] for i in sorted(order(len(seeds), options.seed)[: options.shots])]
-    files.write(SEEDS, [{k: v for k, v in asdict(seed).items() if v is not None} for seed in shown])
-    made_from = files.digest(settings=[_made_of(job, models.places["source"]), options.batch])
-    _stage(job, "prepare", made_from, lambda job: prepare(job, reads="source"), PROBES)
-    figures = files.figures("prepare")
-    files.remove(PROBES, FIGURES, RECORD)
+    with files.open(resume=True):
+        # first, as the discriminator tells that all is there
+        files.write(SEEDS, [{k: v for k, v in asdict(seed).items() if v is not None} for seed in shown])
+        made_from = files.digest(settings=[_made_of(job, models.places["source"]), options.batch])
+        _stage(job, "prepare", made_from, lambda job: prepare(job, reads="source"), PROBES)
+        figures = files.figures("prepare")
+        files.remove(PROBES, FIGURES, RECORD)
     models.drop()
     return KitReport(figures["real"], figures["made_up"], figures["loss"], len(shown), str(place))
 
@@ -148,10 +148,15 @@ def kit_of(adapter: str | os.PathLike[str]) -> Path:
     return place.with_name(f"{place.name}.{KIT}") if place.is_file() else place / KIT
 
 
-def _identity(adapter: str | os.PathLike[str]) -> list[Any]:
-    """What tells an adapter from another that lies at the same place some day."""
-    with load(adapter) as opened:
-        return [None if opened.origin is None else opened.origin.sha256(), opened.config]
+def judge_of(adapter: str | os.PathLike[str], kit: str | os.PathLike[str] | None = None) -> Path | None:
+    """The discriminator that was made with an adapter, in `kit` or where `kit_of` has it; InputError where `kit` holds
+    none."""
+    judge = (kit_of(adapter) if kit is None else Path(kit)) / DISCRIMINATOR
+    if judge.is_file():
+        return judge
+    if kit is None:
+        return None
+    raise InputError(f"{printable(judge.parent)}: holds no {DISCRIMINATOR}; make one with --prepare-only")
 
 
 def _made_of(job: Job, generator: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def said(
     if stop is not None:
         criteria.append(_until(stop, tokenizer, most))
     settings = generating(
-        model, tokenizer, max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p
+        model, tokenizer, asked=most, max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p
     )
     with torch.no_grad(), seeded("said", seed), settings as how:
         out = model.generate(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +35,39 @@ class StageFiles:
         """Whether an earlier run has left its record here."""
         return (self.folder / RECORD).is_file()
 
-    def open(self, stale: Sequence[str] = (), *, resume: bool, force: bool = False) -> None:
-        """Make the folder; UsageError where an earlier run has left stages and nobody said what to do with them.
+    @contextmanager
+    def open(self, stale: Sequence[str] = (), *, resume: bool, force: bool = False) -> Iterator[None]:
+        """Make the folder, and have it for oneself within the block.
 
-        With `force` alone that run's record and its files called `stale` are removed, and nothing else that lies there.
+        UsageError where another process is at work in it, or an earlier run has left stages and nobody said what to do
+        with them. With `force` alone that run's record and its files called `stale` are removed, and nothing else that
+        lies there.
         """
-        if self.has_begun and not resume:
-            if not force:
-                raise UsageError(
-                    f"{printable(self.folder)}: holds an earlier run; pass --resume to go on with it, or --force to "
-                    "begin anew"
-                )
-            self.remove(*stale, FIGURES, RECORD)
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._lock(folder)
+            if self.has_begun and not resume:
+                if not force:
+                    raise UsageError(
+                        f"{printable(self.folder)}: holds an earlier run; pass --resume to go on with it, or --force "
+                        "to begin anew"
+                    )
+                self.remove(*stale, FIGURES, RECORD)
+            yield
+        finally:
+            os.close(folder)
+
+    def _lock(self, folder: int) -> None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{printable(self.folder)}: another run is at work here; wait for it, or choose another folder"
+            ) from None
+        except OSError:
+            return  # not every file system has locks
 
     def is_done(self, stage: str, made_from: str) -> bool:
         """Whether the stage is complete, and was made from the same."""
