@@ -13,6 +13,7 @@ from contestants import table
 UNFILTERED, FILTERED = "distilled, unfiltered", "distilled, filtered by the seeds"
 MADE_WITH, WARM = "distilled, filtered by a kit", "the same, warm start"
 ROBUST, DORA = "the same, robust weights", "unfiltered, to DoRA on its own base"
+DORA_KL, DORA_COPIED = "the same, by probabilities too", "copied and trained, to DoRA on its own base"
 SOURCE = "the adapter on its own base"
 ACCEPTED, OF_A_REASON = 6, 3  # rows that are shown
 
@@ -89,7 +90,9 @@ def _text(about: dict[str, Any], *, robust: bool) -> str:
         f"by what both make of {about['texts']} labelled rows. Real data: as many rows of the adapter's own training "
         f"data, with their true answers. All train LoRA of rank {about['rank']} for {about['steps']} steps of "
         f"{about['of']} rows, AdamW at {about['rate']:g}; a tenth of the rows decides which step is kept. DoRA: the "
-        "same rows, unfiltered or filtered by a kit, to DoRA of the same rank on the adapter's own base. Exact: share "
+        "same rows, unfiltered or filtered by a kit, to DoRA of the same rank on the adapter's own base; there both "
+        "have one vocabulary, so that the source's probabilities can be learnt (`--loss kl`), and one shape, so that "
+        "training can begin with a copy (`--warm-start --align none`), squeezed to the rank. Exact: share "
         f"of {about['rows']} held-out greedy answers that are right word for word (standard error at most "
         f"{0.5 / about['rows'] ** 0.5:.3f}); NLL: of an answer token, which tokenizers split differently: compare it "
         "within a base. Seconds: to make it, on a machine with other work, with the generated and labelled rows that "

@@ -19,7 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contestants import CACHE, ROOT, device, of_size
-from transfer_page import DORA, FILTERED, MADE_WITH, ROBUST, SOURCE, UNFILTERED, WARM, Line, page, told
+from transfer_page import (
+    DORA,
+    DORA_COPIED,
+    DORA_KL,
+    FILTERED,
+    MADE_WITH,
+    ROBUST,
+    SOURCE,
+    UNFILTERED,
+    WARM,
+    Line,
+    page,
+    told,
+)
 
 if TYPE_CHECKING:
     from loratools.ops.weight_space import Align
@@ -108,6 +121,10 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     yield transferred(MADE_WITH, how, places.target, UNFILTERED, kit=True)
     yield transferred(WARM, warm, places.target, MADE_WITH, kit=True)
     yield transferred(DORA, replace(dora, passing="none"), places.source, UNFILTERED)
+    by_probabilities = replace(dora, passing="none", train=replace(how.train, loss="kl"))
+    yield transferred(DORA_KL, by_probabilities, places.source, UNFILTERED)
+    copied = replace(dora, passing="none", warm_start="none")
+    yield transferred(DORA_COPIED, copied, places.source, UNFILTERED)
     yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH, kit=True)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
