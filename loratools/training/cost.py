@@ -14,6 +14,7 @@ from loratools._lazy import torch
 from loratools.base_weights import load_base
 from loratools.errors import LoratoolsError
 from loratools.sizes import format_size
+from loratools.training.models import working_dtype
 
 _SIZE: Final = 1024  # of the matrices that are multiplied to see how fast that goes
 _SHARE: Final = 0.5  # of that speed which a model reaches
@@ -40,9 +41,11 @@ class Machine:
     device: str
 
     @property
-    def width(self) -> int:
-        """Bytes of a weight."""
-        return 2 if self.device.startswith("cuda") else 4
+    def dtype(self) -> torch.dtype:
+        """That of weights."""
+        found = getattr(torch, working_dtype(self.device))
+        assert isinstance(found, torch.dtype)
+        return found
 
     def saying(self, weights: int, tokens: float, batch: int) -> float:
         """Seconds in which `batch` answers at once come to so many tokens."""
@@ -58,11 +61,12 @@ class Machine:
 
     def memory(self, held: int, weights: int, tokens: int) -> int:
         """Bytes that models of `held` weights take, with the activations of one of `weights` over so many tokens."""
-        return round(1.3 * self.width * held + 30 * self.width * tokens * math.sqrt(weights))
+        width = self.dtype.itemsize
+        return round(1.3 * width * held + 30 * width * tokens * math.sqrt(weights))
 
     def _speed(self, rows: int) -> float:
         """Operations a second, of products of a few rows or of many."""
-        a, b = torch.ones(rows, _SIZE, device=self.device), torch.ones(_SIZE, _SIZE, device=self.device)
+        a, b = (torch.ones(n, _SIZE, device=self.device, dtype=self.dtype) for n in (rows, _SIZE))
         best = math.inf
         for _ in range(4):
             began = time.perf_counter()
