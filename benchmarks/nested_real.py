@@ -1,17 +1,20 @@
 """One adapter for many ranks on a real task: LoRA, DyLoRA and MatryoshkaLoRA on the same budget, cut to every rank.
 
-What an objective came to lies in the cache of benchmarks: an interrupted run goes on with the next one.
+What is trained, and what each way to cut it came to, lies in the cache of benchmarks: an interrupted run goes on there.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contestants import CACHE, device, of_size, table
 from number_words import BATCH, fresh, load_real, reason_missing, scores, train
@@ -22,9 +25,39 @@ if TYPE_CHECKING:
     from loratools.adapter import Adapter
     from loratools.training.nested import Objective, Scaling
 
-Cut = Callable[[Any, int], Any]
+Cut = Callable[["Adapter", int], "Adapter"]
+Real = Callable[[], "RealModel"]
 
 RANK, STEPS, RATE, ROWS = 16, 100, 1e-3, 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An objective, and where what it made lies; of MatryoshkaLoRA also with P."""
+
+    objective: Objective
+    scaling: Scaling
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.objective if self.scaling == "keep" else f"{self.objective}, {self.scaling}"
+
+    @property
+    def with_p(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}, P kept")
+
+    def cuts(self) -> list[tuple[str, Path, Cut]]:
+        """Every way to cut it: a name, the adapter, and what makes one of lower rank of it."""
+        found: list[tuple[str, Path, Cut]] = [
+            (self.name, self.folder, _prefix if self.scaling == "keep" else _prefix_sqrt)
+        ]
+        if self.objective == "lora":
+            found.append((f"{self.name}, squeezed", self.folder, _squeezed))
+        if self.objective == "matryoshka":
+            found.append((f"{self.name}, P kept", self.with_p, _prefix))
+            found.append((f"{self.name}, P kept, squeezed", self.with_p, _squeezed))
+        return found
 
 
 def main(*, quick: bool = False) -> str:
@@ -32,12 +65,13 @@ def main(*, quick: bool = False) -> str:
     title = "# Nested training\n\n"
     if reason := reason_missing():
         return f"{title}Skipped: {reason}."
+    steps, n_rows = of_size((4, 16), (STEPS, ROWS), (700, 256), quick=quick)
     with tempfile.TemporaryDirectory() as folder:
-        steps, n_rows = of_size((4, 16), (STEPS, ROWS), (700, 256), quick=quick)
-        return title + _measured(Path(folder), steps=steps, n_rows=n_rows)
+        real = functools.cache(lambda: load_real(Path(folder), n_rows=n_rows))
+        return title + _measured(real, steps=steps, n_rows=n_rows)
 
 
-def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
+def _measured(real: Real, *, steps: int, n_rows: int) -> str:
     from loratools import __version__
     from loratools.ops.aurac import aurac
 
@@ -45,17 +79,17 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
     settings = json.dumps([__version__, device(), steps, n_rows, RANK, RATE])
     cache = CACHE / "nested_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    real: RealModel | None = None
+    several: tuple[tuple[Objective, Scaling], ...] = (
+        ("lora", "keep"),
+        ("dylora", "keep"),
+        ("matryoshka", "keep"),
+        ("matryoshka", "sqrt"),
+    )
     rows, areas = [], []
-    for objective, scaling in (("lora", "keep"), ("dylora", "keep"), ("matryoshka", "keep"), ("matryoshka", "sqrt")):
-        place = cache / f"{objective}, {scaling}.json"
-        if not place.is_file():
-            if real is None:
-                real = load_real(folder, n_rows=n_rows)
-            scored = _scored(real, folder, objective, scaling, ranks, steps)
-            place.with_suffix(".tmp").write_text(json.dumps(scored), encoding="utf-8")
-            place.with_suffix(".tmp").replace(place)
-        for name, found in json.loads(place.read_text(encoding="utf-8")).items():
+    for objective, scaling in several:
+        trained = Trained(objective, scaling, cache / f"{objective}, {scaling}")
+        for name, place, cut in trained.cuts():
+            found = _kept(cache / f"{name}.json", real, trained, place, cut, ranks, steps)
             exact = [100 * share for _, share in found]
             area = [aurac(ranks, exact, "log2"), aurac(ranks, exact, "linear")]
             nll = aurac(ranks, [value for value, _ in found], "log2")
@@ -65,13 +99,13 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
         f"A LoRA of rank {RANK} on all 210 linear layers of SmolLM2-135M-Instruct, alpha {RANK}, {steps} steps of "
         f"{BATCH} rows of number words at {RATE:g}, the same rows in the same order and the same first factors for "
         "each objective (`loratools.training.nested`); DyLoRA draws one of the ranks for each step. The first r "
-        "components are then cut out (`truncate`), and, of the plain LoRA, also the best rank r (`squeeze`). "
-        "MatryoshkaLoRA trains B P A with a diagonal P and leaves P out afterwards; `sqrt` has the scales of the "
-        "authors' script; P kept: the same with P multiplied into A, so that the whole rank is what was trained. On "
-        f"{n_rows} "
-        f"held-out rows; the standard error of exact answers is at most {50 / n_rows**0.5:.1f} points. AURAC is the "
-        f"area under "
-        "the curve over the rank, on log2 of it, or on the rank itself. One seed.\n\nExact answers, %:\n\n"
+        "components are then cut out (`truncate`); squeezed: the best rank r instead (`squeeze`). MatryoshkaLoRA "
+        "trains B P A with a diagonal P and leaves P out afterwards; `sqrt` has the scales of the authors' script; P "
+        "kept: P is multiplied into A (`keep_diagonal`), so that the whole rank is what was trained. P is up to "
+        f"{len(ranks)} times the scale of the others, and components learn as much faster. On {n_rows} held-out rows; "
+        f"the standard error of exact answers is at most {50 / n_rows**0.5:.1f} points. AURAC is the area under the "
+        "curve over the rank, on log2 of it, or on the rank itself. One seed, one learning rate.\n\nExact answers, "
+        "%:\n\n"
     )
     wide = [str(rank) for rank in ranks]
     return (
@@ -82,33 +116,45 @@ def _measured(folder: Path, *, steps: int, n_rows: int) -> str:
     )
 
 
-def _scored(
-    real: RealModel, folder: Path, objective: Objective, scaling: Scaling, ranks: list[int], steps: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Train by an objective; NLL and share of exact answers at each rank, for each way to cut."""
-    from loratools import load, squeeze
-    from loratools.training.nested import diagonal, nested
+def _kept(
+    file: Path, real: Real, trained: Trained, place: Path, cut: Cut, ranks: list[int], steps: int
+) -> list[tuple[float, float]]:
+    """NLL and share of exact answers at each rank, from the cache if they are there."""
+    from loratools import load
 
-    keep = scaling == "keep"
-    name = objective if keep else f"{objective}, {scaling}"
-    model, place = fresh(real, RANK, RANK) if keep else fresh(real, RANK, 1, "rslora"), folder / name
-    with nested(model, objective, ranks, scaling=scaling, seed=0) as begin_step:
-        train(real, model, steps=steps, rate=RATE, place=place, forward=lambda _, step: begin_step())
-    cuts: list[tuple[str, Path, Cut]] = [(name, place, _prefix if keep else _prefix_sqrt)]
-    if objective == "lora":
-        cuts.append(("lora, squeezed", place, lambda adapter, rank: squeeze(adapter, rank)[0]))
-    if objective == "matryoshka":
-        _fold(model, diagonal(RANK, ranks, scaling))
-        model.save_pretrained(folder / f"{name}, folded", save_embedding_layers=False)
-        cuts.append((f"{name}, P kept", folder / f"{name}, folded", _prefix))
-    model.unload()
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name, place, cut in cuts:
+    if not file.is_file():
+        if not trained.folder.is_dir():
+            _train(real(), trained, ranks, steps)
+        found = []
         for rank in ranks:
             adapter = load(place)
-            found.setdefault(name, []).append(scores(real, adapter if rank == RANK else cut(adapter, rank)))
-            print(name, rank, *found[name][-1], file=sys.stderr, flush=True)
-    return found
+            found.append(scores(real(), adapter if rank == RANK else cut(adapter, rank)))
+            print(file.stem, rank, *found[-1], file=sys.stderr, flush=True)
+        file.with_suffix(".tmp").write_text(json.dumps(found), encoding="utf-8")
+        file.with_suffix(".tmp").replace(file)
+    return [(nll, exact) for nll, exact in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _train(real: RealModel, trained: Trained, ranks: list[int], steps: int) -> None:
+    """By an objective; the folder without P is there last, and tells that all is."""
+    from loratools.training.nested import keep_diagonal, nested
+
+    model = fresh(real, RANK, RANK) if trained.scaling == "keep" else fresh(real, RANK, 1, "rslora")
+    new = trained.folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    with nested(model, trained.objective, ranks, scaling=trained.scaling, seed=0) as begin_step:
+        train(real, model, steps=steps, rate=RATE, place=new, forward=lambda _, step: begin_step())
+    if trained.objective == "matryoshka":
+        keep_diagonal(model, ranks, scaling=trained.scaling)
+        model.save_pretrained(trained.with_p, save_embedding_layers=False)
+    model.unload()
+    new.replace(trained.folder)
+
+
+def _squeezed(adapter: Adapter, rank: int) -> Adapter:
+    from loratools import squeeze
+
+    return squeeze(adapter, rank)[0]
 
 
 def _prefix(adapter: Adapter, rank: int) -> Adapter:
@@ -121,18 +167,6 @@ def _prefix_sqrt(adapter: Adapter, rank: int) -> Adapter:
     from loratools import truncate
 
     return truncate(adapter, rank, nested="matryoshka", scaling="sqrt")[0]
-
-
-def _fold(model: Any, diagonal: list[float]) -> None:
-    """B P A for B A, in place."""
-    import torch
-
-    from loratools.training.anneal import lora_layers
-
-    with torch.no_grad():
-        for _, layer in lora_layers(model, "default"):
-            weight = layer.lora_A["default"].weight
-            weight.mul_(torch.tensor(diagonal).to(weight).unsqueeze(1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Three objectives on the same factors, with B_r and A_r the first r columns and r
 * lora: s B A, of the whole rank alone;
 * dylora: s_r B_r A_r with a rank drawn for each step (DyLoRA, arXiv 2210.07558), all of whose components learn;
 * matryoshka: the sum of s_r B_r A_r over all ranks at once, which is B P A with a diagonal P (MatryoshkaLoRA, arXiv
-  2605.07850). P is for training alone: what is saved, and cut, is B_r A_r with the scale of its rank.
+  2605.07850). P is for training alone: what is saved, and cut, is B_r A_r with the scale of its rank, unless
+  `keep_diagonal` makes the trained B P A of it first.
 """
 
 from __future__ import annotations
@@ -52,15 +53,7 @@ def nested(
     dylora` for "rank" (DyLoRA's own), or `--nested matryoshka --scaling sqrt` with alpha 1 and use_rslora for "sqrt"
     (the default of MatryoshkaLoRA's script). UsageError for ranks that the adapter does not have, or layers of several.
     """
-    layers = [layer for _, layer in lora_layers(model, adapter)]
-    held = {layer.r[adapter] for layer in layers}
-    if len(held) != 1:
-        raise UsageError(f"the model has LoRA layers of ranks {sorted(held)}; nested training needs one rank for all")
-    (rank,) = held
-    if unfit := [layer for layer in layers if adapter not in layer.lora_A]:
-        raise UsageError(f"{len(unfit)} embeddings have a LoRA; nested training is for linear layers and convolutions")
-    chosen = doubling(rank) if ranks is None else sorted(set(ranks))
-    _check(rank, chosen)
+    layers, rank, chosen = _layers(model, ranks, adapter)
     draws = random.Random(seed)
     weights: list[Tensor] = [torch.zeros(rank)]
 
@@ -82,6 +75,37 @@ def nested(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def keep_diagonal(
+    model: Module, ranks: Sequence[int] | None = None, *, scaling: Scaling = "keep", adapter: str = "default"
+) -> None:
+    """Multiply MatryoshkaLoRA's P into the factors A, in place, once training is over: B P A is what was trained.
+
+    `ranks` and `scaling` as `nested` was given them, which raises the same errors. The whole rank then computes what it
+    was trained to; the first components are cut with its scale, `loratools truncate --nested keep`. The authors leave P
+    out.
+    """
+    layers, rank, chosen = _layers(model, ranks, adapter)
+    weights = torch.tensor(diagonal(rank, chosen, scaling))
+    with torch.no_grad():
+        for layer in layers:
+            down = layer.lora_A[adapter].weight
+            down.mul_(weights.to(down).reshape(-1, *[1] * (down.ndim - 1)))
+
+
+def _layers(model: Module, ranks: Sequence[int] | None, adapter: str) -> tuple[list[Any], int, Sequence[int]]:
+    """The LoRA layers, the rank of all of them, and the ranks that are trained."""
+    layers = [layer for _, layer in lora_layers(model, adapter)]
+    held = {layer.r[adapter] for layer in layers}
+    if len(held) != 1:
+        raise UsageError(f"the model has LoRA layers of ranks {sorted(held)}; nested training needs one rank for all")
+    (rank,) = held
+    if unfit := [layer for layer in layers if adapter not in layer.lora_A]:
+        raise UsageError(f"{len(unfit)} embeddings have a LoRA; nested training is for linear layers and convolutions")
+    chosen = doubling(rank) if ranks is None else sorted(set(ranks))
+    _check(rank, chosen)
+    return layers, rank, chosen
 
 
 def _share(r: int, rank: int, scaling: Scaling) -> float:

@@ -14,7 +14,7 @@ from loratools.errors import UsageError
 from loratools.ops.truncate import truncate
 from loratools.training.anneal import lora_layers
 from loratools.training.applied import applied
-from loratools.training.nested import Objective, Scaling, diagonal, nested
+from loratools.training.nested import Objective, Scaling, diagonal, keep_diagonal, nested
 
 peft = pytest.importorskip("peft")
 
@@ -66,6 +66,24 @@ def test_the_layers_compute_the_objective(scaling: Scaling) -> None:
                 met.add(drawn)
         assert met == set(ranks)
         assert torch.equal(model(IDS).logits, untouched)
+
+
+@pytest.mark.parametrize("scaling", ["keep", "sqrt"])
+def test_with_its_diagonal_the_whole_rank_is_what_was_trained(tmp_path: Path, scaling: Scaling) -> None:
+    model, ranks = tuned(), (2, 4, 8)
+    with torch.no_grad():
+        with nested(model, "matryoshka", ranks, scaling=scaling):
+            trained = model(IDS).logits
+        before = with_deltas(model, torch.tensor(diagonal(RANK, ranks, scaling)) * (torch.arange(RANK) < 4))
+        keep_diagonal(model, ranks, scaling=scaling)
+        torch.testing.assert_close(model(IDS).logits, trained)
+    model.save_pretrained(tmp_path / "saved")
+    small, _ = truncate(load(tmp_path / "saved"), 4, nested="keep")
+    plain = tiny_llama()
+    with applied(plain, small), torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, before)
+    with pytest.raises(UsageError, match="between 1 and 8"):
+        keep_diagonal(model, (16,))
 
 
 def test_the_diagonal_is_the_published_one() -> None:
