@@ -124,7 +124,7 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     by_probabilities = replace(dora, passing="none", train=replace(how.train, loss="kl"))
     yield transferred(DORA_KL, by_probabilities, places.source, UNFILTERED)
     copied = replace(dora, passing="none", warm_start="none")
-    yield transferred(DORA_COPIED, copied, places.source, UNFILTERED)
+    yield transferred(DORA_COPIED, copied, places.source, DORA_KL)
     yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH, kit=True)
     yield kept("trained on real data", lambda: _oracle(places, how))
     yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
