@@ -5,8 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Final
+
+from loratools_cli.output import say
 
 # A terminal sends one Ctrl-C to several processes and people press it twice: repeats must not disturb the cleaning up.
 _DEAF_SECONDS: Final = 2.0
@@ -15,6 +19,16 @@ _SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", 
 
 class Interrupted(KeyboardInterrupt):
     """A class of its own: a plain one that passes through exec("...") makes CPython die of SIGINT at the very end."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell who interrupts the block how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("what is done is kept: the same command with --resume goes on")
+        raise
 
 
 class Interrupts:

@@ -158,7 +158,9 @@ def refuse_unused(context: typer.Context, form: str, used: Collection[str]) -> N
     if stated:
         from loratools.errors import UsageError
 
-        raise UsageError(f"{form} makes no use of {', '.join(stated)}; leave that out")
+        raise UsageError(
+            f"{form} makes no use of {', '.join(stated)}; leave {'that' if len(stated) == 1 else 'those'} out"
+        )
 
 
 def thresholds(text: str | None) -> float | dict[str, float] | None:

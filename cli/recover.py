@@ -17,7 +17,8 @@ def recover(
     output: Annotated[Path, Option("--output", "-o", metavar="PATH", help="Folder, or file where it is in codes.")],
     steps: Annotated[int, Option(metavar="N", help="Steps of training.")] = 50,
     learning_rate: Annotated[
-        float | None, Option("--lr", metavar="X", help="Learning rate; 5e-4, or 0.02 units on a grid.")
+        float | None,
+        Option("--learning-rate", "--lr", metavar="R", help="Of AdamW: 5e-4 by default, or 0.02 units on a grid."),
     ] = None,
     batch: Annotated[int, Option(metavar="N", help="Rows to a step.")] = 8,
     max_rows: Annotated[int | None, Option(metavar="N", help="Use the first N rows.")] = None,
@@ -46,6 +47,7 @@ def recover(
     from loratools.training.models import load_model, working_dtype
     from loratools.training.recover import Recover, cost, output_of, read_train_rows
     from loratools.training.recover import recover as recovered
+    from loratools_cli.interrupts import resumable
     from loratools_cli.opening import open_adapter
     from loratools_cli.output import Output
     from loratools_cli.progress import Progress
@@ -58,7 +60,7 @@ def recover(
     rows = read_train_rows(data, max_rows)
     shown.announce(lambda: cost(base, rows, how))
     model, tokenizer = load_model(base, device, allow_download=allow_download, dtype=working_dtype(device))
-    with Progress() as progress:
+    with resumable(), Progress() as progress:
         step = progress.meter(steps, "steps")
         _, report = recovered(model, tokenizer, adapter, rows, output, how, resume=resume, force=force, step=step)
     shown.show(report)

@@ -27,5 +27,6 @@ def render_recover(report: RecoverReport) -> Iterator[RenderableType]:
     else:
         yield Text(f"loss {number(report.losses[0])} -> {number(report.losses[-1])}; no rows were held out")
     rate = f", {report.tokens / report.seconds:.0f} tokens a second" if report.seconds else ""
-    codes = f", in the codes of {report.rounding}" if report.rounding else ""
+    rounded = "on its grid" if report.rounding == "exact" else f"in the codes of {report.rounding}"
+    codes = f", {rounded}" if report.rounding else ""
     yield Text(f"{report.steps} steps on {report.rows} rows{codes}: {report.seconds:.0f} s{rate}")

@@ -56,10 +56,16 @@ def _outcomes(report: TransferReport) -> dict[str, str]:
     agreed = f"step {trained.best_step} of {trained.steps}"
     if report.agreement is not None and report.agreement_before is not None:
         agreed += f"; agrees {percent(report.agreement_before)} -> {percent(report.agreement)} %"
+    sifted = {
+        "twice": made.duplicate + made.similar,
+        "improbable": made.improbable,
+        "empty": made.empty,
+        "unfinished": made.unfinished,
+    }
     return {
         "prepare": f"discriminator: {told}",
         "generate": f"{made.generated} inputs, {made.inputs}",
-        "filter": f"{made.kept} kept, {made.duplicate + made.similar} twice, {made.improbable} improbable",
+        "filter": ", ".join([f"{made.kept} kept", *(f"{n} {why}" for why, n in sifted.items() if n)]),
         "label": f"{taught.used} answers, confidence {taught.confidence:.2f}",
         "start": "" if start is None else f"{start.targets} targets by {start.align}, {start.dropped} dropped",
         "train": agreed,

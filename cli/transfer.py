@@ -58,13 +58,18 @@ def transfer(
     weights: Annotated[
         Literal["none", "confidence", "robust"], Option(help="Let rows count as the teacher was sure of them.")
     ] = "none",
-    learning_rate: Annotated[float, Option(metavar="R", help="Of AdamW.")] = 5e-4,
+    learning_rate: Annotated[float, Option("--learning-rate", "--lr", metavar="R", help="Of AdamW.")] = 5e-4,
     epochs: Annotated[int, Option(metavar="N", help="Rounds over the rows, at most.")] = 3,
     batch: Annotated[int, Option(metavar="N", help="Rows in a step of training; twice as many elsewhere.")] = 8,
     held_out: Annotated[float, Option(metavar="SHARE", help="Rows that decide when training stops.")] = 0.1,
     chat: Annotated[bool, Option("--chat", help="Put prompts into the chat templates of both.")] = False,
     evaluate: Annotated[
-        Path | None, Option("--eval", metavar="FILE", help="Rows with a prompt and an answer: let all models do them.")
+        Path | None,
+        Option(
+            "--eval",
+            metavar="FILE",
+            help="Rows with a prompt and an answer: let all models do them, after --squeeze-to.",
+        ),
     ] = None,
     work: Annotated[
         Path | None, Option(metavar="FOLDER", help="Where the stages' files lie, instead of FOLDER.transfer.")
@@ -124,11 +129,12 @@ def transfer(
     from loratools.training.evaluate import read_rows
     from loratools.training.new_adapter import NewAdapter
     from loratools.training.transfer.cost import estimated
-    from loratools.training.transfer.run import judge_of, save_kit
+    from loratools.training.transfer.run import judge_of, refuse_taken, save_kit
     from loratools.training.transfer.run import transfer as run
     from loratools.training.transfer.sampling import Sampling
     from loratools.training.transfer.seed_inputs import read_seeds
     from loratools.training.transfer.settings import Transfer
+    from loratools_cli.interrupts import resumable
     from loratools_cli.output import Output, say
     from loratools_cli.progress import Progress
 
@@ -193,8 +199,9 @@ def transfer(
         return
     rows = [] if evaluate is None else read_rows(evaluate)
     with_kit = judge_of(path, kit) is not None
+    refuse_taken(output, work, resume=resume, force=force)
     shown.announce(partial(estimated, source, target, how, generator=generator, with_kit=with_kit))
-    with Progress() as progress:
+    with resumable(), Progress() as progress:
         report = run(
             path,
             source,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,27 @@ def load_adapter(
         write_converted(result, report, folder)
         if opened.format.name != "peft":
             _name_in_full(folder / "adapter_config.json", result)
-        if is_wrapped:
-            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
-            wrapped = model
-        else:
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+            if is_wrapped:
+                model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+                wrapped = model
+            else:
+                wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable)
     landed = peft.get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
     _refuse_lost(result, landed)
     return wrapped
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Save the adapter of a PeftModel as PEFT does, but the same files each time: PEFT writes sets in any order."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    config = Path(folder) / "adapter_config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields.get(name), list):
+            fields[name] = sorted(fields[name])
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _refuse_missing(model: Any, adapter: Adapter) -> None:

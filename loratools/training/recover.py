@@ -24,7 +24,7 @@ from loratools.storage.atomic import explained, printable, refuse_existing
 from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
-from loratools.training.peft_model import load_adapter
+from loratools.training.peft_model import load_adapter, save_adapter
 from loratools.training.qat import Grid, Quantiser, quantization_aware, rounding
 from loratools.training.training_run import identity
 
@@ -126,7 +126,7 @@ def recover(
         "seed": options.seed,
     }
     with tempfile.TemporaryDirectory(prefix="loratools-") as folder:
-        wrapped.save_pretrained(folder, save_embedding_layers=False)
+        save_adapter(wrapped, folder)
         with load(folder) as made:
             saved = _written(made, adapter, codes, place, arguments, force=force)
     with explained(state):

@@ -15,7 +15,7 @@ import pytest
 
 import loratools
 from loratools_cli.app import main
-from loratools_cli.interrupts import Interrupts
+from loratools_cli.interrupts import Interrupts, resumable
 
 Make = Callable[..., Path]
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -149,3 +149,12 @@ def test_repeats_within_two_seconds_do_not_disturb_the_cleaning_up() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert interrupts.received
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_interrupts_what_can_be_resumed_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), resumable():
+        raise KeyboardInterrupt
+    assert "--resume goes on" in capsys.readouterr().err
+    with resumable():
+        pass
+    assert capsys.readouterr().err == ""

@@ -47,7 +47,7 @@ def test_a_packed_file_stays_one(run: Run, places: tuple[Path, Path, Path], tmp_
     usual = ("recover", tmp_path / "small.safetensors", "--base", base, "--data", rows, "--steps", 4)
     done = run(*usual, "-o", tmp_path / "better.safetensors")
     assert done.code == 0, done.err
-    assert "in the codes of exact" in done.out
+    assert "on its grid" in done.out
     assert run("info", tmp_path / "better.safetensors").code == 0
 
 

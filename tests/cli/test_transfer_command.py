@@ -38,6 +38,14 @@ def test_transfer(run: Run, places: Places, tmp_path: Path) -> None:
     assert done.json == {k: v for k, v in json.loads((out / "transfer.json").read_text()).items() if k != "loratools"}
     assert set(done.json["evaluations"]) == {"target", "transferred", "teacher"}
     info = run("info", out, "--json").json
+    (tmp_path / "mine").mkdir()  # which that work folder has not led to
+    done = run(*told, "-o", tmp_path / "mine", *SMALL, "--work", tmp_path / "moved.transfer", "--resume")
+    assert (done.code, "mine: exists already" in done.err) == (5, True)
+    (out / "transfer.json").unlink()  # as a run that was killed leaves it
+    assert run(*told, "-o", out, *SMALL, "--eval", rows, "--resume").code == 0
+    assert (out / "transfer.json").is_file()
+    done = run(*told, "-o", out, *SMALL)
+    assert (done.code, done.err.count("\n")) == (5, 1)  # before anything is estimated
     assert "lora" in json.dumps(info)
 
 

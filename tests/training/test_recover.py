@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,29 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert run(tmp_path, resume=True, step=count).read_bytes() == expected
     assert counted == 11 + 12  # of 20 steps, 8 were looked at and kept
     assert not state.exists()
+
+
+def test_the_order_of_sets_changes_no_byte(base: Path, lora: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{i} is ", "answer": "a number"}) for i in range(8)))
+    quantize_file(load(lora), tmp_path / "packed.safetensors", Quantize(bits=4))
+    for adapter in (lora, tmp_path / "packed.safetensors"):
+        made = []
+        for order in ("1", "2", "3"):
+            out = tmp_path / f"{adapter.name}-{order}"
+            told = ["recover", adapter, "--base", base, "--data", rows, "--steps", "2", "-q", "-o", out]
+            done = subprocess.run(
+                [sys.executable, "-m", "loratools_cli", *map(str, told)],
+                env={**os.environ, "PYTHONHASHSEED": order},
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+            place = Path(done.stdout.strip())
+            files = sorted(place.iterdir()) if place.is_dir() else [place]
+            made.append([path.read_bytes() for path in files])
+        assert made[0] == made[1] == made[2]
 
 
 def test_the_state_of_another_adapter_is_none(base: Path, lora: Path, tmp_path: Path) -> None:

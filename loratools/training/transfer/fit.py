@@ -13,6 +13,7 @@ from loratools.files import load
 from loratools.storage.atomic import explained, write_whole
 from loratools.training.distil import Teacher, Trained, TrainRow, check_vocabularies, train_rows
 from loratools.training.new_adapter import new_adapter
+from loratools.training.peft_model import save_adapter
 from loratools.training.prompts import require_chat
 from loratools.training.seeds import order
 from loratools.training.start_from import start_from
@@ -110,7 +111,7 @@ def _save(job: Job, trained: Trained, rows: int, held_out: int, left_out: tuple[
         if place.exists():
             shutil.rmtree(place)
         trained.model.peft_config[trained.model.active_adapter].base_model_name_or_path = job.models.places["target"]
-        trained.model.save_pretrained(place, save_embedding_layers=False)  # none was trained
+        save_adapter(trained.model, place)
     warnings = list(trained.warnings)
     if left_out:
         warnings.append(f"{len(left_out)} targets of the warm start are none of the new adapter; first: {left_out[0]}")

@@ -144,6 +144,8 @@ def _warnings(job: Job, synthesis: Synthesis, labelling: Labelling) -> tuple[str
             f"only {synthesis.kept} of {job.options.samples} inputs were kept out of {synthesis.generated}; see "
             f"rejected.jsonl in {job.files.folder}"
         )
+    if labelling.empty:
+        found.append(f"{labelling.empty} answers were empty and were left out")
     if labelling.unfinished:
         found.append(
             f"{labelling.unfinished} answers did not end within {job.options.max_answer_tokens} tokens and were left "

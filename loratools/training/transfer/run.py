@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 RECEIPT = "transfer.json"
 SEEDS = "seeds.jsonl"
 KIT = "transfer_kit"
+_WRITTEN = "written"  # a name among the figures of the stages
 
 
 def transfer(
@@ -79,9 +80,7 @@ def transfer(
     leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same result;
     files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
     """
-    out = Path(os.path.abspath(output)) if Path(output).name in ("", "..") else Path(output)
-    files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
-    refuse_existing(out, force=force or (resume and files.has_begun))
+    out, files = refuse_taken(output, work, resume=resume, force=force)
     with load(adapter) as opened:
         known = identity(opened)
     judge = judge_of(adapter, kit)
@@ -100,6 +99,33 @@ def transfer(
         report = _finished(job, str(adapter), out)
     models.drop()
     return report
+
+
+def refuse_taken(
+    output: str | os.PathLike[str],
+    work: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> tuple[Path, StageFiles]:
+    """Where a transfer writes, and its work folder; OutputError where something lies there. What the same work folder
+    has led to is replaced by a run that goes on."""
+    out = Path(os.path.abspath(output)) if Path(output).name in ("", "..") else Path(output)
+    files = StageFiles(Path(work) if work is not None else out.with_name(f"{out.name}.transfer"))
+    refuse_existing(out, force=force or (resume and files.has_begun and _came_from(files, out)))
+    return out, files
+
+
+def _came_from(files: StageFiles, out: Path) -> bool:
+    """Whether what lies at `out` was written from this work folder, wherever both have been moved to since."""
+    if files.figures(_WRITTEN).get("place") == str(out.resolve()):
+        return True
+    try:
+        receipt = json.loads((out / RECEIPT).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    work = receipt.get("work") if isinstance(receipt, dict) else None
+    return isinstance(work, str) and Path(work).name == files.folder.resolve().name
 
 
 def save_kit(
@@ -280,6 +306,7 @@ def _final(job: Job) -> Path:
 
 def _finished(job: Job, adapter: str, out: Path) -> TransferReport:
     """Put the output in place, and its receipt behind it."""
+    job.files.note_figures(_WRITTEN, place=str(out.resolve()))  # first: a run may be killed before the receipt
     with load(_final(job)) as made:
         saved = save(made, out, force=True)
         size = made.file_nbytes
