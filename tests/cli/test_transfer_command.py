@@ -85,3 +85,18 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     assert (done.code, "makes no use of --to" in done.err) == (2, True)
     done = run(*told, "--prepare-only", "--seeds", places.seeds, "--samples", 500, "--warm-start")
     assert (done.code, "--prepare-only makes no use of --samples, --warm-start" in done.err) == (2, True)
+
+
+def test_all_that_was_dropped_is_counted(run: Run, places: Places, tmp_path: Path) -> None:
+    told = ("transfer", places.adapter, "--from", places.first, "--to", places.second, "-o", tmp_path / "moved")
+    short = ("--samples", 30, "--max-input-tokens", 16, "--max-answer-tokens", 8, "--rank", 2, "--lr", 1e-2)
+    done = run(*told, *short)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "moved" / "transfer.json").read_text())
+    made, taught = report["synthesis"], report["labelling"]
+    assert made["unfinished"] > 0
+    assert taught["empty"] > 0
+    shown = " ".join(done.out.split())
+    assert f"{made['kept']} kept, " in shown
+    assert f"{made['unfinished']} unfinished" in shown
+    assert f"{taught['empty']} answers were empty" in done.err
