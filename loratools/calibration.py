@@ -127,13 +127,14 @@ class Temperature:
 def fit_temperature(scores: Floats, labels: Integers) -> Temperature:
     """The temperature of least NLL, between 0.01 and 100; the NLL is convex in its inverse, so there is one."""
     scores = np.asarray(scores, dtype=np.float64)
-    finite = np.where(np.isneginf(scores), 0.0, scores)
-    chosen = scores[np.arange(len(labels)), labels]
+    # differences first: where all rows are right each of them is below 0, and no rounding hides it
+    above = scores - scores[np.arange(len(labels)), labels][:, None]
+    above[np.isneginf(above)] = 0.0
 
     def slope(temperature: float) -> float:
         """Of the NLL in 1 / temperature: mean of E[score] - score of the label; it falls as it gets hotter."""
         p = np.exp(log_probabilities(scores, temperature))
-        return float(((p * finite).sum(axis=1) - chosen).mean())
+        return float((p * above).sum(axis=1).mean())
 
     low, high = _COLDEST, _HOTTEST
     if slope(low) <= 0:

@@ -177,6 +177,16 @@ def test_a_temperature_is_the_best_of_a_grid_and_undoes_one() -> None:
     assert fit_temperature(scores, scores.argmin(1)).value == 100.0
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1e6])
+def test_rows_that_are_all_right_have_no_best_temperature_wherever_their_scores_lie(offset: float) -> None:
+    """Scores of longer texts are far below 0, where a mean of them is rounded to more than the largest."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        scores = rng.normal(size=(rng.integers(1, 6), 5)) * 10 + offset
+        found = fit_temperature(scores, scores.argmax(1))
+        assert (found.value, found.at_limit) == (0.01, True), seed
+
+
 def test_missing_choices_have_no_probability() -> None:
     scores = np.array([[0.0, 1.0, -np.inf], [0.3, 0.2, 0.1], [1.0, 0.0, -np.inf], [0.0, 0.5, 0.7]])
     labels = np.array([0, 2, 1, 0])
