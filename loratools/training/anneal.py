@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools._lazy import torch
-from loratools.errors import AdapterError, UsageError, naming
+from loratools.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ State = Literal["project", "reset"]
 
 _FIRST = ("exp_avg", "momentum_buffer")  # sums of gradients
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")  # sums of their squares
+_PLAIN = ("NoneType", "Dora", "ALora")  # PEFT's variants whose delta, before a magnitude or a mask, is B A
 _EMPTY = 1e-7  # of the largest singular value: below, a component holds nothing
 
 
@@ -58,11 +59,16 @@ def squeeze_model(
     """Make the LoRA layers of a PEFT model ones of `rank`, in place, and return the relative error of all deltas.
 
     The factors become new parameters, in the model and in `optimizer`, which goes on with them; what it knows of them
-    is projected or reset. A list of parameters that is held elsewhere has to be made anew. The scale of each layer
-    stays. Layers of that rank or less are left alone. AdapterError for weights that are not finite, UsageError for a
-    config with rank_pattern or alpha_pattern.
+    is projected or reset; gradients that were gathered are projected. A list of parameters that is held elsewhere has
+    to be made anew. The scale of each layer stays, and so does the magnitude of DoRA. Layers of that rank or less are
+    left alone. Before anything is changed: AdapterError for weights that are not finite, UsageError for what is no
+    product of two factors of one rank, `refuse_unfit` tells which.
     """
-    config = _config(model, adapter)
+    refuse_unfit(model, adapter)
+    config = model.peft_config[adapter]
+    for name, layer in lora_layers(model, adapter):
+        if not all(bool(torch.isfinite(factor).all()) for factor in factors_of(layer, adapter)):
+            raise AdapterError(f"{name}: holds NaN or infinity; lower the learning rate")
     lost = whole = 0.0
     # From outside in: each wrapper of an optimizer (such as Accelerate's) holds the next.
     while hasattr(optimizer, "optimizer"):
@@ -72,8 +78,7 @@ def squeeze_model(
             down, up = factors_of(layer, adapter)
             if len(down) <= rank:
                 continue
-            with naming(name):
-                made = _squeezed(down, up, rank)
+            made = _squeezed(down, up, rank)
             square = (layer.scaling[adapter]) ** 2
             lost, whole = lost + square * made.lost, whole + square * made.whole
             _put(layer, "A", adapter, _replaced(down, made.down, made.turn_up.T, optimizer, state, axis=0))
@@ -95,13 +100,33 @@ def lora_layers(model: Module, adapter: str = "default") -> Iterator[tuple[str, 
             yield name, module
 
 
-def _config(model: Module, adapter: str) -> Any:
+def refuse_unfit(model: Module, adapter: str = "default") -> None:
+    """UsageError for a model without a LoRA of that name, or with one that cannot be annealed."""
     config = getattr(model, "peft_config", {}).get(adapter)
-    if config is None or not any(True for _ in lora_layers(model, adapter)):
+    layers = list(lora_layers(model, adapter))
+    if config is None or not layers:
         raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
+    if config.peft_type != "LORA":
+        raise UsageError(f"{adapter!r} is an adapter of another method; only a LoRA can be annealed")
     if config.rank_pattern or config.alpha_pattern:
         raise UsageError("rank_pattern and alpha_pattern cannot be annealed; train with one rank and one alpha")
-    return config
+    if getattr(config, "target_modules_to_tie", None):
+        raise UsageError("factors that two layers share cannot be annealed; train without ensure_weight_tying")
+    for name, layer in layers:
+        if adapter in layer.merged_adapters:
+            raise UsageError(f"{name}: is merged into its weights; call unmerge_adapter() first")
+        if why := _unfit(layer, adapter):
+            raise UsageError(f"{name}: {why} cannot be annealed; leave that out of the LoRA")
+
+
+def _unfit(layer: Any, adapter: str) -> str:
+    """What is no product of two factors of one rank; empty where it is."""
+    if getattr(layer, "num_experts", 1) > 1:
+        return "a parameter with an expert in each slice"
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return "a convolution in groups"
+    variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__  # older PEFT has none but DoRA
+    return "" if variant.startswith(_PLAIN) else variant
 
 
 def factors_of(layer: Any, adapter: str) -> tuple[Parameter, Parameter]:
@@ -123,14 +148,13 @@ class _Squeezed:
 
 def _squeezed(down: Tensor, up: Tensor, rank: int) -> _Squeezed:
     A, B = down.detach().flatten(1).double(), up.detach().flatten(1).double()
-    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise AdapterError("holds NaN or infinity; lower the learning rate")
     Qa, Ra = torch.linalg.qr(A.T)
     Qb, Rb = torch.linalg.qr(B)
     U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    if (short := rank - len(S)) > 0:  # a matrix with fewer rows or columns than that: the rest is empty
+        S, U = (torch.nn.functional.pad(x, (0, short)) for x in (S, U))
+        Vt = torch.cat([Vt] * -(-rank // len(Vt)))
     kept = S[:rank]
-    if len(kept) < rank:
-        raise AdapterError(f"is {len(B)} x {A.shape[1]}, which has no rank {rank}")
     live = kept > _EMPTY * S[0].clamp_min(torch.finfo(torch.float64).tiny)
     # A component without anything in it starts afresh as LoRA does: nothing above, a direction below.
     fresh = float(kept[live].mean().sqrt()) if bool(live.any()) else float(A.norm() / math.sqrt(len(A)))
@@ -163,6 +187,8 @@ def _replaced(before: Parameter, made: Tensor, carry: Tensor, optimizer: Any, st
     shape = list(before.shape)
     shape[axis] = len(carry)
     after = torch.nn.Parameter(made.reshape(shape).to(before), requires_grad=before.requires_grad)
+    if before.grad is not None:
+        after.grad = _along(carry, before.grad, axis)
     if optimizer is None:
         return after
     for group in optimizer.param_groups:

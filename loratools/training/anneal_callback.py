@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loratools.errors import MissingExtraError, UsageError
-from loratools.training.anneal import Stage, State, annealed_ranks, annealing_steps, squeeze_model
+from loratools.training.anneal import Stage, State, annealed_ranks, annealing_steps, refuse_unfit, squeeze_model
 
 try:
     from transformers import TrainerCallback
@@ -36,10 +36,13 @@ class AnnealRank(TrainerCallback):
         """Make the plan, for the steps and the rank are known now."""
         if args.world_size > 1:
             raise UsageError("ranks are annealed in one process; train without a distributed launcher")
-        peft_config = getattr(kwargs["model"], "peft_config", {})
-        if self.adapter not in peft_config:
-            raise UsageError(f"the model has no LoRA called {self.adapter!r}; make it with peft.get_peft_model")
-        ranks = annealed_ranks(self.start or peft_config[self.adapter].r, self.to, self.stages)
+        if args.load_best_model_at_end:
+            raise UsageError(
+                "load_best_model_at_end cannot load a checkpoint of another rank; leave it out, and choose one yourself"
+            )
+        refuse_unfit(kwargs["model"], self.adapter)
+        rank = kwargs["model"].peft_config[self.adapter].r
+        ranks = annealed_ranks(self.start or rank, self.to, self.stages)
         steps = annealing_steps(state.max_steps, len(ranks)) if ranks else ()
         self._plan = {s: rank for s, rank in zip(steps, ranks, strict=True) if s > state.global_step}
 

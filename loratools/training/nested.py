@@ -51,7 +51,8 @@ def nested(
     `ranks` are 1, 2, 4, ... up to the rank of the adapter, unless given. The scale of the whole rank is the layer's
     own; `scaling` tells that of the others, and how to cut afterwards: `loratools truncate --nested keep`, `--nested
     dylora` for "rank" (DyLoRA's own), or `--nested matryoshka --scaling sqrt` with alpha 1 and use_rslora for "sqrt"
-    (the default of MatryoshkaLoRA's script). UsageError for ranks that the adapter does not have, or layers of several.
+    (the default of MatryoshkaLoRA's script). UsageError for ranks that the adapter does not have, layers of several, or
+    ones that never call their first factor.
     """
     layers, rank, chosen = _layers(model, ranks, adapter)
     draws = random.Random(seed)
@@ -65,8 +66,8 @@ def nested(
         weights[0] = _share(r, rank, scaling) * (torch.arange(rank) < r)
 
     def weighted(module: Module, inputs: Any, output: Tensor) -> Tensor:
-        axes = (-1, 1, 1) if output.ndim == 4 else (-1,)  # channels of a convolution come first
-        return output * weights[0].to(output).reshape(axes)
+        behind = len(getattr(module, "kernel_size", ()))  # axes that follow the channels of a convolution
+        return output * weights[0].to(output).reshape(-1, *[1] * behind)
 
     begin_step()
     handles = [layer.lora_A[adapter].register_forward_hook(weighted) for layer in layers]
@@ -97,15 +98,25 @@ def keep_diagonal(
 def _layers(model: Module, ranks: Sequence[int] | None, adapter: str) -> tuple[list[Any], int, Sequence[int]]:
     """The LoRA layers, the rank of all of them, and the ranks that are trained."""
     layers = [layer for _, layer in lora_layers(model, adapter)]
+    if not layers:
+        raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
     held = {layer.r[adapter] for layer in layers}
     if len(held) != 1:
         raise UsageError(f"the model has LoRA layers of ranks {sorted(held)}; nested training needs one rank for all")
     (rank,) = held
-    if unfit := [layer for layer in layers if adapter not in layer.lora_A]:
-        raise UsageError(f"{len(unfit)} embeddings have a LoRA; nested training is for linear layers and convolutions")
+    if unfit := sorted({type(layer).__name__ for layer in layers if not _calls_first_factor(layer, adapter)}):
+        raise UsageError(
+            f"the model has a LoRA at layers of PEFT's {', '.join(unfit)}; nested training is for linear layers and "
+            "convolutions"
+        )
     chosen = doubling(rank) if ranks is None else sorted(set(ranks))
     _check(rank, chosen)
     return layers, rank, chosen
+
+
+def _calls_first_factor(layer: Any, adapter: str) -> bool:
+    """Whether `lora_A` is a module that runs: not in embeddings, nor where PEFT multiplies factors into a weight."""
+    return adapter in layer.lora_A and type(layer).__name__ not in ("MultiheadAttention", "ParamWrapper")
 
 
 def _share(r: int, rank: int, scaling: Scaling) -> float:

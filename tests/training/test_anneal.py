@@ -141,6 +141,122 @@ def test_what_cannot_be_annealed_is_said() -> None:
         squeeze_model(broken, 2)
 
 
+def test_a_model_that_is_refused_stays_as_it_was() -> None:
+    broken = tuned()
+    with torch.no_grad():
+        *_, (last, layer) = lora_layers(broken)
+        layer.lora_B["default"].weight[0, 0] = torch.inf
+    with pytest.raises(AdapterError, match=f"{last}.*infinity"):
+        squeeze_model(broken, 2)
+    assert {layer.r["default"] for _, layer in lora_layers(broken)} == {6}
+
+
+class Odd(torch.nn.Module):
+    """Layers whose deltas are no products of two factors of one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = torch.nn.Conv2d(8, 8, 3, groups=2)
+        self.experts = torch.nn.Module()
+        self.experts.weight = torch.nn.Parameter(torch.zeros(3, 8, 8))
+        self.plain = torch.nn.Linear(8, 8)
+
+
+def odd(**config: Any) -> Any:
+    return peft.get_peft_model(Odd(), peft.LoraConfig(r=4, **config))
+
+
+def merged() -> Any:
+    model = odd(target_modules=["plain"])
+    model.merge_adapter()
+    return model
+
+
+def tied() -> Any:
+    plain = tiny_llama()
+    plain.config.tie_word_embeddings = True
+    plain.tie_weights()
+    settings = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    return peft.get_peft_model(plain, settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        pytest.param(
+            lambda: odd(target_modules=["grouped"]),
+            "grouped: a convolution in groups",
+            marks=pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd"),
+        ),
+        (lambda: odd(target_modules=[], target_parameters=["experts.weight"]), "experts: a parameter with an expert"),
+        (lambda: tuned(kasa_config=peft.KasaConfig()), "q_proj: KasaLinearVariant"),
+        (merged, "plain: is merged into its weights"),
+        (tied, "ensure_weight_tying"),
+        (
+            lambda: peft.get_peft_model(
+                tiny_llama(), peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=20)
+            ),
+            "only a LoRA",
+        ),
+    ],
+)
+def test_what_is_no_product_of_two_factors_is_refused(make: Any, told: str) -> None:
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UsageError, match=told):
+        squeeze_model(model, 2)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_magnitude_stays_and_its_model_too() -> None:
+    """With deltas of the rank that is left, a DoRA computes what it did."""
+    model = tuned(rank=6, delta_rank=2, use_dora=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
+    with torch.no_grad():
+        logits = model(**batch()).logits
+        assert squeeze_model(model, 2) < 1e-6
+        torch.testing.assert_close(model(**batch()).logits, logits, rtol=1e-4, atol=1e-4)
+    assert before
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_a_rank_that_a_matrix_cannot_have_is_empty_and_can_learn() -> None:
+    model = tuned(rank=40)  # of matrices with 16 rows or columns
+    before = deltas(model)
+    assert squeeze_model(model, 24) < 1e-6
+    for name, delta in deltas(model).items():
+        np.testing.assert_allclose(delta, before[name], atol=1e-4)
+    assert {len(layer.lora_A["default"].weight) for _, layer in lora_layers(model)} == {24}
+    found = gradients(model)
+    assert all(bool((grad.abs().sum(0) > 0).all()) for name, grad in found.items() if "lora_B" in name)
+
+
+def test_gathered_gradients_go_along() -> None:
+    """A squeeze between the batches of one step: the step is that of a model squeezed before both."""
+    model = tuned(delta_rank=2, double=True)
+    gradients(model)
+    squeeze_model(model, 2)
+    carried = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(carried[name], grad, rtol=1e-7, atol=1e-12)
+
+
+def test_parameter_groups_stay_apart() -> None:
+    model = tuned()
+    halves: list[list[Any]] = [[], []]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            halves["lora_B" in name].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": halves[0], "lr": 1e-4}, {"params": halves[1], "lr": 1e-2}])
+    gradients(model)
+    optimizer.step()
+    squeeze_model(model, 2, optimizer)
+    for group, is_up in zip(optimizer.param_groups, (False, True), strict=True):
+        mine = {id(p) for n, p in model.named_parameters() if p.requires_grad and ("lora_B" in n) == is_up}
+        assert {id(p) for p in group["params"]} == mine
+    assert set(optimizer.state) == {p for group in optimizer.param_groups for p in group["params"]}
+
+
 def test_schedules() -> None:
     assert annealed_ranks(64, 4, 4) == (32, 16, 8, 4)
     assert annealed_ranks(36, 9, 4) == (25, 18, 13, 9)
@@ -152,6 +268,20 @@ def test_schedules() -> None:
             annealed_ranks(*ranks)
     with pytest.raises(UsageError, match="too few"):
         annealing_steps(3, 3)
+
+
+def test_what_a_trainer_cannot_anneal_is_said_before_it_begins(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from loratools.training.anneal_callback import AnnealRank
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    state = TrainerState(max_steps=9)
+    with pytest.raises(UsageError, match="rank_pattern"):
+        AnnealRank(to=2).on_train_begin(args, state, TrainerControl(), model=tuned(rank_pattern={"q_proj": 3}))
+    args.load_best_model_at_end = True
+    with pytest.raises(UsageError, match="load_best_model_at_end"):
+        AnnealRank(to=2).on_train_begin(args, state, TrainerControl(), model=tuned())
 
 
 def test_in_a_trainer_and_on_from_a_checkpoint(tmp_path: Path) -> None:

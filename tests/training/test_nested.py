@@ -138,3 +138,38 @@ def test_what_cannot_be_nested_is_said() -> None:
             pass
     with pytest.raises(UsageError, match="one rank"), nested(tuned(rank_pattern={"q_proj": 2}), "dylora"):
         pass
+    with pytest.raises(UsageError, match="no LoRA called"), nested(tiny_llama(), "dylora"):
+        pass
+    attention = peft.get_peft_model(Layers(), peft.LoraConfig(r=4, target_modules=["attention"]))
+    with pytest.raises(UsageError, match="MultiheadAttention"), nested(attention, "dylora"):
+        pass
+
+
+class Layers(torch.nn.Module):
+    """Of several layers, each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+        self.one, self.two = torch.nn.Conv1d(6, 6, 3), torch.nn.Conv2d(6, 6, 3)
+        self.three = torch.nn.Conv3d(6, 6, 3)
+        self.attention = torch.nn.MultiheadAttention(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("linear", (6,)), ("linear", (2, 4, 4, 6)), ("one", (2, 6, 6)), ("two", (2, 6, 6, 6)), ("three", (2, 6, 5, 6, 6))],
+)
+def test_a_rank_is_cut_along_the_channels_of_any_layer(name: str, shape: tuple[int, ...]) -> None:
+    """Sizes are such that an axis beside the channels has as many places as there are ranks."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(Layers(), peft.LoraConfig(r=4, target_modules=[name])).eval()
+    ((_, layer),) = lora_layers(model)
+    inputs = torch.randn(shape)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        with nested(model, "dylora", [1]) as begin:
+            begin()
+            found = layer(inputs)
+        layer.lora_B["default"].weight[:, 1:] = 0
+        torch.testing.assert_close(found, layer(inputs))
