@@ -33,8 +33,10 @@ _REASONS: Final = {
 
 
 def refuse_existing(place: Path, *, force: bool) -> None:
-    """OutputError where there is something at `place` already, unless it may be replaced."""
-    if place.exists() and not force:
+    """OutputError where there is something at `place` already, unless it may be replaced, or it can be no place."""
+    with explained(place):
+        exists = place.exists()
+    if exists and not force:
         raise OutputError(f"{printable(place)}: exists already; choose another output or pass --force")
 
 

@@ -56,7 +56,9 @@ def answer_logits(model: Any, items: Sequence[Encoded], device: str) -> tuple[Te
     """
     ids, mask, wanted = collated(items, device)
     if ids.shape[1] > room(model):
-        raise UsageError(f"a row of {ids.shape[1]} tokens is too long: the model has room for {room(model)}")
+        raise UsageError(
+            f"a row of {ids.shape[1]} tokens is too long: the model has room for {room(model)}; shorten it"
+        )
     foretold = wanted[:, 1:]
     places = torch.nn.functional.pad(foretold, (0, 1))  # each foretells the token behind it
     core = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -62,10 +62,9 @@ def squeeze_model(
     is projected or reset; gradients that were gathered are projected. A list of parameters that is held elsewhere has
     to be made anew. The scale of each layer stays, and so does the magnitude of DoRA. Layers of that rank or less are
     left alone. Before anything is changed: AdapterError for weights that are not finite, UsageError for what is no
-    product of two factors of one rank, `refuse_unfit` tells which.
+    product of two factors of one rank.
     """
-    refuse_unfit(model, adapter)
-    config = model.peft_config[adapter]
+    config = annealable_config(model, adapter)
     for name, layer in lora_layers(model, adapter):
         if not all(bool(torch.isfinite(factor).all()) for factor in factors_of(layer, adapter)):
             raise AdapterError(f"{name}: holds NaN or infinity; lower the learning rate")
@@ -100,9 +99,9 @@ def lora_layers(model: Module, adapter: str = "default") -> Iterator[tuple[str, 
             yield name, module
 
 
-def refuse_unfit(model: Module, adapter: str = "default") -> None:
-    """UsageError for a model without a LoRA of that name, or with one that cannot be annealed."""
-    config = getattr(model, "peft_config", {}).get(adapter)
+def annealable_config(model: Module, adapter: str = "default") -> Any:
+    """The config of a LoRA that can be annealed; UsageError where the model has none."""
+    config: Any = getattr(model, "peft_config", {}).get(adapter)
     layers = list(lora_layers(model, adapter))
     if config is None or not layers:
         raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
@@ -117,6 +116,7 @@ def refuse_unfit(model: Module, adapter: str = "default") -> None:
             raise UsageError(f"{name}: is merged into its weights; call unmerge_adapter() first")
         if why := _unfit(layer, adapter):
             raise UsageError(f"{name}: {why} cannot be annealed; leave that out of the LoRA")
+    return config
 
 
 def _unfit(layer: Any, adapter: str) -> str:

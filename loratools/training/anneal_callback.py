@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loratools.errors import MissingExtraError, UsageError
-from loratools.training.anneal import Stage, State, annealed_ranks, annealing_steps, refuse_unfit, squeeze_model
+from loratools.training.anneal import Stage, State, annealable_config, annealed_ranks, annealing_steps, squeeze_model
 
 try:
     from transformers import TrainerCallback
@@ -40,8 +40,7 @@ class AnnealRank(TrainerCallback):
             raise UsageError(
                 "load_best_model_at_end cannot load a checkpoint of another rank; leave it out, and choose one yourself"
             )
-        refuse_unfit(kwargs["model"], self.adapter)
-        rank = kwargs["model"].peft_config[self.adapter].r
+        rank = annealable_config(kwargs["model"], self.adapter).r
         ranks = annealed_ranks(self.start or rank, self.to, self.stages)
         steps = annealing_steps(state.max_steps, len(ranks)) if ranks else ()
         self._plan = {s: rank for s, rank in zip(steps, ranks, strict=True) if s > state.global_step}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratools.errors import InputError, UsageError
-from loratools.training.evaluate import Evaluate, Step, losses
+from loratools.training.evaluate import Evaluate, Step, losses, refuse_too_long
 from loratools.training.lines import read_json, read_lines
 from loratools.training.prompts import prompt_ids
 
@@ -72,6 +72,7 @@ def choice_scores(
     for (i, j), (ids, start) in zip(places, items, strict=True):
         if len(ids) == start or not start:
             raise UsageError(f"row {i + 1}: the tokenizer makes nothing of {rows[i].choices[j]!r} or of its prompt")
+    refuse_too_long(model, [(i, len(ids)) for (i, _), (ids, _) in zip(places, items, strict=True)])
     scores = np.full((len(rows), max(len(row.choices) for row in rows)), -np.inf)
     found = losses(model, items, options=options, step=step)
     for (i, j), loss in zip(places, found, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loratools._lazy import torch
 from loratools.errors import UsageError
+from loratools.storage.atomic import printable
 from loratools.training.agreement import Agreement, agreement_of, answer_logits
 from loratools.training.losses import cross_entropy, divergence, shared_starts, sorted_distance, token_starts
 from loratools.training.models import room
@@ -134,21 +136,27 @@ def train_rows(
     `checkpoint`, a file written at every look, if that was `made_for` the same. AdamW without decay, gradients cut to
     norm 1, a short warm-up and a cosine to zero. Rows that the model has no room for are left out, with a warning.
     `step` is called with the tokens of each step; `forward(model, step)` before each, to set what should differ between
-    steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to
-    train on, or `options.loss` needs a teacher of the same vocabulary and there is none.
+    steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to train on, or
+    `options.loss` needs a teacher of the same vocabulary and there is none.
     """
     asked = None if options.loss == "ce" else teacher
     _check_teacher(asked, tokenizer, options)
     most = min(options.max_tokens, room(model), *(() if asked is None else (room(asked.model),)))
-    items = _items(tokenizer, rows, options, asked, most)
+    items, left_out = _items(tokenizer, rows, options, asked, most)
     if not items:
-        raise UsageError(f"there are no rows to train on of at most {most} tokens; raise max_tokens")
-    looked_at = [item.ids for item in _items(tokenizer, held_out, options, None, most)]
+        raise UsageError(f"there are no rows of at most {most} tokens, and at least 2, to train on; give some")
+    others, not_looked_at = _items(tokenizer, held_out, options, None, most)
+    looked_at = [item.ids for item in others]
+    warnings = [
+        f"{n} {kind} {why} and were left out"
+        for kind, reasons in (("rows", left_out), ("held-out rows", not_looked_at))
+        for why, n in reasons.items()
+    ]
     run = TrainingRun(model, options.n_steps(len(items)), options.learning_rate)
     place = None if checkpoint is None else Path(checkpoint)
-    state_of = _digest(rows, held_out, options, made_for)
-    if place is not None:
-        run.load(place, state_of)
+    state_of = _digest(rows, held_out, options, made_for, run.beginning())
+    if place is not None and not run.load(place, state_of) and os.path.lexists(place):
+        warnings.append(f"{printable(place)}: was damaged, or of another run; this one began anew")
     every = options.every or max(1, min(_EVERY, run.steps // 8))
     was_training, began = model.training, time.monotonic()
     try:
@@ -174,18 +182,17 @@ def train_rows(
         run.restore_best()
     finally:
         model.train(was_training)
-    left_out = sum(row.weight > 0 for row in rows) - len(items)
-    warnings = (f"{left_out} rows are longer than {most} tokens and were left out",) if left_out else ()
-    early = run.step < run.steps
-    return Trained(model, tuple(run.losses), tuple(run.looks), run.best_step, run.tokens, run.seconds, early, warnings)
+    early, told = run.step < run.steps, tuple(warnings)
+    return Trained(model, tuple(run.losses), tuple(run.looks), run.best_step, run.tokens, run.seconds, early, told)
 
 
 def agreement(model: Any, tokenizer: Any, rows: Sequence[TrainRow], options: Train = Train()) -> Agreement:
     """How far `model`, told every answer of `rows` up to a token, would go on as the answer does."""
-    items = [item.ids for item in _items(tokenizer, rows, options, None, min(options.max_tokens, room(model)))]
+    most = min(options.max_tokens, room(model))
+    items, _ = _items(tokenizer, rows, options, None, most)
     if not items:
-        raise UsageError("there are no rows to compare with")
-    return agreement_of(model, items, batch=options.batch, device=options.device)
+        raise UsageError(f"there are no rows of at most {most} tokens, and at least 2, to compare with; give some")
+    return agreement_of(model, [item.ids for item in items], batch=options.batch, device=options.device)
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
@@ -206,18 +213,26 @@ def _check_teacher(teacher: Teacher | None, tokenizer: Any, options: Train) -> N
         check_vocabularies(tokenizer, teacher.tokenizer)
 
 
-def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None, most: int) -> list[_Item]:
-    """Rows of at most so many tokens that have something to foretell."""
-    found = []
+def _items(
+    tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None, most: int
+) -> tuple[list[_Item], Counter[str]]:
+    """Rows that count, of at most so many tokens; and why others were left out."""
+    found, left_out = [], Counter[str]()
     for row in rows:
+        if not row.weight > 0:
+            continue
         ids = encoded(tokenizer, row.prompt, row.answer, chat=options.chat)
-        if not ids[1] < len(ids[0]) <= most or not row.weight > 0:
+        taught = None
+        if teacher is not None:
+            taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
+        if ids[1] >= len(ids[0]):
+            left_out["have no token that could be foretold"] += 1
             continue
-        if teacher is None:
+        if max(len(ids[0]), 0 if taught is None else len(taught[0])) > most:
+            left_out[f"are longer than {most} tokens"] += 1
+            continue
+        if teacher is None or taught is None:
             found.append(_Item(ids, row.weight, None))
-            continue
-        taught = encoded(teacher.tokenizer, row.prompt, row.answer, chat=teacher.chat)
-        if len(taught[0]) > most:
             continue
         shared = []
         if options.loss == "uld":
@@ -227,7 +242,7 @@ def _items(tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Te
             )
             shared = shared_starts(starts, others)
         found.append(_Item(ids, row.weight, taught, tuple(shared)))
-    return found
+    return found, left_out
 
 
 def _loss(model: Any, batch: Sequence[_Item], options: Train, teacher: Teacher | None) -> Tensor:
@@ -262,7 +277,10 @@ def _aligned(batch: Sequence[_Item], row: Tensor, of_row: Tensor) -> tuple[list[
     return mine, theirs
 
 
-def _digest(rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train, made_for: str) -> str:
+def _digest(
+    rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train, made_for: str, beginning: str
+) -> str:
     """What tells one run from another."""
-    told = repr(([asdict(row) for row in rows], [asdict(row) for row in held_out], asdict(options), made_for))
+    several = [[asdict(row) for row in some] for some in (rows, held_out)]
+    told = repr((*several, asdict(options), made_for, beginning))
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()

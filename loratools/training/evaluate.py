@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from loratools.training.agreement import answer_logits
 from loratools.training.applied import applied
 from loratools.training.generating import end_ids, generating
 from loratools.training.lines import read_json, read_lines
-from loratools.training.models import library
+from loratools.training.models import library, room
 from loratools.training.prompts import Encoded, encoded, prompt_ids
 
 if TYPE_CHECKING:
@@ -143,7 +143,18 @@ def answer_losses(
 ) -> list[Loss]:
     """As `answer_nll`, of each row by itself."""
     items = [encoded(tokenizer, row.prompt, row.answer, chat=options.chat) for row in rows]
+    refuse_too_long(model, [(i, len(ids)) for i, (ids, _) in enumerate(items)])
     return losses(model, items, options=options, step=step)
+
+
+def refuse_too_long(model: Any, lengths: Iterable[tuple[int, int]]) -> None:
+    """UsageError, before any work, for a row, by its place, of more tokens than the model has room for."""
+    for i, length in lengths:
+        if length > room(model):
+            raise UsageError(
+                f"row {i + 1}: is too long, {length} tokens: the model has room for {room(model)}; shorten it or leave "
+                "it out"
+            )
 
 
 def losses(model: Any, items: Sequence[Encoded], *, options: Evaluate, step: Step | None = None) -> list[Loss]:

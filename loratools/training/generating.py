@@ -29,7 +29,9 @@ def generating(
     """
     left = room(model) - asked
     if left < 1:
-        raise UsageError(f"a prompt of {asked} tokens leaves no room for an answer: the model has {room(model)} in all")
+        raise UsageError(
+            f"a prompt of {asked} tokens leaves no room for an answer: the model has {room(model)} in all; shorten it"
+        )
     how = library("transformers").GenerationConfig(
         max_new_tokens=min(max_tokens, left),
         do_sample=temperature > 0,

@@ -20,7 +20,7 @@ from loratools.files import Saved, load, packed_place, save
 from loratools.ops.convert import Convert, convert
 from loratools.ops.quantize import Quantize, dtype_named, quantize_file, recorded_arguments
 from loratools.reports.recover import RecoverReport
-from loratools.storage.atomic import explained, printable, refuse_existing
+from loratools.storage.atomic import AtomicFile, explained, printable, refuse_existing, temporary_mark
 from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
@@ -59,7 +59,7 @@ class Recover:
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
             batch=self.batch,
             steps=self.steps,
-            every=max(1, self.steps // _LOOKS),
+            every=-(-self.steps // _LOOKS),
             patience=_LOOKS + 1,
             chat=self.chat,
             device=self.device,
@@ -154,24 +154,28 @@ def recover(
 
 
 def output_of(adapter: Adapter, output: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> Path:
-    """Where `recover` writes: a file for what is in codes, else a folder. OutputError where something lies there,
-    UsageError where an earlier run has left its state beside it."""
+    """Where `recover` writes: a file for what is in codes, else a folder. OutputError where something lies there, or
+    nothing can be written; UsageError where an earlier run has left its state beside it."""
     place = Path(output)
     if codes_of(adapter) is None:
         refuse_existing(place, force=force)
     else:
         place = packed_place(place, force=force)
-    if state_of(place).is_file() and not (resume or force):
+    state = state_of(place)
+    if os.path.lexists(state) and not (resume or force):
         raise UsageError(
-            f"{printable(state_of(place))}: is what an earlier run came to; pass --resume to go on with it, or --force "
-            "to begin anew"
+            f"{printable(state)}: is what an earlier run came to; pass --resume to go on with it, or --force to begin "
+            "anew"
         )
+    AtomicFile(state).abort()  # which nothing can be written to, it says now and not after the training
     return place
 
 
 def state_of(place: Path) -> Path:
     """The file that a run which is not over keeps its state in."""
-    return place.with_name(f"{place.name}.recover.pt")
+    if place.name in ("", ".."):
+        place = Path(os.path.abspath(place))
+    return place.with_name(f"{temporary_mark(place.name)}.recover.pt")
 
 
 def cost(base: str | os.PathLike[str], rows: Sequence[TrainRow], options: Recover) -> Cost | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -57,6 +58,14 @@ class TrainingRun:
         self.seconds = 0.0
         self.losses: list[float] = []
         self.looks: list[Look] = []
+
+    def beginning(self) -> str:
+        """The digest of what is to be trained, as it is now."""
+        found = hashlib.sha256()
+        for name, parameter in self._trained.items():
+            found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def descend(self, loss: Tensor) -> None:
         """One step down; AdapterError where the loss or its gradient is not finite, and nothing was changed."""

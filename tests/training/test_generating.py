@@ -11,10 +11,13 @@ from training.tiny import load_tiny_model, save_tiny_model
 from transformers import GenerationConfig
 
 from loratools.errors import UsageError
+from loratools.training.agreement import agreement_of
+from loratools.training.choices import ChoiceRow, choice_scores
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.evaluate import Evaluate, Row, answer_nll, replies
 from loratools.training.generating import end_ids
 from loratools.training.new_adapter import NewAdapter, new_adapter
+from loratools.training.prompts import encoded
 from loratools.training.transfer.label import _confidences
 from loratools.training.transfer.sampling import Sampling, said
 
@@ -83,7 +86,16 @@ def test_answers_end_where_the_model_has_no_more_room(folder: Path) -> None:
     with pytest.raises(UsageError, match="a prompt of 64 tokens leaves no room"):
         replies(model, tokenizer, [Row("a" * 64, "b")])
     with pytest.raises(UsageError, match="65 tokens is too long: the model has room for 64"):
-        answer_nll(model, tokenizer, [Row("a" * 60, "b" * 5)])
+        agreement_of(model, [encoded(tokenizer, "a" * 60, "b" * 5)], batch=1, device="cpu")
+    taken.clear()
+    with pytest.raises(UsageError, match=r"row 2: is too long, 65 tokens: the model has room for 64; shorten"):
+        answer_nll(
+            model, tokenizer, [Row("a", "b"), Row("a" * 60, "b" * 5)], options=Evaluate(batch=1), step=taken.append
+        )
+    quiz = [ChoiceRow("a", ("b", "c"), 0), ChoiceRow("a" * 60, ("b", "b" * 5), 0)]
+    with pytest.raises(UsageError, match=r"row 2: is too long, 65 tokens"):
+        choice_scores(model, tokenizer, quiz, options=Evaluate(batch=1), step=taken.append)
+    assert not taken  # it is said before the others are read
     assert answer_nll(model, tokenizer, [Row("a" * 60, "b" * 4)])[1] == 4
 
 
@@ -91,5 +103,10 @@ def test_training_leaves_out_what_there_is_no_room_for(folder: Path) -> None:
     model, tokenizer = load_tiny_model(folder)
     adapted = new_adapter(model.requires_grad_(False), NewAdapter(rank=2))
     rows = [TrainRow("a" * n, "b" * 4) for n in (10, 59, 60)]  # with an end token
-    trained = train_rows(adapted, tokenizer, rows, Train(steps=1, batch=3))
-    assert trained.warnings == ("1 rows are longer than 64 tokens and were left out",)
+    trained = train_rows(adapted, tokenizer, rows, Train(steps=1, batch=3), held_out=rows[2:])
+    assert trained.warnings == (
+        "1 rows are longer than 64 tokens and were left out",
+        "1 held-out rows are longer than 64 tokens and were left out",
+    )
+    trained = train_rows(adapted, tokenizer, [*rows[:2], TrainRow("", "a"), TrainRow("a", "b", 0.0)], Train(steps=1))
+    assert trained.warnings == ("1 rows have no token that could be foretold and were left out",)

@@ -15,9 +15,11 @@ from training.tiny import load_tiny_model, save_tiny_lora, save_tiny_model
 from loratools import Quantize, load, quantize_file, save, squeeze
 from loratools.adapter import Adapter
 from loratools.errors import InputError, OutputError, UsageError
+from loratools.ops.squeeze import Squeeze
+from loratools.ops.truncate import truncate
 from loratools.training.distil import TrainRow
 from loratools.training.evaluate import Evaluate, Row, evaluate
-from loratools.training.recover import Recover, read_train_rows, recover
+from loratools.training.recover import Recover, output_of, read_train_rows, recover, state_of
 
 pytest.importorskip("peft")
 
@@ -189,5 +191,60 @@ def test_the_state_of_another_adapter_is_none(base: Path, lora: Path, tmp_path: 
         recover(*load_tiny_model(base), load(other), ROWS, tmp_path / "better", TASK, step=stop)
     assert state.is_file()
     counted: list[int] = []
-    recover(*load_tiny_model(base), load(lora), ROWS, tmp_path / "better", TASK, resume=True, step=counted.append)
+    _, report = recover(
+        *load_tiny_model(base), load(lora), ROWS, tmp_path / "better", TASK, resume=True, step=counted.append
+    )
     assert len(counted) == 20
+    assert report.warnings == (f"{state}: was damaged, or of another run; this one began anew",)
+
+
+def test_the_state_of_other_factors_under_the_same_config_is_none(base: Path, lora: Path, tmp_path: Path) -> None:
+    """What was made in memory is told by its numbers, for it names the file that it was made from."""
+    one, other = squeeze(load(lora), 2, options=Squeeze(scale="keep"))[0], truncate(load(lora), 2)[0]
+    assert one.config == other.config
+    steps = 0
+
+    def stop(tokens: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(*load_tiny_model(base), one, ROWS, tmp_path / "better", TASK, step=stop)
+    made, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "better", TASK, resume=True)
+    whole, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "whole", TASK)
+    assert made.weights.read_bytes() == whole.weights.read_bytes()
+
+
+@pytest.mark.parametrize("steps", range(1, 40))
+def test_no_run_ends_for_want_of_patience(steps: int) -> None:
+    how = Recover(steps=steps).training(1.0)
+    assert how.every is not None
+    looks = sum(step % how.every == 0 or step == steps for step in range(1, steps + 1))
+    assert looks <= 5 < how.patience
+
+
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_training(lora: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OutputError, match="a parent of it is a file"):
+        output_of(load(lora), file / "better")
+    with pytest.raises(OutputError, match="name is too long"):
+        output_of(load(lora), tmp_path / ("x" * 300))
+    (tmp_path / "better.recover.pt").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        output_of(load(lora), tmp_path / "better", resume=True)
+    output_of(load(lora), tmp_path / "new" / "better")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_state_has_a_name_whatever_the_output_is_called(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "here")
+    assert output_of(load(lora), ".", force=True) == Path()
+    assert state_of(Path()) == tmp_path / "in" / "here.recover.pt"
+    assert state_of(Path("..")) == tmp_path / "in.recover.pt"
+    assert len(state_of(output_of(load(lora), "x" * 250)).name) < 255
