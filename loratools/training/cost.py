@@ -84,11 +84,12 @@ def known(find: Callable[[], Cost]) -> Cost | None:
 
 
 def n_weights(place: str | os.PathLike[str]) -> int:
-    """How many numbers the weights of a model are; FileNotFoundError where it is not here."""
+    """How many numbers the weights of a model are; FileNotFoundError where they are not here."""
     path = Path(place)
-    if not path.exists():
+    specs = load_base(path).source.specs if path.exists() else {}
+    if not specs:  # a folder may hold a config alone
         raise FileNotFoundError(place)
-    return sum(math.prod(spec.shape) for spec in load_base(path).source.specs.values())
+    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def n_tokens(*texts: str) -> float:

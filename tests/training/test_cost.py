@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,28 @@ def test_weights_are_counted(base: str) -> None:
     assert n_weights(base) == sum(p.numel() for p in tiny_llama().parameters())
     with pytest.raises(FileNotFoundError):
         n_weights("no/such")
+
+
+def test_a_config_alone_has_no_cost(base: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(base) / "config.json").read_bytes())
+    assert cost(tmp_path, ROWS, Recover()) is None
+
+
+def test_the_dtype_is_the_one_that_models_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+
+    def ones(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+        met.append(dtype)
+        return torch.ones(*shape, dtype=dtype)
+
+    named = SimpleNamespace(ones=ones, float32=torch.float32, bfloat16=torch.bfloat16)
+    monkeypatch.setattr("loratools.training.cost.torch", named)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    wide, half = Machine("cpu"), Machine("cuda")
+    assert wide.reading(10, 10) > 0
+    assert half.reading(10, 10) > 0
+    assert met == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert wide.memory(100, 100, 10) == 2 * half.memory(100, 100, 10)
 
 
 def test_the_speed_is_that_of_products() -> None:
