@@ -150,6 +150,8 @@ def transfer(
         raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
     if loss_temperature != 2.0 and loss != "kl":
         raise UsageError("--loss-temperature is of --loss kl; give that too")
+    if threshold != 0.5 and passing != "threshold":
+        raise UsageError("--threshold is of --filter threshold; leave it out")
     if align != "bases" and not (warm_start or weights_only):
         raise UsageError("--align goes with --weights-only or --warm-start")
     if page is not None:
@@ -200,7 +202,8 @@ def transfer(
     rows = [] if evaluate is None else read_rows(evaluate)
     with_kit = judge_of(path, kit) is not None
     refuse_taken(output, work, resume=resume, force=force)
-    shown.announce(partial(estimated, source, target, how, generator=generator, with_kit=with_kit))
+    speaks = generator if found or with_kit else source  # without seeds, the source makes up inputs itself
+    shown.announce(partial(estimated, source, target, how, generator=speaks, with_kit=with_kit))
     with resumable(), Progress() as progress:
         report = run(
             path,

@@ -28,7 +28,7 @@ def at_ranks(
     """The adapter at each of `ranks`, by SVD, or with `nested` by slices of that scale; and what a user should know.
 
     Each is made when it is run. A rank that no target exceeds gives the adapter as it is. UsageError for ranks below 1
-    or given twice, and for an adapter without ranks.
+    or given twice, for an adapter without ranks, and for a slice that cannot be made of it.
     """
     if not ranks or min(ranks) < 1 or len(set(ranks)) < len(ranks):
         raise UsageError(f"ranks {','.join(map(str, ranks))}: give different ranks of at least 1, such as 1,2,4,8")
@@ -47,4 +47,6 @@ def at_ranks(
             return truncate(adapter, rank, nested=nested, scaling=scaling)[0]
         return squeeze(adapter, rank, options=Squeeze(base=base))[0]
 
+    if nested is not None:
+        cut(min(ranks))  # what a slice lacks, such as a scaling, is said before any model runs
     return [Candidate(name, lambda rank=rank: cut(rank), rank) for rank in ranks], warnings  # type: ignore[misc]

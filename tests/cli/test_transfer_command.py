@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from training.tiny_task import Places
+
+from loratools.errors import UsageError
 
 Run = Callable[..., Any]
 SMALL = ("--samples", 12, "--max-input-tokens", 8, "--max-answer-tokens", 12, "--rank", 2, "--epochs", 1, "--batch", 4)
@@ -74,6 +77,8 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     assert "nothing: holds no discriminator.json" in done.err.splitlines()[-1]
     done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--loss-temperature", 3)
     assert (done.code, "--loss-temperature is of --loss kl" in done.err) == (2, True)
+    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--threshold", 0.2, "--filter", "ratio")
+    assert (done.code, "--threshold is of --filter threshold" in done.err) == (2, True)
     far = ("--to", places.second, "-o", tmp_path / "far", "--report")
     done = run(*told, *far, empty / "page.html")
     assert (done.code, done.err.count("\n")) == (5, 1)
@@ -100,3 +105,19 @@ def test_all_that_was_dropped_is_counted(run: Run, places: Places, tmp_path: Pat
     assert f"{made['kept']} kept, " in shown
     assert f"{made['unfinished']} unfinished" in shown
     assert f"{taught['empty']} answers were empty" in done.err
+
+
+def test_the_estimate_is_of_the_model_that_makes_up_inputs(
+    run: Run, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speakers = []
+
+    def estimated(*_: object, generator: str | None, **__: object) -> None:
+        speakers.append(generator)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("loratools.training.transfer.cost.estimated", estimated)
+    told = ("transfer", places.adapter, "--from", places.first, "--to", places.second, "-o", tmp_path / "moved")
+    for more in ((), ("--seeds", places.seeds), ("--seeds", places.seeds, "--generator", places.chatty)):
+        assert run(*told, *more).code == 2
+    assert speakers == [str(places.first), None, str(places.chatty)]

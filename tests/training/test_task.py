@@ -206,6 +206,12 @@ def test_ranks_are_checked(adapter: Adapter, ranks: list[int]) -> None:
         at_ranks(adapter, ranks, name="it")
 
 
+def test_a_slice_without_its_scaling_is_refused_before_any_model_runs(adapter: Adapter) -> None:
+    with pytest.raises(UsageError, match="pass --scaling none, rank or sqrt"):
+        at_ranks(adapter, [1, 2], name="it", nested="matryoshka")
+    assert len(at_ranks(adapter, [1, 2], name="it", nested="matryoshka", scaling="sqrt")[0]) == 2
+
+
 def test_draws_without_a_prompt_have_no_match(loaded: tuple[Any, Any], adapter: Adapter) -> None:
     """Of four rows with one prompt every third draw or so has none."""
     rows = (Row("abc", "d"), Row("", "six"), Row("", "seven"), Row("", "eight"))

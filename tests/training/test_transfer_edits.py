@@ -180,12 +180,13 @@ def test_a_chat_template_is_missed_before_anything_is_made(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the two that answer; who makes up inputs needs none."""
-    chat, out = replace(HOW, chat=True), tmp_path / "moved"
+    chat, out, seeds = replace(HOW, chat=True), tmp_path / "moved", read_seeds(places.seeds)
     with pytest.raises(UsageError, match=r"second: .*no chat template"):
-        transfer(places.adapter, places.chatty, places.second, [], out, chat, generator=places.chatty)
+        transfer(places.adapter, places.chatty, places.second, seeds, out, chat, generator=places.chatty)
+    with pytest.raises(UsageError, match="without seeds the source makes up inputs itself"):
+        transfer(places.adapter, places.first, places.second, [], out, HOW, generator=places.second)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(label, "said", killing(label.said, 1, before_the_work=True))
-    seeds = read_seeds(places.seeds)
     with pytest.raises(KilledError):
         transfer(places.adapter, places.chatty, places.chatty, seeds, out, chat, generator=places.second)
 

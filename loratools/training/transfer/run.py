@@ -76,7 +76,7 @@ def transfer(
     """Train an adapter for `target` that answers as `adapter` does on `source`, on inputs that a model makes up.
 
     What `save_kit` saved with the adapter, or in the folder `kit`, is used. Without `seeds`, its seeds are; where there
-    is none, the source with its adapter is asked to begin by itself. `rows` are evaluated by all models. Every stage
+    is none, the source with its adapter is asked to begin by itself, and `generator` is refused. `rows` are evaluated by all models. Every stage
     leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same result;
     files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
     """
@@ -86,6 +86,8 @@ def transfer(
     judge = judge_of(adapter, kit)
     if not seeds and judge is not None:
         seeds = read_seeds(judge.with_name(SEEDS))
+    if generator is not None and not seeds:
+        raise UsageError("without seeds the source makes up inputs itself; give some, or leave the generator out")
     places: dict[Role, str] = {
         "source": str(source),
         "target": str(target),
