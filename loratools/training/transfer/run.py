@@ -76,9 +76,10 @@ def transfer(
     """Train an adapter for `target` that answers as `adapter` does on `source`, on inputs that a model makes up.
 
     What `save_kit` saved with the adapter, or in the folder `kit`, is used. Without `seeds`, its seeds are; where there
-    is none, the source with its adapter is asked to begin by itself, and `generator` is refused. `rows` are evaluated by all models. Every stage
-    leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on to the same result;
-    files that were edited meanwhile are taken as they are. The output is a PEFT folder with a receipt.
+    is none, the source with its adapter is asked to begin by itself, and no `generator` is. `rows` are evaluated by all
+    models. Every stage leaves files in `work`, by default OUTPUT.transfer, and with `resume` an interrupted run goes on
+    to the same result; files that were edited meanwhile are taken as they are. The output is a PEFT folder with a
+    receipt.
     """
     out, files = refuse_taken(output, work, resume=resume, force=force)
     with load(adapter) as opened:
