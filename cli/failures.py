@@ -24,7 +24,7 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, LoratoolsError):
         return error.exit_code, str(error)
     if _is_out_of_memory(error):
-        return ExitCode.ADAPTER, "out of memory; use a larger machine, or fewer targets at once with --target"
+        return ExitCode.ADAPTER, "out of memory; use a larger machine, or do less at once with --batch or --target"
     if isinstance(error, OSError):
         return _system(error)
     remedy = "this is an error in loratools; set LORATOOLS_DEBUG=1 for the traceback and report it"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 from pathlib import Path
@@ -310,6 +312,28 @@ def test_rows_survive_a_torn_last_line(tmp_path: Path) -> None:
     path.write_text('{"prompt": "x"}\nno row\n')
     with pytest.raises(InputError, match="line 2"):
         files.rows("a.jsonl")
+
+
+def test_a_new_beginning_waits_for_the_run_that_is_at_work(tmp_path: Path) -> None:
+    files = StageFiles(tmp_path / "work")
+    with files.open(resume=False):
+        files.note("next", "x", done=True)
+        with pytest.raises(UsageError, match="at work here"), files.open(resume=False, force=True):
+            pass
+        assert files.stages() == ("next",)
+    with files.open(resume=False, force=True):
+        assert files.stages() == ()
+
+
+def test_a_file_system_without_locks_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    files = StageFiles(tmp_path / "work")
+    with files.open(resume=False):
+        files.note("next", "x", done=True)
+    assert files.stages() == ("next",)
 
 
 def test_a_stage_is_done_again_when_what_it_was_made_of_changed(tmp_path: Path) -> None:
