@@ -154,7 +154,7 @@ def train_rows(
     ]
     run = TrainingRun(model, options.n_steps(len(items)), options.learning_rate)
     place = None if checkpoint is None else Path(checkpoint)
-    state_of = _digest(rows, held_out, options, made_for, run.beginning())
+    state_of = _digest(rows, held_out, options, made_for)
     if place is not None and not run.load(place, state_of) and os.path.lexists(place):
         warnings.append(f"{printable(place)}: was damaged, or of another run; this one began anew")
     every = options.every or max(1, min(_EVERY, run.steps // 8))
@@ -277,10 +277,7 @@ def _aligned(batch: Sequence[_Item], row: Tensor, of_row: Tensor) -> tuple[list[
     return mine, theirs
 
 
-def _digest(
-    rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train, made_for: str, beginning: str
-) -> str:
+def _digest(rows: Sequence[TrainRow], held_out: Sequence[TrainRow], options: Train, made_for: str) -> str:
     """What tells one run from another."""
-    several = [[asdict(row) for row in some] for some in (rows, held_out)]
-    told = repr((*several, asdict(options), made_for, beginning))
+    told = repr(([asdict(row) for row in rows], [asdict(row) for row in held_out], asdict(options), made_for))
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()

@@ -26,7 +26,7 @@ from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
 from loratools.training.peft_model import load_adapter, save_adapter
 from loratools.training.qat import Grid, Quantiser, quantization_aware, rounding
-from loratools.training.training_run import identity
+from loratools.training.training_run import digest_of_trainable, identity
 
 _FORM = 'give rows such as {"prompt": "...", "answer": "..."} or {"text": "..."}'
 _DIRECT = ("rtn", "sign", "lloyd", "nf", "petl")
@@ -108,6 +108,7 @@ def recover(
     train, held_out = _split(rows, options)
     how = options.training(UNITS if codes is not None and isinstance(codes.quantise, Grid) else RATE)
     wrapped = load_adapter(model, adapter, is_trainable=True)
+    made_for = repr((identity(adapter), digest_of_trainable(wrapped), model.name_or_path))
     with nullcontext() if codes is None else quantization_aware(wrapped, codes.quantise):
         trained = train_rows(
             wrapped,
@@ -116,7 +117,7 @@ def recover(
             how,
             held_out=held_out,
             checkpoint=state,
-            made_for=repr((identity(adapter), model.name_or_path)),
+            made_for=made_for,
             step=step,
         )
     arguments = {

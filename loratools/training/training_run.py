@@ -30,6 +30,16 @@ def identity(adapter: Adapter) -> list[Any]:
     return [None if adapter.origin is None else adapter.origin.sha256(), adapter.config]
 
 
+def digest_of_trainable(model: Any) -> str:
+    """Of the parameters that are to be trained; what was made in memory has the `identity` of its file, not these."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @dataclass(frozen=True)
 class Look:
     """What the held-out rows said after so many steps."""
@@ -58,14 +68,6 @@ class TrainingRun:
         self.seconds = 0.0
         self.losses: list[float] = []
         self.looks: list[Look] = []
-
-    def beginning(self) -> str:
-        """The digest of what is to be trained, as it is now."""
-        found = hashlib.sha256()
-        for name, parameter in self._trained.items():
-            found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
 
     def descend(self, loss: Tensor) -> None:
         """One step down; AdapterError where the loss or its gradient is not finite, and nothing was changed."""
