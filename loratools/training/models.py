@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -120,6 +121,14 @@ def _quiet(logging: Any) -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_future_warnings() -> Iterator[None]:
+    """Without PEFT's, about names of transformers that will change: no user of ours can do anything about them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def working_dtype(device: str) -> str:

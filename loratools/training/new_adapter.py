@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools.errors import AdapterError, UsageError
-from loratools.training.models import library
+from loratools.training.models import library, without_future_warnings
 from loratools.training.seeds import seeded
 
 Method = Literal["lora", "rslora", "dora"]
@@ -39,8 +38,7 @@ def new_adapter(model: Any, settings: NewAdapter, *, seed: int = 0) -> Any:
         use_dora=settings.method == "dora",
         task_type="CAUSAL_LM",
     )
-    with seeded(seed, "adapter"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+    with seeded(seed, "adapter"), without_future_warnings():
         try:
             return peft.get_peft_model(model, config)
         except ValueError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from loratools.adapter import Adapter
 from loratools.errors import AdapterError, UsageError
 from loratools.files import load
 from loratools.ops.convert import Convert, convert, write_converted
-from loratools.training.models import library
+from loratools.training.models import library, without_future_warnings
 
 
 def load_adapter(
@@ -41,8 +40,7 @@ def load_adapter(
         write_converted(result, report, folder)
         if opened.format.name != "peft":
             _name_in_full(folder / "adapter_config.json", result)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about names of transformers
+        with without_future_warnings():
             if is_wrapped:
                 model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
                 wrapped = model

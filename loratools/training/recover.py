@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.errors import InputError, UsageError
+from loratools.errors import AdapterError, InputError, UsageError
 from loratools.files import Saved, load, packed_place, save
 from loratools.ops.convert import Convert, convert
 from loratools.ops.quantize import Quantize, dtype_named, quantize_file, recorded_arguments
@@ -95,9 +95,9 @@ def recover(
     """Train `adapter` on the base `model` for some steps and write it: packed as it was, or else as a PEFT folder.
 
     The numbers have the dtype that they had. `model` is left with the adapter in it. `step` is called with the tokens
-    of each step. A run that ends early leaves its state beside the output, from which one with `resume` goes on to the
-    same result. UsageError for codes that cannot be trained in, or where such a state lies and nobody said what to do
-    with it; AdapterError where the loss is no longer finite.
+    of each step. A run that is interrupted leaves its state beside the output, from which one with `resume` goes on to
+    the same result. UsageError for codes that cannot be trained in, or where such a state lies and nobody said what to
+    do with it; AdapterError where the loss is no longer finite.
     """
     codes = codes_of(adapter)
     place = output_of(adapter, output, resume=resume, force=force)
@@ -110,16 +110,21 @@ def recover(
     wrapped = load_adapter(model, adapter, is_trainable=True)
     made_for = repr((identity(adapter), digest_of_trainable(wrapped), model.name_or_path))
     with nullcontext() if codes is None else quantization_aware(wrapped, codes.quantise):
-        trained = train_rows(
-            wrapped,
-            tokenizer,
-            train,
-            how,
-            held_out=held_out,
-            checkpoint=state,
-            made_for=made_for,
-            step=step,
-        )
+        try:
+            trained = train_rows(
+                wrapped,
+                tokenizer,
+                train,
+                how,
+                held_out=held_out,
+                checkpoint=state,
+                made_for=made_for,
+                step=step,
+            )
+        except AdapterError:  # it would come to the same again
+            with explained(state):
+                state.unlink(missing_ok=True)
+            raise
     arguments = {
         "steps": options.steps,
         "learning_rate": how.learning_rate,

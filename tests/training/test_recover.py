@@ -14,11 +14,12 @@ from training.tiny import load_tiny_model, save_tiny_lora, save_tiny_model
 
 from loratools import Quantize, load, quantize_file, save, squeeze
 from loratools.adapter import Adapter
-from loratools.errors import InputError, OutputError, UsageError
+from loratools.errors import AdapterError, InputError, OutputError, UsageError
 from loratools.ops.squeeze import Squeeze
 from loratools.ops.truncate import truncate
 from loratools.training.distil import TrainRow
 from loratools.training.evaluate import Evaluate, Row, evaluate
+from loratools.training.peft_model import load_adapter
 from loratools.training.recover import Recover, output_of, read_train_rows, recover, state_of
 
 pytest.importorskip("peft")
@@ -215,6 +216,23 @@ def test_the_state_of_other_factors_under_the_same_config_is_none(base: Path, lo
     made, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "better", TASK, resume=True)
     whole, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "whole", TASK)
     assert made.weights.read_bytes() == whole.weights.read_bytes()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_nothing_is_said_of_what_peft_will_have_to_change(base: Path, lora: Path) -> None:
+    load_adapter(load_tiny_model(base)[0], lora, is_trainable=True)
+
+
+def test_a_run_that_cannot_go_on_leaves_nothing(base: Path, lora: Path, tmp_path: Path) -> None:
+    wild = Recover(steps=4, learning_rate=1e30, batch=4)
+    seen: list[bool] = []
+    with pytest.raises(AdapterError, match="lower learning rate"):
+        recover(
+            *load_tiny_model(base), load(lora), ROWS, tmp_path / "better", wild,
+            step=lambda tokens: seen.append((tmp_path / "better.recover.pt").exists()),
+        )  # fmt: skip
+    assert seen  # it went some way
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("steps", range(1, 40))
