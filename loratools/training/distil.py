@@ -141,7 +141,7 @@ def train_rows(
     """
     asked = None if options.loss == "ce" else teacher
     _check_teacher(asked, tokenizer, options)
-    most = min(options.max_tokens, room(model), *(() if asked is None else (room(asked.model),)))
+    most = min(options.max_tokens, room(model))
     items, left_out = _items(tokenizer, rows, options, asked, most)
     if not items:
         raise UsageError(f"there are no rows of at most {most} tokens, and at least 2, to train on; give some")
@@ -216,8 +216,9 @@ def _check_teacher(teacher: Teacher | None, tokenizer: Any, options: Train) -> N
 def _items(
     tokenizer: Any, rows: Sequence[TrainRow], options: Train, teacher: Teacher | None, most: int
 ) -> tuple[list[_Item], Counter[str]]:
-    """Rows that count, of at most so many tokens; and why others were left out."""
+    """Rows that count, of at most so many tokens, to the teacher as it has room; and why others were left out."""
     found, left_out = [], Counter[str]()
+    taught_at_most = 0 if teacher is None else min(options.max_tokens, room(teacher.model))
     for row in rows:
         if not row.weight > 0:
             continue
@@ -228,8 +229,11 @@ def _items(
         if ids[1] >= len(ids[0]):
             left_out["have no token that could be foretold"] += 1
             continue
-        if max(len(ids[0]), 0 if taught is None else len(taught[0])) > most:
+        if len(ids[0]) > most:
             left_out[f"are longer than {most} tokens"] += 1
+            continue
+        if taught is not None and len(taught[0]) > taught_at_most:
+            left_out[f"are longer than {taught_at_most} tokens to the teacher"] += 1
             continue
         if teacher is None or taught is None:
             found.append(_Item(ids, row.weight, None))

@@ -177,6 +177,21 @@ def test_loss_of_two_parts(folder: Path) -> None:
     assert found == pytest.approx(0.5 * (hard + distance) / tokens, rel=2e-2)  # the model moved by a step of 5e-5
 
 
+def test_a_row_may_be_longer_to_the_student_than_the_teacher_has_room_for(folder: Path) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = Tokenizer(models.WordLevel({"?": 0, "aa": 1, "bb": 2}, unk_token="?"))
+    pairs.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    teacher = Teacher(tiny_llama(seed=9), PreTrainedTokenizerFast(tokenizer_object=pairs, unk_token="?"))
+    model, tokenizer = loaded(folder)
+    rows = [TrainRow("a" * 20, "b" * 10), TrainRow("a" * 2, "b" * 2)]
+    for room, told in ((20, ()), (10, ("1 rows are longer than 10 tokens to the teacher and were left out",))):
+        teacher.model.config.max_position_embeddings = room
+        trained = train_rows(model, tokenizer, rows, Train(loss="uld", steps=1, batch=2), teacher=teacher)
+        assert trained.warnings == told
+
+
 def test_what_cannot_be_trained(folder: Path) -> None:
     model, tokenizer = loaded(folder)
     with pytest.raises(UsageError, match="no rows"):

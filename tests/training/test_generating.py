@@ -110,3 +110,13 @@ def test_training_leaves_out_what_there_is_no_room_for(folder: Path) -> None:
     )
     trained = train_rows(adapted, tokenizer, [*rows[:2], TrainRow("", "a"), TrainRow("a", "b", 0.0)], Train(steps=1))
     assert trained.warnings == ("1 rows have no token that could be foretold and were left out",)
+
+
+def test_a_config_that_states_no_room_sets_no_limit(folder: Path) -> None:
+    model, tokenizer = load_tiny_model(folder)
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    model.config.max_position_embeddings = None
+    taken: list[object] = []
+    replies(model, tokenizer, [Row("a" * 70, "b")], options=Evaluate(max_tokens=MOST), step=taken.append)
+    assert taken == [70 + MOST]
+    assert answer_nll(model, tokenizer, [Row("a" * 70, "b")])[1] == 1
