@@ -43,7 +43,7 @@ class AnnealRank(TrainerCallback):
         rank = annealable_config(kwargs["model"], self.adapter).r
         ranks = annealed_ranks(self.start or rank, self.to, self.stages)
         steps = annealing_steps(state.max_steps, len(ranks)) if ranks else ()
-        self._plan = {s: rank for s, rank in zip(steps, ranks, strict=True) if s > state.global_step}
+        self._plan = dict(zip(steps, ranks, strict=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Squeeze, where the plan says so."""

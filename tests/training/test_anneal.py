@@ -241,6 +241,28 @@ def test_gathered_gradients_go_along() -> None:
         torch.testing.assert_close(carried[name], grad, rtol=1e-7, atol=1e-12)
 
 
+def test_second_moments_go_by_the_squares_of_the_turn() -> None:
+    """As if the entries of a gradient did not depend on one another: a mean of squares of sums of them."""
+    model = tuned(double=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    gradients(model)
+    optimizer.step()
+
+    def both(layer: Any) -> list[torch.Tensor]:
+        return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    before = {name: [p.detach().clone() for p in both(layer)] for name, layer in lora_layers(model)}
+    known = {name: [optimizer.state[p]["exp_avg_sq"] for p in both(layer)] for name, layer in lora_layers(model)}
+    squeeze_model(model, 2, optimizer)
+    for name, layer in lora_layers(model):
+        (down, up), (down_square, up_square) = before[name], known[name]
+        turn_down = layer.lora_A["default"].weight.detach() @ torch.linalg.pinv(down)  # N: the new A is N A
+        turn_up = torch.linalg.pinv(up) @ layer.lora_B["default"].weight.detach()  # M: the new B is B M
+        found = [optimizer.state[p]["exp_avg_sq"] for p in both(layer)]
+        torch.testing.assert_close(found[0], turn_up.T**2 @ down_square, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[1], up_square @ turn_down.T**2, rtol=1e-6, atol=0)
+
+
 def test_parameter_groups_stay_apart() -> None:
     model = tuned()
     halves: list[list[Any]] = [[], []]

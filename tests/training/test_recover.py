@@ -150,9 +150,13 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert not (tmp_path / name).exists()
     with pytest.raises(UsageError, match="--resume"):
         run(tmp_path)
+    kept = state.read_bytes()
     assert run(tmp_path, resume=True, step=count).read_bytes() == expected
     assert counted == 11 + 12  # of 20 steps, 8 were looked at and kept
     assert not state.exists()
+    state.write_bytes(kept)
+    assert run(tmp_path, force=True, step=count).read_bytes() == expected
+    assert counted == 11 + 12 + 20  # from the beginning
 
 
 def test_the_order_of_sets_changes_no_byte(base: Path, lora: Path, tmp_path: Path) -> None:

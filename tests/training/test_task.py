@@ -206,6 +206,13 @@ def test_ranks_are_checked(adapter: Adapter, ranks: list[int]) -> None:
         at_ranks(adapter, ranks, name="it")
 
 
+@pytest.mark.parametrize("nested", [None, "keep"])
+def test_at_its_own_rank_an_adapter_is_itself(adapter: Adapter, nested: Any) -> None:
+    (cut,), warnings = at_ranks(adapter, [8], name="it", nested=nested)
+    assert cut.make() is adapter
+    assert len(warnings) == 1
+
+
 def test_a_slice_without_its_scaling_is_refused_before_any_model_runs(adapter: Adapter) -> None:
     with pytest.raises(UsageError, match="pass --scaling none, rank or sqrt"):
         at_ranks(adapter, [1, 2], name="it", nested="matryoshka")
