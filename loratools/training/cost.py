@@ -42,9 +42,8 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of weights."""
-        found = getattr(torch, working_dtype(self.device))
-        assert isinstance(found, torch.dtype)
+        """What it computes in."""
+        found: torch.dtype = getattr(torch, working_dtype(self.device))
         return found
 
     def saying(self, weights: int, tokens: float, batch: int) -> float:
