@@ -145,7 +145,7 @@ def _settings(size: Size) -> Transfer:
         max_answer_tokens=44,
         batch=32,
         adapter=NewAdapter("lora", RANK),
-        train=Train(steps=size.steps, learning_rate=RATE, batch=BATCH, every=every, patience=size.steps),
+        train=Train("ce", steps=size.steps, learning_rate=RATE, batch=BATCH, every=every, patience=size.steps),
         device=device(),
     )
 

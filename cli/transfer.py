@@ -48,9 +48,11 @@ def transfer(
     max_input_tokens: Annotated[int, Option(metavar="N", help="The longest input.")] = 64,
     max_answer_tokens: Annotated[int, Option(metavar="N", help="The longest answer.")] = 128,
     loss: Annotated[
-        Literal["ce", "kl", "uld"],
-        Option(help="The teacher's words; or also its probabilities, of one vocabulary, or of any two."),
-    ] = "ce",
+        Literal["auto", "ce", "kl", "uld"],
+        Option(
+            help="The teacher's words; or also its probabilities: kl, by default where both have one vocabulary; uld."
+        ),
+    ] = "auto",
     loss_temperature: Annotated[
         float,
         Option("--loss-temperature", metavar="T", help="Of kl: how far the teacher's probabilities are softened."),
@@ -148,7 +150,7 @@ def transfer(
         )
     elif texts is not None:
         raise UsageError("--texts goes with --weights-only; a warm start takes the made-up rows")
-    if loss_temperature != 2.0 and loss != "kl":
+    if loss_temperature != 2.0 and loss not in ("auto", "kl"):
         raise UsageError("--loss-temperature is of --loss kl; give that too")
     if threshold != 0.5 and passing != "threshold":
         raise UsageError("--threshold is of --filter threshold; leave it out")

@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from loratools.training.training_run import Look, TrainingRun
 if TYPE_CHECKING:
     from torch import Tensor
 
-LossKind = Literal["ce", "kl", "uld"]
+LossKind = Literal["auto", "ce", "kl", "uld"]
 _EVERY = 10  # steps between two looks at the held-out rows, at most, unless stated
 
 
@@ -47,12 +47,13 @@ class Train:
 
     `loss`: "ce" of the answers' tokens, which any two tokenizers allow; "kl" adds the divergence from the teacher's
     softened probabilities, of one vocabulary; "uld" adds the distance of sorted probabilities where tokens of both
-    tokenizers begin at the same character. `hard` is the share of the cross-entropy where there are two. `steps`, or
-    else `epochs`. With held-out rows, training stops after `patience` looks that found no better agreement, `every`
-    steps apart, and the best state is kept. `chat` puts prompts into the tokenizer's chat template.
+    tokenizers begin at the same character; "auto" is "kl" of a teacher whose tokenizer is the student's, else "ce".
+    `hard` is the share of the cross-entropy where there are two. `steps`, or else `epochs`. With held-out rows,
+    training stops after `patience` looks that found no better agreement, `every` steps apart, and the best state is
+    kept. `chat` puts prompts into the tokenizer's chat template.
     """
 
-    loss: LossKind = "ce"
+    loss: LossKind = "auto"
     temperature: float = 2.0
     hard: float = 0.5
     learning_rate: float = 5e-4
@@ -139,6 +140,7 @@ def train_rows(
     steps. AdapterError where a loss is no longer finite; UsageError where there are no rows to train on, or
     `options.loss` needs a teacher of the same vocabulary and there is none.
     """
+    options = settled(options, tokenizer, None if teacher is None else teacher.tokenizer)
     asked = None if options.loss == "ce" else teacher
     _check_teacher(asked, tokenizer, options)
     most = min(options.max_tokens, room(model))
@@ -193,6 +195,18 @@ def agreement(model: Any, tokenizer: Any, rows: Sequence[TrainRow], options: Tra
     if not items:
         raise UsageError(f"there are no rows of at most {most} tokens, and at least 2, to compare with; give some")
     return agreement_of(model, [item.ids for item in items], batch=options.batch, device=options.device)
+
+
+def settled(options: Train, student: Any, teacher: Any | None) -> Train:
+    """The options with "auto" settled, for the tokenizers of two models: "kl" where these write answers alike."""
+    if options.loss != "auto":
+        return options
+    alike = (
+        teacher is not None
+        and student.get_vocab() == teacher.get_vocab()
+        and student.eos_token_id == teacher.eos_token_id
+    )
+    return replace(options, loss="kl" if alike else "ce")
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:

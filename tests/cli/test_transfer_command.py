@@ -75,7 +75,7 @@ def test_what_is_refused(run: Run, places: Places, tmp_path: Path) -> None:
     done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--kit", tmp_path / "nothing")
     assert done.code == 3
     assert "nothing: holds no discriminator.json" in done.err.splitlines()[-1]
-    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--loss-temperature", 3)
+    done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--loss", "ce", "--loss-temperature", 3)
     assert (done.code, "--loss-temperature is of --loss kl" in done.err) == (2, True)
     done = run(*told, "--to", places.second, "-o", tmp_path / "moved", "--threshold", 0.2, "--filter", "ratio")
     assert (done.code, "--threshold is of --filter threshold" in done.err) == (2, True)

@@ -98,7 +98,7 @@ def test_a_transfer_counts_its_generator_and_the_reader_of_a_kit(base: str, tmp_
 
     save_file({"model.embed_tokens.weight": torch.zeros(4000, 100)}, wide / "model.safetensors")
     (wide / "config.json").write_text('{"model_type": "llama"}')
-    how = Transfer(samples=10, train=Train(steps=5), max_input_tokens=20, max_answer_tokens=20)
+    how = Transfer(samples=10, train=Train("ce", steps=5), max_input_tokens=20, max_answer_tokens=20)
     alone = estimated(base, base, how)
     by_wide, with_kit = (estimated(base, base, how, generator=str(wide), with_kit=kit) for kit in (False, True))
     taught = estimated(str(wide), base, replace(how, train=Train(steps=5, loss="uld")))
@@ -112,6 +112,9 @@ def test_a_transfer_counts_its_generator_and_the_reader_of_a_kit(base: str, tmp_
     assert with_kit.seconds - by_wide.seconds == pytest.approx(2 * n * made)
     assert with_kit.nbytes - by_wide.nbytes == pytest.approx(1.3 * 4 * n, abs=2)
     assert taught.nbytes - alone.nbytes == pytest.approx(1.3 * 4 * 400_000, abs=2)
+    assert estimated(base, base, replace(how, train=Train(steps=5))) == estimated(
+        base, base, replace(how, train=Train("kl", steps=5))
+    )  # one vocabulary
     assert estimated(base, "no/such", how) is None
 
 

@@ -12,7 +12,7 @@ import torch
 from training.tiny import load_tiny_model, save_tiny_model, tiny_llama
 
 from loratools.errors import AdapterError, UsageError
-from loratools.training.distil import Teacher, Train, TrainRow, agreement, train_rows
+from loratools.training.distil import Teacher, Train, TrainRow, agreement, settled, train_rows
 from loratools.training.losses import cross_entropy
 from loratools.training.models import load_model
 from loratools.training.new_adapter import Method, NewAdapter, new_adapter
@@ -143,6 +143,19 @@ def test_a_teacher_of_the_same_vocabulary(folder: Path) -> None:
     assert trained.losses[-1] < 0.5 * trained.losses[0]
     with pytest.raises(UsageError, match="teacher="):
         train_rows(model, tokenizer, ROWS, how)
+
+
+def test_probabilities_are_learnt_unasked_where_answers_are_written_alike(folder: Path) -> None:
+    _, tokenizer = loaded(folder)
+    _, other = loaded(folder)
+    assert settled(Train(), tokenizer, None).loss == "ce"
+    assert settled(Train(), tokenizer, other).loss == "kl"
+    assert settled(Train("ce"), tokenizer, other).loss == "ce"
+    other.eos_token = "z"
+    assert settled(Train(), tokenizer, other).loss == "ce"
+    _, wider = loaded(folder)
+    wider.add_tokens(["new"])
+    assert settled(Train(), tokenizer, wider).loss == "ce"
 
 
 def test_loss_of_two_parts(folder: Path) -> None:

@@ -306,7 +306,11 @@ def test_losses_of_probabilities(places: Places, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="vocabularies differ"):
         moved(places, tmp_path / "moved", kl)
     assert not (tmp_path / "moved.transfer").exists()
-    assert moved(places, tmp_path / "same", kl, to=places.first, rows=()).distillation.steps > 0
+    same = moved(places, tmp_path / "same", kl, to=places.first, rows=())
+    assert same.distillation.steps > 0
+    alike, other = (moved(places, tmp_path / to.name, HOW, to=to, rows=()) for to in (places.first, places.second))
+    assert (alike.settings["train"]["loss"], other.settings["train"]["loss"]) == ("kl", "ce")
+    assert alike.distillation.losses == same.distillation.losses
     uld = replace(HOW, train=replace(HOW.train, loss="uld"))
     assert moved(places, tmp_path / "uld", uld, rows=()).distillation.steps > 0
 

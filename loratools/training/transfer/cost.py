@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from loratools.training.cost import Cost, Machine, known, n_weights
+from loratools.training.distil import Train, settled
+from loratools.training.models import load_tokenizer
 from loratools.training.transfer.settings import Transfer
 
 _FILLED: Final = 0.35  # of the longest inputs and answers, which is what they take on average
@@ -24,7 +26,7 @@ def estimated(
 def _estimated(source: str, target: str, generator: str, options: Transfer, *, with_kit: bool) -> Cost:
     places = {"source": source, "target": target, "generator": generator}
     sizes = {role: n_weights(place) for role, place in places.items()}
-    machine, is_taught = Machine(options.device), options.train.loss != "ce"
+    machine, is_taught = Machine(options.device), _is_taught(source, target, options.train)
 
     def held(*roles: str) -> int:
         return sum({places[role]: sizes[role] for role in roles}.values())
@@ -48,3 +50,10 @@ def _estimated(source: str, target: str, generator: str, options: Transfer, *, w
         + (machine.reading(sizes["source"], read) if is_taught else 0.0)
     )
     return Cost(machine.memory(most, sizes["target"], tokens), seconds)
+
+
+def _is_taught(source: str, target: str, train: Train) -> bool:
+    """Whether training asks the teacher for probabilities, so that both models are in memory."""
+    if train.loss == "auto":
+        train = settled(train, load_tokenizer(target), load_tokenizer(source))
+    return train.loss != "ce"

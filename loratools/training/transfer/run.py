@@ -18,6 +18,7 @@ from loratools.ops.squeeze import Squeeze, squeeze
 from loratools.reports.transfer import KitReport, TransferReport
 from loratools.storage.atomic import printable, refuse_existing, write_whole
 from loratools.training.applied import base_of
+from loratools.training.distil import settled
 from loratools.training.evaluate import Evaluate, Row, evaluate, n_steps
 from loratools.training.seeds import order
 from loratools.training.training_run import identity
@@ -95,6 +96,8 @@ def transfer(
         "generator": str(generator if generator is not None else target),
     }
     models = ModelsInTurn(str(adapter), places, options.device, allow_download)
+    how = settled(options.train, models.tokenizer("target"), models.tokenizer("source"))
+    options = replace(options, train=how)
     job = Job(models, files, options, tuple(seeds), judge if seeds else None, meter)
     refuse_unfit_tokenizers(job)
     with files.open(EVERY, resume=resume, force=force):
