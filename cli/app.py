@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command, get_command_name
+from typer.models import CommandInfo
 
 from loratools_cli.bakeoff import bakeoff
 from loratools_cli.cache import cache
@@ -106,11 +110,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    command = typer.main.get_command(app)
-    code = command.main(
-        args=None if arguments is None else list(arguments), prog_name="loratools", standalone_mode=False
-    )
+    told = list(sys.argv[1:] if arguments is None else arguments)
+    code = program(told[0] if told else "").main(args=told, prog_name="loratools", standalone_mode=False)
     return code if isinstance(code, int) else ExitCode.OK
+
+
+@functools.cache
+def program(name: str) -> Any:
+    """The program with the command or group of that name alone, with all where there is none.
+
+    To make all of them takes longer than many a command runs.
+    """
+    alone = copy.copy(app)
+    alone.registered_commands = [info for info in app.registered_commands if _name(info) == name]
+    alone.registered_groups = [info for info in app.registered_groups if info.name == name]
+    return get_command(alone if alone.registered_commands or alone.registered_groups else app)
+
+
+def _name(command: CommandInfo) -> str:
+    return command.name or get_command_name(getattr(command.callback, "__name__", ""))
 
 
 def _failed(error: Exception) -> int:

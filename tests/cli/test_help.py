@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import loratools
-from loratools_cli.app import GROUPS, app
+from loratools_cli.app import GROUPS, app, program
 from loratools_cli.exit_codes import ExitCode
 from loratools_cli.progress import Progress
 from loratools_cli.render import table
@@ -81,6 +81,23 @@ def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
     assert f"loratools {name} " in done.out.split("Example", 1)[1]
     assert all(len(line) <= 80 for line in done.out.splitlines())
     assert all(parameter.help for parameter in ALL[name].params if parameter.name != "help")
+
+
+def test_a_command_alone_is_what_it_is_among_all() -> None:
+    every = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in every.items():
+        alone = program.__wrapped__(name)  # no test has asked it for help yet, which it keeps
+        assert list(alone.commands) == [name]
+        expected, found = (
+            (
+                one.get_help(typer.Context(one, info_name=name)),
+                [(p.name, p.opts, p.default, p.required) for p in one.params],
+            )
+            for one in (command, alone.commands[name])
+        )
+        assert found == expected
+    for name in ("", "--help", "squeez", "prune_neurons"):
+        assert list(program(name).commands) == list(every)
 
 
 def test_help_lists_every_exit_code_and_whole_descriptions(run: Run) -> None:
