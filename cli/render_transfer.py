@@ -52,7 +52,7 @@ def _outcomes(report: TransferReport) -> dict[str, str]:
     made, taught, trained = report.synthesis, report.labelling, report.distillation
     told, start = made.discriminator, report.warm_start
     if made.discriminator_loss is not None:
-        told += f", loss {made.discriminator_loss:.2f} (0.69: blind)"
+        told += f", loss {made.discriminator_loss:.2f} (a guess: 0.69)"
     agreed = f"step {trained.best_step} of {trained.steps}"
     if report.agreement is not None and report.agreement_before is not None:
         agreed += f"; agrees {percent(report.agreement_before)} -> {percent(report.agreement)} %"
