@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -25,6 +26,23 @@ CACHE = Path(os.environ.get("LORATOOLS_BENCH_CACHE", Path(tempfile.gettempdir())
 def of_size(few: T, full: T, large: T, *, quick: bool) -> T:
     """What fits the size that was asked for: `large` is for GPUs."""
     return few if quick else large if os.environ.get("LORATOOLS_BENCH_SIZE") == "large" else full
+
+
+def cache_of(name: str, *settings: object) -> Path:
+    """The folder of the cache that belongs to one benchmark with those settings."""
+    told = json.dumps(settings, default=repr, sort_keys=True)
+    folder = CACHE / name / hashlib.sha256(told.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def kept(place: Path, make: Callable[[], Any]) -> Any:
+    """What a file of the cache holds as JSON, which is made where it is not there."""
+    if not place.is_file():
+        made = json.dumps(make())
+        place.with_suffix(".tmp").write_text(made, encoding="utf-8")
+        place.with_suffix(".tmp").replace(place)
+    return json.loads(place.read_text(encoding="utf-8"))
 
 
 def device() -> str:

@@ -6,8 +6,6 @@ What is trained, and what each way to cut it came to, lies in the cache of bench
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contestants import CACHE, device, of_size, table
+from contestants import cache_of, device, kept, of_size, table
 from number_words import BATCH, fresh, load_real, reason_missing, scores, train
 
 if TYPE_CHECKING:
@@ -76,9 +74,7 @@ def _measured(real: Real, *, steps: int, n_rows: int) -> str:
     from loratools.ops.aurac import aurac
 
     ranks = [2**i for i in range(RANK.bit_length()) if 2**i <= RANK]
-    settings = json.dumps([__version__, device(), steps, n_rows, RANK, RATE])
-    cache = CACHE / "nested_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_of("nested_real", __version__, device(), steps, n_rows, RANK, RATE)
     several: tuple[tuple[Objective, Scaling], ...] = (
         ("lora", "keep"),
         ("dylora", "keep"),
@@ -89,7 +85,8 @@ def _measured(real: Real, *, steps: int, n_rows: int) -> str:
     for objective, scaling in several:
         trained = Trained(objective, scaling, cache / f"{objective}, {scaling}")
         for name, place, cut in trained.cuts():
-            found = _kept(cache / f"{name}.json", real, trained, place, cut, ranks, steps)
+            score = functools.partial(_scored, name, real, trained, place, cut, ranks, steps)
+            found = kept(cache / f"{name}.json", score)
             exact = [100 * share for _, share in found]
             area = [aurac(ranks, exact, "log2"), aurac(ranks, exact, "linear")]
             nll = aurac(ranks, [value for value, _ in found], "log2")
@@ -116,28 +113,26 @@ def _measured(real: Real, *, steps: int, n_rows: int) -> str:
     )
 
 
-def _kept(
-    file: Path, real: Real, trained: Trained, place: Path, cut: Cut, ranks: list[int], steps: int
+def _scored(
+    name: str, real: Real, trained: Trained, place: Path, cut: Cut, ranks: list[int], steps: int
 ) -> list[tuple[float, float]]:
-    """NLL and share of exact answers at each rank, from the cache if they are there."""
+    """NLL and share of exact answers at each rank; it is trained first, if that is not in the cache."""
     from loratools import load
 
-    if not file.is_file():
-        if not trained.folder.is_dir():
-            _train(real(), trained, ranks, steps)
-        found = []
-        for rank in ranks:
-            adapter = load(place)
-            found.append(scores(real(), adapter if rank == RANK else cut(adapter, rank)))
-            print(file.stem, rank, *found[-1], file=sys.stderr, flush=True)
-        file.with_suffix(".tmp").write_text(json.dumps(found), encoding="utf-8")
-        file.with_suffix(".tmp").replace(file)
-    return [(nll, exact) for nll, exact in json.loads(file.read_text(encoding="utf-8"))]
+    if not trained.folder.is_dir():
+        _train(real(), trained, ranks, steps)
+    found = []
+    for rank in ranks:
+        adapter = load(place)
+        found.append(scores(real(), adapter if rank == RANK else cut(adapter, rank)))
+        print(name, rank, *found[-1], file=sys.stderr, flush=True)
+    return found
 
 
 def _train(real: RealModel, trained: Trained, ranks: list[int], steps: int) -> None:
     """By an objective; the folder without P is there last, and tells that all is."""
     from loratools.training.nested import keep_diagonal, nested
+    from loratools.training.peft_model import save_adapter
 
     model = fresh(real, RANK, RANK) if trained.scaling == "keep" else fresh(real, RANK, 1, "rslora")
     new = trained.folder.with_suffix(".new")
@@ -146,7 +141,7 @@ def _train(real: RealModel, trained: Trained, ranks: list[int], steps: int) -> N
         train(real, model, steps=steps, rate=RATE, place=new, forward=lambda _, step: begin_step())
     if trained.objective == "matryoshka":
         keep_diagonal(model, ranks, scaling=trained.scaling)
-        model.save_pretrained(trained.with_p, save_embedding_layers=False)
+        save_adapter(model, trained.with_p)
     model.unload()
     new.replace(trained.folder)
 

@@ -61,6 +61,7 @@ def train(
 ) -> float:
     """Train a PeftModel for `steps` batches of rows that no earlier step has seen, past the first `skip`; seconds."""
     from loratools.training.distil import Train, TrainRow, train_rows
+    from loratools.training.peft_model import save_adapter
 
     rows = [TrainRow(row["prompt"], row["answer"]) for row in training_rows(steps, skip)]
     done = [0]
@@ -72,7 +73,7 @@ def train(
 
     how = Train(learning_rate=rate, batch=BATCH, steps=steps, device=device())
     trained = train_rows(model, real.tokenizer, rows, how, step=step, forward=forward)
-    model.save_pretrained(place, save_embedding_layers=False)
+    save_adapter(model, place)
     return trained.seconds
 
 

@@ -6,7 +6,6 @@ What is finished lies in the cache of benchmarks, by size, seed and settings: an
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contestants import CACHE, ROOT, device, of_size
+from contestants import CACHE, ROOT, cache_of, device, kept, of_size
 from transfer_page import (
     DORA,
     DORA_COPIED,
@@ -100,24 +99,19 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     """
     from loratools.training.new_adapter import NewAdapter
 
-    def kept(name: str, make: Callable[[], Line]) -> Line:
-        place = places.work / f"{name}.json"
-        if not place.is_file():
-            line = make()
-            place.with_suffix(".tmp").write_text(json.dumps(asdict(line)), encoding="utf-8")
-            place.with_suffix(".tmp").replace(place)
-        return Line.read(place)
+    def line(name: str, make: Callable[[], Line]) -> Line:
+        return Line(**kept(places.work / f"{name}.json", lambda: asdict(make())))
 
     def transferred(name: str, options: Transfer, target: Path, of: str | None, *, kit: bool = False) -> Line:
-        return kept(name, lambda: _transferred(name, places, options, target, of, kit=kit))
+        return line(name, lambda: _transferred(name, places, options, target, of, kit=kit))
 
     warm = replace(how, warm_start="bases")
     dora = replace(how, adapter=NewAdapter("dora", RANK))
-    yield kept("base alone", lambda: _scored("base alone", places, places.target, None))
-    yield kept("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
+    yield line("base alone", lambda: _scored("base alone", places, places.target, None))
+    yield line("weights, by bases", lambda: _carried("weights, by bases", places, "bases"))
     yield transferred(UNFILTERED, replace(how, passing="none"), places.target, None)
     yield transferred(FILTERED, how, places.target, UNFILTERED)
-    yield kept("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
+    yield line("weights, by activations", lambda: _carried("weights, by activations", places, "activations"))
     yield transferred(MADE_WITH, how, places.target, UNFILTERED, kit=True)
     yield transferred(WARM, warm, places.target, MADE_WITH, kit=True)
     yield transferred(DORA, replace(dora, passing="none"), places.source, UNFILTERED)
@@ -126,8 +120,8 @@ def measured(places: Places, how: Transfer, *, whole: bool) -> Iterator[Line]:
     copied = replace(dora, passing="none", warm_start="none")
     yield transferred(DORA_COPIED, copied, places.source, DORA_KL)
     yield transferred("by a kit, to DoRA on its own base", dora, places.source, MADE_WITH, kit=True)
-    yield kept("trained on real data", lambda: _oracle(places, how))
-    yield kept(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
+    yield line("trained on real data", lambda: _oracle(places, how))
+    yield line(SOURCE, lambda: _scored(SOURCE, places, places.source, places.adapter))
     if whole:
         yield transferred(ROBUST, replace(how, weighing="robust"), places.target, MADE_WITH, kit=True)
 
@@ -224,11 +218,12 @@ def _carried(name: str, places: Places, align: Align) -> Line:
 
 def _oracle(places: Places, how: Transfer) -> Line:
     from loratools.training.distil import TrainRow, train_rows
-    from loratools.training.models import load_model
+    from loratools.training.models import load_model, working_dtype
     from loratools.training.new_adapter import new_adapter
+    from loratools.training.peft_model import save_adapter
     from loratools.training.transfer.fit import split
 
-    model, tokenizer = load_model(places.target, device(), dtype=_dtype())
+    model, tokenizer = load_model(places.target, device(), dtype=working_dtype(device()))
     adapted = new_adapter(model.requires_grad_(False), how.adapter, seed=how.seed)
     some = places.train[SEEDS : SEEDS + how.samples]
     rows, held_out = split([TrainRow(row.prompt, row.answer) for row in some], how)
@@ -236,7 +231,7 @@ def _oracle(places: Places, how: Transfer) -> Line:
         adapted, tokenizer, rows, how.training, held_out=held_out, checkpoint=places.work / "real data.pt"
     )
     out = places.work / "real data"
-    trained.model.save_pretrained(out, save_embedding_layers=False)
+    save_adapter(trained.model, out)
     looks = [[look.step, look.held_out.answers, look.held_out.nll] for look in trained.looks]
     line = _scored("trained on real data", places, places.target, out)
     return replace(line, stages={"train": trained.seconds}, looks=looks)
@@ -246,18 +241,14 @@ def _scored(name: str, places: Places, base: Path, adapter: Path | None) -> Line
     """What a base does with an adapter, held-out rows."""
     from loratools import load
     from loratools.training.evaluate import Evaluate, evaluate
-    from loratools.training.models import load_model
+    from loratools.training.models import load_model, working_dtype
 
     began = time.perf_counter()
-    model, tokenizer = load_model(base, device(), dtype=_dtype())
+    model, tokenizer = load_model(base, device(), dtype=working_dtype(device()))
     how = Evaluate(batch=64, max_tokens=44, device=device())
     found = evaluate(model, tokenizer, places.held_out, None if adapter is None else load(adapter), options=how)
     where = "Gemma" if base == places.target else "SmolLM2"
     return Line(name, where, found.exact_match or 0.0, found.nll, scoring=time.perf_counter() - began)
-
-
-def _dtype() -> str:
-    return "bfloat16" if device().startswith("cuda") else "float32"
 
 
 def _estimate(lines: Sequence[Line], seconds: float) -> str:
@@ -301,9 +292,7 @@ def _places(size: Size, how: Transfer) -> Places:
     import real_models
 
     data = ADAPTERS / "data"
-    settings = json.dumps([__version__, asdict(size), asdict(how), SEEDS, TEXTS, KNOWN], default=repr, sort_keys=True)
-    work = CACHE / "transfer_real" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    work.mkdir(parents=True, exist_ok=True)
+    work = cache_of("transfer_real", __version__, asdict(size), asdict(how), SEEDS, TEXTS, KNOWN)
     print(f"files: {work}", file=sys.stderr, flush=True)
     return Places(
         _folder(Path(real_models.smollm2_gguf())),

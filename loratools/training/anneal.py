@@ -99,12 +99,17 @@ def lora_layers(model: Module, adapter: str = "default") -> Iterator[tuple[str, 
             yield name, module
 
 
+def no_lora(adapter: str) -> UsageError:
+    """The error for a model without a LoRA of that name."""
+    return UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
+
+
 def annealable_config(model: Module, adapter: str = "default") -> Any:
     """The config of a LoRA that can be annealed; UsageError where the model has none."""
     config: Any = getattr(model, "peft_config", {}).get(adapter)
     layers = list(lora_layers(model, adapter))
     if config is None or not layers:
-        raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
+        raise no_lora(adapter)
     if config.peft_type != "LORA":
         raise UsageError(f"{adapter!r} is an adapter of another method; only a LoRA can be annealed")
     if config.rank_pattern or config.alpha_pattern:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec
 
 from loratools._lazy import torch
 from loratools.base_weights import load_base
@@ -19,6 +20,7 @@ from loratools.training.models import working_dtype
 _SIZE: Final = 1024  # of the matrices that are multiplied to see how fast that goes
 _SHARE: Final = 0.5  # of that speed which a model reaches
 _LETTERS: Final = 4  # to a token
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,17 @@ class Machine:
         return _SHARE * 2 * rows * _SIZE**2 / best
 
 
-def known(find: Callable[[], Cost]) -> Cost | None:
-    """What `find` comes to; None where a model is not here yet, or is none."""
-    try:
-        return find()
-    except (LoratoolsError, OSError):
-        return None
+def if_known(find: Callable[P, Cost]) -> Callable[P, Cost | None]:
+    """A function of the same arguments that comes to None where a model is not here yet, or is none."""
+
+    @functools.wraps(find)
+    def found(*args: P.args, **kwargs: P.kwargs) -> Cost | None:
+        try:
+            return find(*args, **kwargs)
+        except (LoratoolsError, OSError):
+            return None
+
+    return found
 
 
 def n_weights(place: str | os.PathLike[str]) -> int:

@@ -249,11 +249,8 @@ def _items(
         if taught is not None and len(taught[0]) > taught_at_most:
             left_out[f"are longer than {taught_at_most} tokens to the teacher"] += 1
             continue
-        if teacher is None or taught is None:
-            found.append(_Item(ids, row.weight, None))
-            continue
         shared = []
-        if options.loss == "uld":
+        if teacher is not None and taught is not None and options.loss == "uld":
             starts, others = (
                 token_starts(one, every[first:], row.answer)[: len(every) - first]
                 for one, (every, first) in ((tokenizer, ids), (teacher.tokenizer, taught))

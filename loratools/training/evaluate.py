@@ -149,11 +149,11 @@ def answer_losses(
 
 def refuse_too_long(model: Any, lengths: Iterable[tuple[int, int]]) -> None:
     """UsageError, before any work, for a row, by its place, of more tokens than the model has room for."""
+    most = room(model)
     for i, length in lengths:
-        if length > room(model):
+        if length > most:
             raise UsageError(
-                f"row {i + 1}: is too long, {length} tokens: the model has room for {room(model)}; shorten it or leave "
-                "it out"
+                f"row {i + 1}: is too long, {length} tokens: the model has room for {most}; shorten it or leave it out"
             )
 
 

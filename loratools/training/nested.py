@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratools._lazy import torch
 from loratools.errors import UsageError
 from loratools.reports.inspect import doubling
-from loratools.training.anneal import lora_layers
+from loratools.training.anneal import lora_layers, no_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def _layers(model: Module, ranks: Sequence[int] | None, adapter: str) -> tuple[l
     """The LoRA layers, the rank of all of them, and the ranks that are trained."""
     layers = [layer for _, layer in lora_layers(model, adapter)]
     if not layers:
-        raise UsageError(f"the model has no LoRA called {adapter!r}; make it with peft.get_peft_model")
+        raise no_lora(adapter)
     held = {layer.r[adapter] for layer in layers}
     if len(held) != 1:
         raise UsageError(f"the model has LoRA layers of ranks {sorted(held)}; nested training needs one rank for all")

@@ -21,7 +21,7 @@ from loratools.ops.convert import Convert, convert
 from loratools.ops.quantize import Quantize, dtype_named, quantize_file, recorded_arguments
 from loratools.reports.recover import RecoverReport
 from loratools.storage.atomic import AtomicFile, explained, printable, refuse_existing, temporary_mark
-from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
+from loratools.training.cost import Cost, Machine, if_known, n_tokens, n_weights
 from loratools.training.distil import Train, TrainRow, train_rows
 from loratools.training.lines import read_json, read_lines
 from loratools.training.peft_model import load_adapter, save_adapter
@@ -184,18 +184,15 @@ def state_of(place: Path) -> Path:
     return place.with_name(f"{temporary_mark(place.name)}.recover.pt")
 
 
-def cost(base: str | os.PathLike[str], rows: Sequence[TrainRow], options: Recover) -> Cost | None:
+@if_known
+def cost(base: str | os.PathLike[str], rows: Sequence[TrainRow], options: Recover) -> Cost:
     """What training on those rows will take; None where the base is not here."""
-
-    def found() -> Cost:
-        weights, machine = n_weights(base), Machine(options.device)
-        each = sum(n_tokens(row.prompt, row.answer) for row in rows) / max(len(rows), 1)
-        tokens = options.batch * each
-        looks = (_LOOKS + 1) * _n_held_out(rows, options) * each
-        seconds = machine.training(weights, options.steps * tokens) + machine.reading(weights, looks)
-        return Cost(machine.memory(weights, weights, round(tokens)), seconds)
-
-    return known(found)
+    weights, machine = n_weights(base), Machine(options.device)
+    each = sum(n_tokens(row.prompt, row.answer) for row in rows) / max(len(rows), 1)
+    tokens = options.batch * each
+    looks = (_LOOKS + 1) * _n_held_out(rows, options) * each
+    seconds = machine.training(weights, options.steps * tokens) + machine.reading(weights, looks)
+    return Cost(machine.memory(weights, weights, round(tokens)), seconds)
 
 
 def codes_of(adapter: Adapter) -> Codes | None:

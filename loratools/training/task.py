@@ -35,7 +35,7 @@ from loratools.training.choices import (
     read_choices,
     shared_classes,
 )
-from loratools.training.cost import Cost, Machine, known, n_tokens, n_weights
+from loratools.training.cost import Cost, Machine, if_known, n_tokens, n_weights
 from loratools.training.evaluate import (
     FORM,
     Evaluate,
@@ -111,19 +111,16 @@ class Task:
             return n_choice_batches(self.choices, options)
         return n_steps(tokenizer, self.answers, self.fitting(options))
 
-    def cost(self, base: str | os.PathLike[str], runs: int, options: Evaluate) -> Cost | None:
+    @if_known
+    def cost(self, base: str | os.PathLike[str], runs: int, options: Evaluate) -> Cost:
         """What so many runs with that base will take; None where it is not here."""
-
-        def found() -> Cost:
-            weights, machine = n_weights(base), Machine(options.device)
-            read = sum(n_tokens(row.prompt, row.answer) for row in self.answers)
-            read += sum(n_tokens(row.prompt, choice) for row in self.choices for choice in row.choices)
-            said = sum(n_tokens(row.answer) for row in self.answers) if self.fitting(options).match else 0.0
-            seconds = machine.reading(weights, read) + machine.saying(weights, said, options.batch)
-            tokens = options.batch * read / max(self.n_rows, 1)
-            return Cost(machine.memory(weights, weights, round(tokens)), runs * seconds)
-
-        return known(found)
+        weights, machine = n_weights(base), Machine(options.device)
+        read = sum(n_tokens(row.prompt, row.answer) for row in self.answers)
+        read += sum(n_tokens(row.prompt, choice) for row in self.choices for choice in row.choices)
+        said = sum(n_tokens(row.answer) for row in self.answers) if self.fitting(options).match else 0.0
+        seconds = machine.reading(weights, read) + machine.saying(weights, said, options.batch)
+        tokens = options.batch * read / max(self.n_rows, 1)
+        return Cost(machine.memory(weights, weights, round(tokens)), runs * seconds)
 
     def fitting(self, options: Evaluate) -> Evaluate:
         """The options with answers of the model's own where they are asked for, and only there."""

@@ -104,7 +104,7 @@ def steps() -> Iterator[int]:
     step = 1.0
     while True:
         yield int(step)
-        step = max(step + 1, step * 1.2)
+        step = max(step + 1, step * 1.1)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -123,6 +123,18 @@ def test_rows_are_read_or_named(tmp_path: Path) -> None:
         read_train_rows(file)
 
 
+class Interrupting:
+    """Notes the tokens of each step, and interrupts the run at one of them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.tokens = at, list[int]()
+
+    def __call__(self, tokens: int) -> None:
+        self.tokens.append(tokens)
+        if len(self.tokens) == self.at:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("packing", [None, Quantize("rtn", 4)])
 def test_a_killed_run_goes_on_to_the_same_result(
     base: Path, lora: Path, tmp_path: Path, packing: Quantize | None
@@ -134,14 +146,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
         return recover(*load_tiny_model(base), load(small), ROWS, place / name, TASK, **more)[0].weights
 
     expected = run(tmp_path / "whole").read_bytes()
-    state, counted = tmp_path / f"{name}.recover.pt", 0
-
-    def count(tokens: int) -> None:
-        nonlocal counted
-        counted += 1
-        if counted == 11:
-            raise KeyboardInterrupt
-
+    state, count = tmp_path / f"{name}.recover.pt", Interrupting(11)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, step=count)
     assert state.is_file()
@@ -150,11 +155,11 @@ def test_a_killed_run_goes_on_to_the_same_result(
         run(tmp_path)
     kept = state.read_bytes()
     assert run(tmp_path, resume=True, step=count).read_bytes() == expected
-    assert counted == 11 + 12  # of 20 steps, 8 were looked at and kept
+    assert len(count.tokens) == 11 + 12  # of 20 steps, 8 were looked at and kept
     assert not state.exists()
     state.write_bytes(kept)
     assert run(tmp_path, force=True, step=count).read_bytes() == expected
-    assert counted == 11 + 12 + 20  # from the beginning
+    assert len(count.tokens) == 11 + 12 + 20  # from the beginning
 
 
 class Turned(set[str]):
@@ -180,15 +185,8 @@ def test_the_order_of_sets_changes_no_byte(base: Path, lora: Path, tmp_path: Pat
 def test_the_state_of_another_adapter_is_none(base: Path, lora: Path, tmp_path: Path) -> None:
     other = save_tiny_lora(tmp_path / "other", rank=4, lora_dropout=0.1)
     state = tmp_path / "better.recover.pt"
-
-    def stop(tokens: int) -> None:
-        raise_after.append(tokens)
-        if len(raise_after) == 6:
-            raise KeyboardInterrupt
-
-    raise_after: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        recover(*load_tiny_model(base), load(other), ROWS, tmp_path / "better", TASK, step=stop)
+        recover(*load_tiny_model(base), load(other), ROWS, tmp_path / "better", TASK, step=Interrupting(6))
     assert state.is_file()
     counted: list[int] = []
     _, report = recover(
@@ -202,16 +200,8 @@ def test_the_state_of_other_factors_under_the_same_config_is_none(base: Path, lo
     """What was made in memory is told by its numbers, for it names the file that it was made from."""
     one, other = squeeze(load(lora), 2, options=Squeeze(scale="keep"))[0], truncate(load(lora), 2)[0]
     assert one.config == other.config
-    steps = 0
-
-    def stop(tokens: int) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 6:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        recover(*load_tiny_model(base), one, ROWS, tmp_path / "better", TASK, step=stop)
+        recover(*load_tiny_model(base), one, ROWS, tmp_path / "better", TASK, step=Interrupting(6))
     made, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "better", TASK, resume=True)
     whole, _ = recover(*load_tiny_model(base), other, ROWS, tmp_path / "whole", TASK)
     assert made.weights.read_bytes() == whole.weights.read_bytes()

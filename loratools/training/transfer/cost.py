@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from loratools.training.cost import Cost, Machine, known, n_weights
+from loratools.training.cost import Cost, Machine, if_known, n_weights
 from loratools.training.distil import Train, settled
 from loratools.training.models import load_tokenizer
 from loratools.training.transfer.settings import Transfer
@@ -13,18 +13,15 @@ _FILLED: Final = 0.35  # of the longest inputs and answers, which is what they t
 _MADE: Final = 2  # inputs for each that is kept
 
 
+@if_known
 def estimated(
     source: str, target: str, options: Transfer, *, generator: str | None = None, with_kit: bool = False
-) -> Cost | None:
+) -> Cost:
     """All stages together; None where a model is not here.
 
     `with_kit`: the source reads what the generator makes up, and both are in memory.
     """
-    return known(lambda: _estimated(source, target, generator or target, options, with_kit=with_kit))
-
-
-def _estimated(source: str, target: str, generator: str, options: Transfer, *, with_kit: bool) -> Cost:
-    places = {"source": source, "target": target, "generator": generator}
+    places = {"source": source, "target": target, "generator": generator or target}
     sizes = {role: n_weights(place) for role, place in places.items()}
     machine, is_taught = Machine(options.device), _is_taught(source, target, options.train)
 
